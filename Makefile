@@ -1,0 +1,31 @@
+# make demo   a LoRA is trained on real photographs with the embedded model, and restores one of them
+# make test   the tests
+# Both make the virtual environment if it is missing: Python 3.11 or newer is all that they need.
+
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+
+demo: $(VENV)/run
+	$(BIN)/python train.py --hr-root tests/photos --output-dir runs/demo --overwrite $(DEMO_TRAIN)
+	$(BIN)/python sample.py --input tests/photos/$(DEMO_PHOTO) --output runs/demo/demo.png --lora runs/demo/lora.safetensors $(DEMO_SAMPLE)
+	@echo "look at runs/demo/demo.png: degraded | restored | clean"
+
+test: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest $(ARGS)
+
+# constraints.txt holds the exact versions that the tests ran with.
+$(VENV)/run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/test: $(VENV)/run
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+.PHONY: demo test clean
