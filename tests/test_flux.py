@@ -1,0 +1,172 @@
+"""The transformer equals the official one: golden outputs of BFL's code, and diffusers live on random sizes.
+
+Tolerance 2e-5: the two official implementations differ from each other by up to that much in float32.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file
+
+from kontext_min.checkpoints import load_flux
+from kontext_min.flux import Flux, FluxParams, apply_rope, rope, timestep_embedding
+from test_checkpoints import to_diffusers
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> None:
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance, f"{(a - b).abs().max():.2e}"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_flux(GOLDEN / "flux_tiny.bfl.safetensors"), load_file(GOLDEN / "flux_tiny.io.safetensors")
+
+
+def inputs(io: dict, context: bool) -> tuple:
+    img, ids = io["img"], io["img_ids"]
+    if context:
+        img, ids = torch.cat([img, io["ctx"]], 1), torch.cat([ids, io["ctx_ids"]], 1)
+    return img, ids, io["txt"], io["txt_ids"], io["timesteps"], io["y"], io["guidance"]
+
+
+def test_golden_output_and_every_intermediate(golden):
+    flux, io = golden
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            if isinstance(output, tuple):
+                seen[f"{name}.img"], seen[f"{name}.txt"] = output
+            else:
+                seen[name] = output
+
+        return hook
+
+    modules = {n: getattr(flux, n) for n in ("time_in", "guidance_in", "vector_in", "img_in", "txt_in")}
+    modules |= {f"double{i}": b for i, b in enumerate(flux.double_blocks)}
+    modules |= {f"single{i}": b for i, b in enumerate(flux.single_blocks)}
+    hooks = [m.register_forward_hook(keep(n)) for n, m in modules.items()]
+    hooks.append(flux.double_blocks[0].register_forward_hook(lambda m, args, out: seen.update(vec=args[2], pe=args[3])))
+    out = flux(*inputs(io, context=True))
+    for hook in hooks:
+        hook.remove()
+    close(out, io["out_img_ctx"])
+    close(out[:, : io["img"].shape[1]], io["out_kontext_slice"])
+    names = [k.removeprefix("mid.") for k in io if k.startswith("mid.")]
+    assert len(names) == 13
+    for name in names:
+        close(seen[name], io[f"mid.{name}"])
+
+
+def test_golden_without_context(golden):
+    flux, io = golden
+    close(flux(*inputs(io, context=False)), io["out_img_only"])
+
+
+def test_golden_units():
+    units = load_file(GOLDEN / "units.safetensors")
+    pe = rope(units["rope.ids"][None], (16, 56, 56), 10_000)
+    close(pe[0, 0], units["rope.bfl_pe"], 1e-5)  # BFL's angles are float32: off by up to 4.5e-6 below position 98
+    close(pe[0, 0, ..., 0, 0].repeat_interleave(2, -1), units["rope.diffusers_cos"], 1e-7)  # float64 there, as here
+    close(pe[0, 0, ..., 1, 0].repeat_interleave(2, -1), units["rope.diffusers_sin"], 1e-7)
+    close(apply_rope(units["rope.q"], pe), units["rope.q_out"], 2e-5)
+    close(timestep_embedding(units["time.t"]), units["time.emb"], 1e-6)
+    close(timestep_embedding(units["time.guidance"]), units["time.guidance_emb"], 1e-6)
+
+
+SIZES = [  # hidden, heads, axes, double, single, txt dim, vec dim, guidance
+    (48, 2, (4, 10, 10), 1, 2, 20, 12, True),
+    (64, 2, (4, 14, 14), 2, 1, 24, 16, False),
+    (192, 6, (4, 14, 14), 1, 1, 32, 16, True),
+    (128, 1, (16, 56, 56), 1, 1, 8, 8, True),
+]
+
+
+def random_pair(hidden, heads, axes, double, single, txt_dim, vec_dim, guidance):
+    torch.manual_seed(hidden + heads)
+    params = FluxParams(
+        in_channels=16, out_channels=16, vec_in_dim=vec_dim, context_in_dim=txt_dim, hidden_size=hidden,
+        num_heads=heads, depth=double, depth_single_blocks=single, axes_dim=axes, guidance_embed=guidance,
+    )  # fmt: skip
+    ours = Flux(params).requires_grad_(False)
+    for name, p in ours.named_parameters():
+        torch.nn.init.normal_(p, std=0.1)
+        if name.endswith("scale"):
+            p += 1
+    theirs = FluxTransformer2DModel(
+        in_channels=16, num_layers=double, num_single_layers=single, attention_head_dim=hidden // heads,
+        num_attention_heads=heads, joint_attention_dim=txt_dim, pooled_projection_dim=vec_dim,
+        guidance_embeds=guidance, axes_dims_rope=axes,
+    )  # fmt: skip
+    theirs.load_state_dict(to_diffusers(ours), strict=True)
+    return ours, theirs.requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_live_parity_with_diffusers(size):
+    """Batch 2 with two timesteps, picture and reference tokens of different shapes."""
+    ours, theirs = random_pair(*size)
+    b, rows, columns = 2, 3, 5
+    txt_dim, vec_dim, guidance = size[5:]
+    img = torch.randn(b, rows * columns + 4, 16)
+    ids = torch.tensor([[0, r, c] for r in range(rows) for c in range(columns)] + [[1, r, c] for r in (0, 1) for c in (0, 1)])
+    txt, y, t, g = torch.randn(b, 7, txt_dim), torch.randn(b, vec_dim), torch.tensor([0.13, 0.87]), torch.tensor([1.0, 3.5])
+    txt_ids = torch.zeros(7, 3)
+    expected = theirs(
+        hidden_states=img, encoder_hidden_states=txt, pooled_projections=y, timestep=t, img_ids=ids.float(),
+        txt_ids=txt_ids, guidance=g if guidance else None, return_dict=False,
+    )[0]  # fmt: skip
+    ids, txt_ids = ids.float().expand(b, -1, -1), txt_ids.expand(b, -1, -1)
+    got = ours(img, ids, txt, txt_ids, t, y, g if guidance else None)
+    close(got, expected)
+    for i in range(b):  # a batch is its pictures one by one
+        one = ours(*(x[i : i + 1] for x in (img, ids, txt, txt_ids, t, y)), g[i : i + 1] if guidance else None)
+        close(one, got[i : i + 1])
+
+
+def test_mlp_ratio_and_missing_guidance():
+    params = FluxParams(
+        in_channels=16, out_channels=8, vec_in_dim=4, context_in_dim=4, hidden_size=24, num_heads=1, depth=1,
+        depth_single_blocks=1, axes_dim=(4, 10, 10), mlp_ratio=2.5,
+    )  # fmt: skip
+    flux = Flux(params)
+    assert flux.double_blocks[0].img_mlp[0].out_features == 60
+    assert flux.single_blocks[0].linear1.out_features == 3 * 24 + 60
+    x = torch.randn(1, 4, 16)
+    args = x, torch.zeros(1, 4, 3), torch.randn(1, 3, 4), torch.zeros(1, 3, 3), torch.tensor([0.5]), torch.randn(1, 4)
+    assert flux(*args, torch.tensor([2.5])).shape == (1, 4, 8)
+    with pytest.raises(ValueError, match="distilled with guidance"):
+        flux(*args)
+    with pytest.raises(ValueError, match="does not fit axes_dim"):
+        FluxParams(hidden_size=100, num_heads=3)
+
+
+@pytest.mark.parametrize("damage", ["halves", "qkv", "qk-norm"])
+def test_wrong_orders_are_seen(golden, damage):
+    """Swapped halves of the last layer and a wrong order of q, k, v give another output: parity would catch them."""
+    _, io = golden
+    flux = load_flux(GOLDEN / "flux_tiny.bfl.safetensors")
+    d = flux.params.hidden_size
+    if damage == "halves":
+        weight = flux.final_layer.adaLN_modulation[1].weight
+        weight.data = torch.cat([weight[d:], weight[:d]])
+    elif damage == "qkv":
+        weight = flux.double_blocks[0].img_attn.qkv.weight
+        weight.data = torch.cat([weight[:d], weight[2 * d :], weight[d : 2 * d]])
+    else:
+        norm = flux.single_blocks[0].norm
+        norm.query_norm, norm.key_norm = norm.key_norm, norm.query_norm
+    out = flux(*inputs(io, context=True))
+    assert (out - io["out_img_ctx"]).abs().max() > (1e-3 if damage != "qk-norm" else 1e-4)
+
+
+def test_golden_config_is_the_one_of_the_file(golden):
+    flux, _ = golden
+    expected = json.loads((GOLDEN / "flux_tiny.json").read_text())["bfl"]
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in vars(flux.params).items()} == expected
