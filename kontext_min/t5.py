@@ -1,0 +1,237 @@
+"""The T5 encoder and its tokenizer: a prompt becomes 512 states that Flux reads beside the picture.
+
+    x <- x + o(softmax(q k^T + bias) v)                 q, k, v = Linear(norm(x))                        24 blocks of
+    x <- x + wo(gelu(wi_0 norm(x)) * (wi_1 norm(x)))                                                  these two lines
+    norm(x) = weight * x / sqrt(mean(x^2) + eps)        bias[h, i, j] = table[bucket(j - i), h]
+
+There are no absolute positions, no biases in the linear layers and no 1 / sqrt(K) in the attention: the initialisation
+of q takes its place. No attention mask either: official Flux passes none, so the padding is attended to, here and in
+the transformer. Masking it would change the states of the real tokens too.
+
+Sources: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+section 2.1; Shazeer 2020, "GLU Variants Improve Transformer" (the gated feed-forward of T5 v1.1); Zhang and Sennrich
+2019, "Root Mean Square Layer Normalization"; transformers 5.23, models/t5/modeling_t5.py and tokenization_t5.py;
+black-forest-labs/flux at 802fb47, src/flux/modules/conditioner.py. Attribute names are the hub's.
+Shapes: B batch, L tokens, D width, H heads, K = d_kv (H * K need not be D), F = d_ff.
+
+Run it in bfloat16 or float32. In float16 the residual stream of T5-XXL exceeds 65504; transformers clamps it and keeps
+`wo` in float32. Files stored in float16 are fine when they are loaded as bfloat16.
+float32 islands whatever the dtype: statistics of the norms, and the softmax (inside scaled_dot_product_attention).
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class T5Params:
+    """Sizes of a T5 encoder; the defaults are those of T5 v1.1 XXL (4,762,310,656 parameters)."""
+
+    vocab_size: int = 32128  # the tokenizer knows 32,100 ids; the rest of the rows rounds the table up
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------ the network
+
+
+def relative_position_bucket(relative: Tensor, num_buckets: int, max_distance: int) -> Tensor:
+    """Key minus query position, int64 of any shape -> bucket in [0, num_buckets), int64 of the same shape.
+
+    Half of the buckets is for keys behind the query, half for keys ahead of it. Of each half of N = num_buckets / 2,
+    the first half is exact, the second logarithmic up to max_distance, and all that is farther shares the last bucket:
+    bucket(n) = n if n < N / 2, else min(N - 1, N / 2 + floor(ln(n / (N / 2)) / ln(max_distance / (N / 2)) * N / 2)).
+    """
+    half, exact = num_buckets // 2, num_buckets // 4
+    distance = relative.abs()
+    # float32 and this order of operations, as in training: a double logarithm could fall on another side of the floor.
+    octaves = torch.log(distance.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (octaves * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(distance < exact, distance, far) + half * (relative > 0)
+
+
+class RMSNorm(nn.Module):
+    """Scale by the root mean square; no mean is subtracted and nothing is added."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        scale = torch.rsqrt(x.float().pow(2).mean(dim=-1, keepdim=True) + self.eps)  # (B, L, 1) float32
+        return self.weight * (x * scale).to(self.weight.dtype)  # official order: round first, then weigh
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional attention with an additive position bias. Only the one of block 0 owns the table of the bias."""
+
+    def __init__(self, params: T5Params, owns_bias: bool) -> None:
+        super().__init__()
+        inner = params.num_heads * params.d_kv
+        self.heads = params.num_heads
+        self.q = nn.Linear(params.d_model, inner, bias=False)
+        self.k = nn.Linear(params.d_model, inner, bias=False)
+        self.v = nn.Linear(params.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, params.d_model, bias=False)
+        if owns_bias:
+            self.relative_attention_bias = nn.Embedding(params.relative_attention_num_buckets, params.num_heads)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (B, L, D), bias (1, H, L, L) -> (B, L, D)."""
+        q, k, v = (rearrange(p(x), "B L (H K) -> B H L K", H=self.heads) for p in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(rearrange(x, "B H L K -> B L (H K)"))
+
+
+class GatedFeedForward(nn.Module):
+    """GEGLU: one half passes through a tanh-approximated GELU and gates the other. wi_0 is the one with the GELU."""
+
+    def __init__(self, params: T5Params) -> None:
+        super().__init__()
+        self.wi_0 = nn.Linear(params.d_model, params.d_ff, bias=False)
+        self.wi_1 = nn.Linear(params.d_model, params.d_ff, bias=False)
+        self.wo = nn.Linear(params.d_ff, params.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D), by way of (B, L, F)."""
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+class AttentionLayer(nn.Module):
+    """Residual attention. The hub calls it layer.0 of a block."""
+
+    def __init__(self, params: T5Params, owns_bias: bool) -> None:
+        super().__init__()
+        self.layer_norm = RMSNorm(params.d_model, params.layer_norm_epsilon)
+        self.SelfAttention = SelfAttention(params, owns_bias)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (B, L, D), bias (1, H, L, L) -> (B, L, D)."""
+        return x + self.SelfAttention(self.layer_norm(x), bias)
+
+
+class FeedForwardLayer(nn.Module):
+    """Residual feed-forward. The hub calls it layer.1 of a block, and its inside DenseReluDense, gated or not."""
+
+    def __init__(self, params: T5Params) -> None:
+        super().__init__()
+        self.layer_norm = RMSNorm(params.d_model, params.layer_norm_epsilon)
+        self.DenseReluDense = GatedFeedForward(params)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        return x + self.DenseReluDense(self.layer_norm(x))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward."""
+
+    def __init__(self, params: T5Params, owns_bias: bool) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([AttentionLayer(params, owns_bias), FeedForwardLayer(params)])
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (B, L, D), bias (1, H, L, L) -> (B, L, D)."""
+        attention, feed_forward = self.layer
+        return feed_forward(attention(x, bias))
+
+
+class Stack(nn.Module):
+    """All blocks and the last norm, on embedded tokens."""
+
+    def __init__(self, params: T5Params) -> None:
+        super().__init__()
+        self.params = params
+        self.block = nn.ModuleList(Block(params, owns_bias=n == 0) for n in range(params.num_layers))
+        self.final_layer_norm = RMSNorm(params.d_model, params.layer_norm_epsilon)
+
+    def position_bias(self, length: int) -> Tensor:
+        """What every block adds to its attention scores, (1, H, L, L) in [0, head, query, key] order."""
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        # Computed at each call, not a buffer: buffers would stay empty when the network is built on the meta device.
+        position = torch.arange(length, device=table.weight.device)
+        buckets = relative_position_bucket(
+            position[None, :] - position[:, None],
+            self.params.relative_attention_num_buckets,
+            self.params.relative_attention_max_distance,
+        )
+        return rearrange(table(buckets), "query key H -> 1 H query key").contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        bias = self.position_bias(x.shape[1])
+        for block in self.block:
+            x = block(x, bias)
+        return self.final_layer_norm(x)
+
+
+class T5Encoder(nn.Module):
+    """The encoder half of T5 v1.1. `shared` is the embedding table, named so because T5's decoder shares it."""
+
+    def __init__(self, params: T5Params) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(params.vocab_size, params.d_model)
+        self.encoder = Stack(params)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (B, L) int64 -> last_hidden_state (B, L, D), in the dtype of the weights. Any L; Flux uses 512."""
+        return self.encoder(self.shared(ids))
+
+
+# ---------------------------------------------------------------------------------------------------- the tokenizer
+
+SENTINELS = 100  # <extra_id_0> to <extra_id_99>, T5's marks for masked spans, appended to the model's pieces
+SPECIAL = re.compile(r"(</s>|<pad>|<unk>|<extra_id_(?:[0-9]|[1-9][0-9])>)")
+
+
+class T5Tokenizer:
+    """Prompts to ids: sentencepiece's unigram model (Kudo 2018, "Subword Regularization") plus T5's special tokens.
+
+    `folder` holds spiece.model. A missing file is a FileNotFoundError, an unusable one a ValueError.
+    Typed specials ("</s>", "<extra_id_0>") become their ids, as in transformers; sentencepiece alone sees text in them.
+    All else is sentencepiece itself, which the model was trained with. The re-implementation in transformers 5 differs
+    from it for some stacked or stray combining marks, and splits at U+0085.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        path = Path(folder) / "spiece.model"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; a T5 tokenizer folder holds spiece.model.")
+        try:
+            self.pieces = SentencePieceProcessor()
+            self.pieces.LoadFromSerializedProto(path.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a sentencepiece model; take tokenizer_2/spiece.model of the hub.") from error
+        self.pad, self.end = self.pieces.pad_id(), self.pieces.eos_id()
+        # Sentinels count down: the last id of all is <extra_id_0>.
+        last = self.pieces.vocab_size() + SENTINELS - 1
+        self.specials = {f"<extra_id_{k}>": last - k for k in range(SENTINELS)}
+        self.specials |= {"</s>": self.end, "<pad>": self.pad, "<unk>": self.pieces.unk_id()}
+
+    def __call__(self, texts: list[str], max_length: int = 512) -> Tensor:
+        """B prompts -> (B, max_length) int64: at most max_length - 1 ids, </s>, and <pad> to the right."""
+        rows = [[*self.encode(text)[: max_length - 1], self.end] for text in texts]
+        return torch.tensor([row + [self.pad] * (max_length - len(row)) for row in rows], dtype=torch.int64)
+
+    def encode(self, text: str) -> list[int]:
+        """One prompt -> its ids, without </s>, padding and limit."""
+        ids: list[int] = []
+        for part in SPECIAL.split(text):
+            ids += [self.specials[part]] if part in self.specials else self.pieces.encode(part)
+        return ids
