@@ -1,0 +1,599 @@
+"""Official weight files to networks: find the files, map the names, build on meta, assign the mapped memory.
+
+    load_flux("flux1-kontext-dev.safetensors")     load_autoencoder("FLUX.1-Kontext-dev/")     load_t5("t5xxl_fp16...")
+
+What is read, for each network: one safetensors file, or a folder with shards and their index, or the whole hub folder
+(transformer/, vae/, text_encoder/, text_encoder_2/). Names may be BFL's or diffusers', with the prefixes of ComfyUI's
+all-in-one checkpoints; fp8 files, with or without scales, are widened. A file is understood from its HEADER (names,
+shapes, dtypes) before a byte of data is touched, so a wrong file is refused in milliseconds.
+
+Loading is strict: each parameter gets exactly one source, and what is missing, unexpected or misshapen is an error.
+Networks are built on the meta device and the memory-mapped tensors are assigned, not copied: a file whose names and
+dtype are ours costs no memory of its own until its pages are used.
+
+Sources of the names: black-forest-labs/flux 802fb47, modules/*.py; diffusers 0.42.1, transformer_flux.py and
+autoencoder_kl.py; ComfyUI (October 2025) for prefixes and fp8 scales; transformers for CLIP and T5, whose names are
+used as they are.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from kontext_min.autoencoder import Autoencoder, AutoencoderParams
+from kontext_min.clip import ClipParams, ClipTextEncoder
+from kontext_min.flux import Flux, FluxParams
+from kontext_min.t5 import T5Encoder, T5Params
+
+# ------------------------------------------------------------------------------------------------- files and headers
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file, as its header describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' spelling: F32, BF16, F16, F8_E4M3, ...
+    file: Path | None = None
+    name: str = ""  # in the file, before any prefix was taken off
+
+
+Headers = dict[str, Stored]
+
+FOLDERS = {"transformer": "transformer", "vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
+SINGLE_FILES = {
+    "transformer": ("flux1*kontext*.safetensors", "flux1*.safetensors"),
+    "vae": ("ae.safetensors",),
+    "clip": ("clip_l*.safetensors",),
+    "t5": ("t5xxl*.safetensors",),
+}
+NOUNS = {"transformer": "Flux transformer", "vae": "autoencoder", "clip": "CLIP text encoder", "t5": "T5 encoder"}
+
+
+def find(path: str | Path, part: str) -> list[Path]:
+    """The safetensors files of one network.
+
+    Args:
+        path: a file; the network's own folder; a hub folder; or a folder of single files (BFL's, ComfyUI's).
+        part: transformer, vae, clip or t5.
+
+    Raises:
+        FileNotFoundError: nothing there, or nothing of that network.
+    """
+    path = Path(path)
+    noun = NOUNS[part]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected the {noun}. See weights/README.md.")
+    if path.is_file():
+        return [path]
+    if (path / FOLDERS[part]).is_dir():
+        return find(path / FOLDERS[part], part)
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        shards = sorted({path / shard for shard in _read_json(index).get("weight_map", {}).values()})
+        absent = [shard.name for shard in shards if not shard.exists()]
+        if absent:
+            raise FileNotFoundError(f"{index}: names {len(shards)} shards, not there: {', '.join(absent)}; get them too.")
+        return shards
+    for pattern in (*SINGLE_FILES[part], "diffusion_pytorch_model.safetensors", "model.safetensors"):
+        found = sorted(path.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(f.name for f in found)
+            raise ValueError(f"{path}: several files may be the {noun} ({names}); name one of them.")
+        if found:
+            return found
+    raise FileNotFoundError(
+        f"{path}: no {noun} here; expected {FOLDERS[part]}/ or {SINGLE_FILES[part][0]}. See weights/README.md."
+    )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the networks are: one folder, and single files that override it part by part."""
+
+    root: Path
+    transformer: Path | None = None
+    vae: Path | None = None
+    clip: Path | None = None
+    t5: Path | None = None
+
+    def path(self, part: str) -> Path:
+        """File or folder of one network, for `find` and the load functions."""
+        return getattr(self, part) or self.root
+
+    def tokenizer(self, folder: str) -> Path:
+        """The folder `tokenizer` or `tokenizer_2`; single files carry no vocabularies, so they are always in root."""
+        return self.root / folder
+
+
+def read_headers(files: Iterable[Path]) -> Headers:
+    """Names, shapes and dtypes of all tensors in some safetensors files.
+
+    Raises:
+        ValueError: a file is no safetensors file, or not whole.
+    """
+    headers: Headers = {}
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise ValueError(f"{file}: not a safetensors file ({size} bytes); expected one, download it again.")
+            try:
+                entries = json.loads(f.read(length))
+                entries.pop("__metadata__", None)
+                end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+                new = {n: Stored(tuple(e["shape"]), e["dtype"], file, n) for n, e in entries.items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{file}: broken safetensors header; download it again.") from None
+        if end > size:
+            raise ValueError(f"{file}: truncated, {size} bytes of {end}; download it again.")
+        headers |= new
+    return headers
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); download it again.") from None
+
+
+def fingerprint(path: str | Path, part: str) -> str:
+    """16 hex digits that name the weights by content: headers, sizes and 64 samples of each file, not all 24 GB."""
+    digest = hashlib.sha256()
+    for file in find(path, part):
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            digest.update(f.read(length) + str(size).encode())
+            for k in range(64):
+                f.seek(8 + length + (size - 8 - length) * k // 64)
+                digest.update(f.read(1024))
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------- diffusers' names, module by module
+
+# Ours (BFL's) on the left; on the right diffusers', joined along the rows where there are several. `.weight` and
+# `.bias` follow the module; the q/k norms are `.scale` here and `.weight` there.
+FLUX_MODULES = {
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
+    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
+    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
+    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
+    "final_layer.linear": ["proj_out"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],  # and its halves swapped: see SWAPPED
+}
+DOUBLE_BLOCK_MODULES = {
+    "img_mod.lin": ["norm1.linear"],
+    "txt_mod.lin": ["norm1_context.linear"],
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn.norm.query_norm": ["attn.norm_q"],
+    "img_attn.norm.key_norm": ["attn.norm_k"],
+    "txt_attn.norm.query_norm": ["attn.norm_added_q"],
+    "txt_attn.norm.key_norm": ["attn.norm_added_k"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "img_mlp.0": ["ff.net.0.proj"],
+    "img_mlp.2": ["ff.net.2"],
+    "txt_mlp.0": ["ff_context.net.0.proj"],
+    "txt_mlp.2": ["ff_context.net.2"],
+}
+SINGLE_BLOCK_MODULES = {
+    "modulation.lin": ["norm.linear"],
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+    "linear2": ["proj_out"],
+    "norm.query_norm": ["attn.norm_q"],
+    "norm.key_norm": ["attn.norm_k"],
+}
+SWAPPED = "final_layer.adaLN_modulation.1"  # rows [shift, scale] in BFL's file, [scale, shift] in diffusers'
+
+
+def flux_modules(params: FluxParams) -> dict[str, list[str]]:
+    """Module names of a whole Flux: ours -> diffusers'."""
+    table = dict(FLUX_MODULES)
+    for prefix, theirs, count, modules in (
+        ("double_blocks", "transformer_blocks", params.depth, DOUBLE_BLOCK_MODULES),
+        ("single_blocks", "single_transformer_blocks", params.depth_single_blocks, SINGLE_BLOCK_MODULES),
+    ):
+        for i in range(count):
+            table |= {f"{prefix}.{i}.{k}": [f"{theirs}.{i}.{name}" for name in v] for k, v in modules.items()}
+    return table
+
+
+def autoencoder_modules(params: AutoencoderParams) -> dict[str, list[str]]:
+    """Module names of an autoencoder: ours -> diffusers'. Their decoder counts its levels the other way round."""
+    table = {}
+    levels = len(params.ch_mult)
+    for half in ("encoder", "decoder"):
+        table |= {f"{half}.{n}": f"{half}.{n}" for n in ("conv_in", "conv_out")}
+        table |= {f"{half}.norm_out": f"{half}.conv_norm_out", f"{half}.mid.attn_1.norm": f"{half}.mid_block.attentions.0.group_norm"}
+        theirs = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+        table |= {f"{half}.mid.attn_1.{k}": f"{half}.mid_block.attentions.0.{v}" for k, v in theirs.items()}
+    blocks = {f"{half}.mid.block_{i + 1}": f"{half}.mid_block.resnets.{i}" for half in ("encoder", "decoder") for i in (0, 1)}
+    for level in range(levels):
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
+        blocks |= {f"encoder.down.{level}.block.{b}": f"{down}.resnets.{b}" for b in range(params.num_res_blocks)}
+        blocks |= {f"decoder.up.{level}.block.{b}": f"{up}.resnets.{b}" for b in range(params.num_res_blocks + 1)}
+        table[f"encoder.down.{level}.downsample.conv"] = f"{down}.downsamplers.0.conv"
+        table[f"decoder.up.{level}.upsample.conv"] = f"{up}.upsamplers.0.conv"
+    for ours, theirs in blocks.items():
+        table |= {f"{ours}.{n}": f"{theirs}.{n}" for n in ("norm1", "conv1", "norm2", "conv2")}
+        table[f"{ours}.nin_shortcut"] = f"{theirs}.conv_shortcut"
+    return {ours: [theirs] for ours, theirs in table.items()}
+
+
+# ----------------------------------------------------------------------------------------- from headers to a complete map
+
+PREFIXES = {  # all-in-one checkpoints hold several networks; the longest prefix that occurs selects ours
+    "transformer": ("model.diffusion_model.", "diffusion_model."),
+    "vae": ("vae.",),
+    "clip": ("text_encoders.clip_l.transformer.text_model.", "text_encoders.clip_l.transformer.", "text_model."),
+    "t5": ("text_encoders.t5xxl.transformer.",),
+}
+SCALES = ("scale_weight", "weight_scale")  # ComfyUI's old and new spelling: W = fp8 * scale
+IGNORED = (  # of no use here: scales for fp8 x fp8 products, markers, and heads that third-party exports carry along
+    *("scale_input", "input_scale", "comfy_quant", "scaled_fp8"),
+    *("position_ids", "logit_scale", "text_projection.weight"),
+)
+
+
+def strip_prefix(headers: Headers, part: str) -> Headers:
+    """Only the tensors of one network, named as the network names them."""
+    for prefix in PREFIXES[part]:
+        found = {name.removeprefix(prefix): stored for name, stored in headers.items() if name.startswith(prefix)}
+        if found:
+            return found
+    return dict(headers)
+
+
+def plan(model: nn.Module, headers: Headers, modules: Mapping[str, list[str]], part: str) -> dict[str, list[str]]:
+    """Which stored tensors make each parameter: every parameter once, every stored tensor used or an error.
+
+    Args:
+        model: the network, may be on meta.
+        headers: its file's, prefix stripped.
+        modules: our module name -> theirs, for files in diffusers' names; empty where there is one layout.
+        part: transformer, vae, clip or t5.
+
+    Returns:
+        parameter name -> names of the stored tensors whose rows, joined, it consists of.
+
+    Raises:
+        ValueError: missing, unexpected or misshapen tensors, all of them in one line, with the likely reason.
+    """
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    by_theirs = {}
+    for name in wanted:
+        module, _, leaf = name.rpartition(".")
+        leaf = "weight" if leaf == "scale" else leaf
+        by_theirs[name] = [f"{their}.{leaf}" for their in modules.get(module, [])] or [name]
+    ours = sum(name in headers for name in wanted)
+    theirs = sum(source in headers for sources in by_theirs.values() for source in sources)
+    sources = by_theirs if theirs > ours else {name: [name] for name in wanted}
+    if part == "t5" and "shared.weight" not in headers:  # one matrix under two names; files carry either or both
+        sources["shared.weight"] = ["encoder.embed_tokens.weight"]
+
+    used = {s for names in sources.values() for s in names}
+    missing = sorted(used - headers.keys())
+    spare = {"encoder.embed_tokens.weight", "shared.weight"} if part == "t5" else set()
+    unexpected = sorted(
+        name for name in headers.keys() - used - spare if not name.endswith(IGNORED) and not name.endswith(SCALES)
+    )
+    misshapen = []
+    for name, shape in wanted.items():
+        stored = [headers[s].shape for s in sources[name] if s in headers]
+        if len(stored) < len(sources[name]):
+            continue
+        rows = (sum(s[0] for s in stored if s), *stored[0][1:])
+        if rows != shape and (*rows, 1, 1) != shape:  # diffusers stores 1x1 convolutions as matrices
+            misshapen.append(f"{name} {list(rows)} for {list(shape)}")
+    if missing or unexpected or misshapen:
+        file = next((s.file for s in headers.values()), None)
+        kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        found = "; ".join(f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in kinds if v)
+        raise ValueError(f"{file}: not this {NOUNS[part]}: {found}. {likely(headers, part)}")
+    return sources
+
+
+def likely(headers: Headers, part: str) -> str:
+    """A guess at what a file is that is not what it should be."""
+    names = " ".join(headers)
+    signs = (
+        ("lora", "a LoRA: give it to --lora, not as a base model"),
+        ("lokr", "a LoKr adapter, which is not read here"),
+        ("diffusion_model.input_blocks", "a Stable Diffusion checkpoint; a Flux is needed"),
+        ("SelfAttention", NOUNS["t5"]),
+        ("self_attn.q_proj", NOUNS["clip"]),
+        ("single_blocks.", NOUNS["transformer"]),
+        ("single_transformer_blocks.", NOUNS["transformer"]),
+        ("decoder.conv_in", NOUNS["vae"]),
+    )
+    for sign, kind in signs:
+        if sign in names and kind == NOUNS[part]:
+            return f"It is a {kind} of another size or an incomplete one; check config.json and download it again."
+        if sign in names:
+            return f"It looks like {'' if kind.startswith('a ') else 'the '}{kind}."
+    return f"It does not look like a {NOUNS[part]} at all; see weights/README.md for the right file."
+
+
+# -------------------------------------------------------------------------------------------------- reading the tensors
+
+WIDENED = ("F8_E4M3", "F8_E5M2")
+
+
+class TensorReader:
+    """Opens each file once and hands out its tensors, memory-mapped; fp8 comes out as float32, times its scale."""
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+        self.files: dict[Path, Any] = {}
+
+    def raw(self, name: str) -> Tensor:
+        """The tensor as stored."""
+        stored = self.headers[name]
+        if stored.file not in self.files:
+            try:
+                self.files[stored.file] = safe_open(stored.file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{stored.file}: broken safetensors file ({error}); download it again.") from None
+        return self.files[stored.file].get_tensor(stored.name)
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor, dequantised."""
+        tensor = self.raw(name)
+        if self.headers[name].dtype not in WIDENED:
+            return tensor
+        tensor = tensor.float()
+        for spelling in SCALES:
+            scale = f"{name.removesuffix('.weight')}.{spelling}"
+            if scale in self.headers:
+                value = self.raw(scale).float()
+                tensor = tensor * value.reshape(-1, *[1] * (tensor.ndim - 1))  # one for all rows, or one a row
+        return tensor
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def assemble(
+    model: Model, headers: Headers, sources: Mapping[str, list[str]], dtype: torch.dtype | None, device: str | torch.device
+) -> Model:
+    """Fill a network on meta from its files, parameter by parameter; returned frozen and in eval mode."""
+    if dtype is None and any(s.dtype in WIDENED for s in headers.values()):
+        dtype = torch.bfloat16  # an fp8 file holds the rest in several dtypes: one for all
+    read = TensorReader(headers)
+    state = {}
+    for name, parameter in model.state_dict().items():
+        parts = [read(source) for source in sources[name]]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if name.startswith(SWAPPED) and sources[name] != [name]:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        state[name] = tensor.reshape(parameter.shape).to(device=device, dtype=dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------- the networks
+
+
+def _config(files: list[Path], key: str) -> dict[str, Any]:
+    """config.json beside the files if it speaks of this network (has `key`), else the `config` of the metadata."""
+    beside = files[0].parent / "config.json"
+    if beside.exists():
+        config = _read_json(beside)
+        if key in config:
+            return config
+    with files[0].open("rb") as f:
+        metadata = json.loads(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__", {})
+    try:
+        return json.loads(metadata.get("config", "{}"))
+    except ValueError:
+        return {}
+
+
+def _known(params_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config that are fields of a params class, lists as tuples."""
+    names = {f.name for f in fields(params_class)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
+
+
+def axes_of(head_dim: int) -> tuple[int, int, int]:
+    """How Flux splits a head over (index, row, column): 128 -> (16, 56, 56), an eighth for the index, made even."""
+    first = 2 * math.ceil(head_dim / 16)
+    return first, (head_dim - first) // 2, (head_dim - first) // 2
+
+
+def flux_params(headers: Headers, config: Mapping[str, Any]) -> FluxParams:
+    """Sizes of a Flux from diffusers' config, from BFL's own names, or from the shapes."""
+    if "num_single_layers" in config:
+        heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+        return FluxParams(
+            in_channels=config["in_channels"],
+            out_channels=config.get("out_channels") or config["in_channels"],
+            vec_in_dim=config["pooled_projection_dim"],
+            context_in_dim=config["joint_attention_dim"],
+            hidden_size=heads * dim,
+            num_heads=heads,
+            depth=config["num_layers"],
+            depth_single_blocks=config["num_single_layers"],
+            axes_dim=tuple(config.get("axes_dims_rope", axes_of(dim))),
+            guidance_embed=config["guidance_embeds"],
+        )
+    if "depth_single_blocks" in config:
+        return FluxParams(**_known(FluxParams, config))
+    bfl = "img_in.weight" in headers
+    name = (lambda module, leaf="weight": f"{module}.{leaf}") if bfl else _diffusers_name
+    hidden, in_channels = headers[name("img_in")].shape
+    head_dim = headers[name("single_blocks.0.norm.query_norm", "scale" if bfl else "weight")].shape[0]
+    return FluxParams(
+        in_channels=in_channels,
+        out_channels=headers[name("final_layer.linear")].shape[0],
+        vec_in_dim=headers[name("vector_in.in_layer")].shape[1],
+        context_in_dim=headers[name("txt_in")].shape[1],
+        hidden_size=hidden,
+        mlp_ratio=headers[name("double_blocks.0.img_mlp.0")].shape[0] / hidden,
+        num_heads=hidden // head_dim,
+        depth=_count(headers, "double_blocks." if bfl else "transformer_blocks."),
+        depth_single_blocks=_count(headers, "single_blocks." if bfl else "single_transformer_blocks."),
+        axes_dim=axes_of(head_dim),
+        guidance_embed=name("guidance_in.in_layer") in headers,
+    )
+
+
+def _diffusers_name(module: str, leaf: str = "weight") -> str:
+    return f"{flux_modules(FluxParams(depth=1, depth_single_blocks=1))[module][0]}.{leaf}"
+
+
+def _count(headers: Headers, prefix: str) -> int:
+    """Number of blocks: one more than the highest index behind the prefix."""
+    return 1 + max((int(n[len(prefix) :].split(".")[0]) for n in headers if n.startswith(prefix)), default=-1)
+
+
+def autoencoder_params(headers: Headers, config: Mapping[str, Any]) -> AutoencoderParams:
+    """Sizes of an autoencoder; from the shapes alone, shift and scale are the official ones."""
+    if "block_out_channels" in config:
+        widths = config["block_out_channels"]
+        return AutoencoderParams(
+            in_channels=config["in_channels"],
+            ch=widths[0],
+            out_ch=config["out_channels"],
+            ch_mult=tuple(w // widths[0] for w in widths),
+            num_res_blocks=config["layers_per_block"],
+            z_channels=config["latent_channels"],
+            scale_factor=config["scaling_factor"],
+            shift_factor=config["shift_factor"],
+        )
+    if "ch_mult" in config:
+        return AutoencoderParams(**_known(AutoencoderParams, config))
+    bfl = "encoder.norm_out.weight" in headers
+    level, block = ("encoder.down.", "block") if bfl else ("encoder.down_blocks.", "resnets")
+    ch, in_channels = headers["encoder.conv_in.weight"].shape[:2]
+    widths = [headers[f"{level}{i}.{block}.0.conv2.weight"].shape[0] for i in range(_count(headers, level))]
+    return AutoencoderParams(
+        in_channels=in_channels,
+        ch=ch,
+        out_ch=headers["decoder.conv_out.weight"].shape[0],
+        ch_mult=tuple(w // ch for w in widths),
+        num_res_blocks=_count(headers, f"{level}0.{block}."),
+        z_channels=headers["decoder.conv_in.weight"].shape[1],
+    )
+
+
+def clip_params(headers: Headers, config: Mapping[str, Any]) -> ClipParams:
+    """Sizes of a CLIP text encoder; from the shapes alone, a head has 64 components, as every CLIP of OpenAI's."""
+    if "num_hidden_layers" in config:
+        return ClipParams(**_known(ClipParams, config))
+    vocab, hidden = headers["embeddings.token_embedding.weight"].shape
+    return ClipParams(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=headers["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=_count(headers, "encoder.layers."),
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=headers["embeddings.position_embedding.weight"].shape[0],
+    )
+
+
+def t5_params(headers: Headers, config: Mapping[str, Any]) -> T5Params:
+    """Sizes of a T5 encoder."""
+    if "d_kv" in config:
+        return T5Params(**_known(T5Params, config))
+    embedding = "shared.weight" if "shared.weight" in headers else "encoder.embed_tokens.weight"
+    vocab, d_model = headers[embedding].shape
+    attention = "encoder.block.0.layer.0.SelfAttention."
+    buckets, heads = headers[f"{attention}relative_attention_bias.weight"].shape
+    return T5Params(
+        vocab_size=vocab,
+        d_model=d_model,
+        d_kv=headers[f"{attention}q.weight"].shape[0] // heads,
+        d_ff=headers["encoder.block.0.layer.1.DenseReluDense.wo.weight"].shape[1],
+        num_layers=_count(headers, "encoder.block."),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+    )
+
+
+_NETWORKS = {  # part: (class, params from headers and config, a key of its config.json, names in diffusers)
+    "transformer": (Flux, flux_params, "num_single_layers", flux_modules),
+    "vae": (Autoencoder, autoencoder_params, "block_out_channels", autoencoder_modules),
+    "clip": (ClipTextEncoder, clip_params, "num_hidden_layers", None),
+    "t5": (T5Encoder, t5_params, "d_kv", None),
+}
+
+
+def _load(part: str, path: str | Path, params: Any, dtype: torch.dtype | None, device: str | torch.device) -> Any:
+    network, infer, key, modules = _NETWORKS[part]
+    files = find(path, part)
+    headers = strip_prefix(read_headers(files), part)
+    if params is None:
+        try:
+            params = infer(headers, _config(files, key))
+        except (KeyError, IndexError, TypeError, ZeroDivisionError):
+            raise ValueError(f"{files[0]}: no {NOUNS[part]}. {likely(headers, part)}") from None
+    with torch.device("meta"):
+        model = network(params)
+    return assemble(model, headers, plan(model, headers, modules(params) if modules else {}, part), dtype, device)
+
+
+def load_flux(
+    path: str | Path,
+    params: FluxParams | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> Flux:
+    """The transformer, frozen, from any official layout.
+
+    Args:
+        path: file or folder, see `find`.
+        params: sizes; else from config.json, else from the metadata key `config`, else from the shapes.
+        dtype: to convert to; else as stored (fp8 becomes bfloat16).
+        device: where to put it; on the CPU the memory stays mapped to the file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a whole Flux, with what is missing, unexpected, misshapen.
+    """
+    return _load("transformer", path, params, dtype, device)
+
+
+def load_autoencoder(
+    path: str | Path,
+    params: AutoencoderParams | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> Autoencoder:
+    """The autoencoder; arguments and errors as for load_flux."""
+    return _load("vae", path, params, dtype, device)
+
+
+def load_clip(
+    path: str | Path,
+    params: ClipParams | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> ClipTextEncoder:
+    """The CLIP text encoder, with or without `text_model.` in its names; arguments and errors as for load_flux."""
+    return _load("clip", path, params, dtype, device)
+
+
+def load_t5(
+    path: str | Path,
+    params: T5Params | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> T5Encoder:
+    """The T5 encoder; arguments and errors as for load_flux. Plain float16 overflows in it: ask for another dtype."""
+    return _load("t5", path, params, dtype, device)
