@@ -1,0 +1,189 @@
+"""LoRA: what trains, what it computes, and that files carry it exactly; peft is the oracle."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kontext_min.lora import LoRALinear, add_lora, lora_layers, merge_lora
+from kontext_min.lora_files import load_lora, read_lora, save_lora, strength_of
+from test_checkpoints import TINY, random_flux
+from test_flux import random_pair
+
+torch.manual_seed(0)
+ARGS = (
+    torch.randn(2, 12, 16), torch.rand(2, 12, 3).round(), torch.randn(2, 5, 20), torch.zeros(2, 5, 3),
+    torch.tensor([0.2, 0.9]), torch.randn(2, 12), torch.tensor([1.0, 3.0]),
+)  # fmt: skip
+
+
+def randomise(params):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in params:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+
+
+def test_nothing_changes_at_the_start_and_only_the_lora_trains():
+    flux = random_flux()
+    before = flux(*ARGS)
+    params = add_lora(flux, rank=4)
+    assert (flux(*ARGS) - before).abs().max() <= 1e-5  # kernels may round another way for the other memory layout
+    assert all(torch.count_nonzero(layer.lora_B) == 0 for layer in lora_layers(flux).values())
+    trainable = {id(p) for p in flux.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in params}
+    assert all(p.dtype == torch.float32 for p in params)
+    names = list(lora_layers(flux))
+    expected = [f"double_blocks.0.{s}_{m}" for s in ("img", "txt") for m in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
+    expected += [f"single_blocks.{i}.linear{j}" for i in range(TINY.depth_single_blocks) for j in (1, 2)]
+    assert sorted(names) == sorted(expected)
+
+
+def test_targets():
+    assert not any("mlp" in n for n in lora_layers_of("attention"))
+    everything = lora_layers_of("all")
+    assert "img_in" in everything
+    assert "double_blocks.0.img_mod.lin" in everything
+    assert lora_layers_of(r"double_blocks\.0\.img_attn\.qkv") == ["double_blocks.0.img_attn.qkv"]
+    with pytest.raises(ValueError, match="matches no Linear"):
+        lora_layers_of("nothing")
+    with pytest.raises(ValueError, match="rank: got 0"):
+        add_lora(random_flux(), 0)
+
+
+def lora_layers_of(targets: str) -> list[str]:
+    flux = random_flux()
+    add_lora(flux, 2, targets=targets)
+    return list(lora_layers(flux))
+
+
+def test_formula_and_base_dtype():
+    base = torch.nn.Linear(6, 5).bfloat16()
+    layer = LoRALinear(base, rank=3, alpha=6)
+    randomise([layer.lora_A, layer.lora_B])
+    x = torch.randn(4, 6).bfloat16()
+    expected = base(x).float() + 2.0 * (x.float() @ layer.lora_A.T @ layer.lora_B.T)
+    assert layer(x).dtype == torch.bfloat16
+    assert torch.allclose(layer(x).float(), expected, atol=2e-2)  # one rounding to bfloat16
+
+
+def test_merging_is_the_same_network():
+    flux = random_flux()
+    randomise(add_lora(flux, rank=4, alpha=8))
+    expected = flux(*ARGS)
+    merge_lora(flux)
+    assert not lora_layers(flux)
+    assert (flux(*ARGS) - expected).abs().max() <= 1e-4
+    assert set(flux.state_dict()) == set(random_flux().state_dict())
+
+
+def test_gradients_equal_pefts():
+    """Fused q, k, v with one A equals peft on split projections with that same A: B's rows are joined, A's gradients add."""
+    from peft import LoraConfig
+
+    ours, theirs = random_pair(48, 2, (4, 10, 10), 1, 2, 20, 12, True)
+    rank, alpha = 3, 6.0
+    add_lora(ours, rank, alpha, targets=r"double_blocks\.\d+\.img_mlp\.[02]|single_blocks\.\d+\.linear2")
+    theirs.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=r".*(\.ff\.net\.0\.proj|\.ff\.net\.2|single_transformer_blocks\.\d+\.proj_out)")
+    )
+    names = {"img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2", "linear2": "proj_out"}
+    pairs = []
+    for name, layer in lora_layers(ours).items():
+        block, _, rest = name.split(".", 1)[0], None, name.split(".", 2)[2]
+        prefix = "transformer_blocks" if block == "double_blocks" else "single_transformer_blocks"
+        module = theirs.get_submodule(f"{prefix}.{name.split('.')[1]}.{names[rest]}")
+        randomise([layer.lora_A, layer.lora_B])
+        with torch.no_grad():
+            module.lora_A["default"].weight.copy_(layer.lora_A)
+            module.lora_B["default"].weight.copy_(layer.lora_B)
+        pairs += [(layer.lora_A, module.lora_A["default"].weight), (layer.lora_B, module.lora_B["default"].weight)]
+    assert len(pairs) == 8
+    img, ids, txt, txt_ids, t, y, g = ARGS
+    ids = ids[:1].expand(2, -1, -1)
+    ours(img, ids, txt, txt_ids, t, y, g).square().mean().backward()
+    theirs(
+        hidden_states=img, encoder_hidden_states=txt, pooled_projections=y, timestep=t, img_ids=ids[0],
+        txt_ids=txt_ids[0], guidance=g, return_dict=False,
+    )[0].square().mean().backward()  # fmt: skip
+    for mine, their in pairs:
+        assert mine.grad.abs().max() > 0
+        assert (mine.grad - their.grad).abs().max() <= 1e-5 * max(1.0, their.grad.abs().max().item())
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_round_trip_is_exact_and_keeps_metadata(tmp_path):
+    flux = random_flux()
+    randomise(add_lora(flux, rank=4, alpha=2))
+    save_lora(flux, tmp_path / "a.safetensors", metadata={"kontext_min": "{}"})
+    again = random_flux()
+    metadata = load_lora(again, tmp_path / "a.safetensors")
+    assert metadata["kontext_min"] == "{}"
+    assert metadata["ss_network_dim"] == "4"
+    assert metadata["ss_network_alpha"] == "2.0"
+    assert torch.equal(again(*ARGS), flux(*ARGS))
+    with safe_open(tmp_path / "a.safetensors", "pt") as f:
+        key = "lora_unet_double_blocks_0_img_attn_qkv"
+        assert f.get_tensor(f"{key}.lora_down.weight").shape == (4, 48)
+        assert f.get_tensor(f"{key}.lora_up.weight").shape == (144, 4)
+        assert f.get_tensor(f"{key}.alpha") == 2.0
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]  # nothing left aside
+
+
+def test_strength_scales_the_correction(tmp_path):
+    flux = random_flux()
+    randomise(add_lora(flux, rank=4))
+    save_lora(flux, tmp_path / "a.safetensors")
+    half = random_flux()
+    load_lora(half, tmp_path / "a.safetensors", strength=0.5)
+    for name, layer in lora_layers(half).items():
+        assert layer.scale == 0.5 * lora_layers(flux)[name].scale
+    assert strength_of("x/y.safetensors=0.8") == (strength_of("x/y.safetensors")[0], 0.8)
+    assert strength_of("x/y.safetensors")[1] == 1.0
+
+
+def test_diffusers_reads_our_file_at_the_same_strength(tmp_path):
+    from diffusers import FluxPipeline
+
+    ours, theirs = random_pair(48, 2, (4, 10, 10), 1, 2, 20, 12, True)
+    # diffusers' kohya reader has the full size's rows of linear1 written into it, so that one is left out here
+    targets = r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear2"
+    randomise(add_lora(ours, rank=4, alpha=2, targets=targets))
+    save_lora(ours, tmp_path / "a.safetensors")
+    state, alphas = FluxPipeline.lora_state_dict(str(tmp_path / "a.safetensors"), return_alphas=True)
+    theirs.load_lora_adapter(state, network_alphas=alphas, prefix="transformer")
+    img, ids, txt, txt_ids, t, y, g = ARGS
+    ids = ids[:1].expand(2, -1, -1)
+    expected = theirs(
+        hidden_states=img, encoder_hidden_states=txt, pooled_projections=y, timestep=t, img_ids=ids[0],
+        txt_ids=txt_ids[0], guidance=g, return_dict=False,
+    )[0]  # fmt: skip
+    assert (ours(img, ids, txt, txt_ids, t, y, g) - expected).abs().max() <= 2e-5
+
+
+def test_files_that_do_not_fit_are_refused_whole(tmp_path):
+    flux = random_flux()
+    randomise(add_lora(flux, rank=4))
+    save_lora(flux, tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+
+    def refused(change: dict, match: str) -> None:
+        save_file({**tensors, **change}, tmp_path / "b.safetensors")
+        target = random_flux()
+        with pytest.raises(ValueError, match=match):
+            load_lora(target, tmp_path / "b.safetensors")
+        assert not lora_layers(target)
+
+    refused({"lora_unet_input_blocks_1.lora_down.weight": torch.zeros(4, 4)}, "not kohya names of this model")
+    refused({f"{key}.lora_up.weight": torch.zeros(7, 4)}, "trained on another model")
+    refused({f"{key}.diff": torch.zeros(7, 4)}, "not kohya names")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        read_lora(tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError, match="no such LoRA file"):
+        read_lora(tmp_path / "nowhere.safetensors")
+    with pytest.raises(ValueError, match="expected one of kohya"):
+        save_lora(flux, tmp_path / "c.safetensors", format="lokr")
