@@ -1,0 +1,91 @@
+"""PSNR and SSIM against scikit-image, the oracle; luma and texture against their definitions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from kontext_min.metrics import luma, psnr, ssim, texture
+
+PHOTOS = sorted(Path(__file__).parent.glob("photos/*.jpg"))
+
+
+def pair(path: Path = PHOTOS[0]) -> tuple[Image.Image, Image.Image]:
+    clean = Image.open(path).convert("RGB").crop((300, 300, 501, 487))  # odd and unequal sides
+    return clean.filter(ImageFilter.GaussianBlur(1.5)), clean
+
+
+def as_arrays(kind: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """The pair as bytes or floats, in colour or grey, and the range R of its values."""
+    a, b = (np.asarray(p.convert("L") if "grey" in kind else p) for p in pair())
+    return (a, b, 255) if "bytes" in kind else (a.astype(np.float32) / 255, b / 255, 1)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "floats", "grey bytes", "grey floats"])
+def test_agrees_with_scikit_image(kind):
+    a, b, data_range = as_arrays(kind)
+    expected = structural_similarity(
+        a.astype(np.float64), b.astype(np.float64), data_range=data_range, channel_axis=None if a.ndim == 2 else 2,
+        gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    )  # fmt: skip
+    assert 0.3 < expected < 0.95  # neither end of the scale, where anything agrees
+    assert ssim(a, b) == pytest.approx(expected, abs=1e-9)  # both in float64: what remains is the order of summation
+    assert psnr(a, b) == pytest.approx(peak_signal_noise_ratio(b.astype(float), a.astype(float), data_range=data_range))
+
+
+@pytest.mark.parametrize("path", PHOTOS, ids=lambda path: path.stem)
+def test_every_photograph(path):
+    a, b = (np.asarray(p) for p in pair(path))
+    expected = structural_similarity(
+        a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+    )
+    assert ssim(a, b) == pytest.approx(expected, abs=1e-6)
+
+
+def test_pictures_bytes_and_floats_agree():
+    a, b = pair()
+    x, y = np.asarray(a), np.asarray(b)
+    assert psnr(a, b) == psnr(x, y) == pytest.approx(psnr(x / 255, y / 255))
+    assert ssim(a, b) == ssim(x, y) == pytest.approx(ssim(x / 255, y / 255))
+
+
+def test_known_values():
+    black, grey = np.zeros((16, 16)), np.full((16, 16), 0.1)
+    assert psnr(black, grey) == pytest.approx(20)  # -10 log10 0.01
+    assert psnr(grey, grey) == np.inf
+    assert ssim(grey, grey) == pytest.approx(1, abs=1e-12)
+    # Without any variance only the luminance term is left: C1 / (m^2 + C1).
+    assert ssim(black, grey) == pytest.approx(1e-4 / (0.01 + 1e-4))
+    bytes_apart = np.full((16, 16, 3), 255, np.uint8), np.zeros((16, 16, 3), np.uint8)
+    assert psnr(*bytes_apart) == pytest.approx(0)  # and no wrap-around of the bytes
+
+
+def test_luma():
+    colours = np.array([[[0, 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]], dtype=np.float64)
+    assert luma(colours) * 255 == pytest.approx(np.array([[16, 235, 81.481, 144.553, 40.966]]))
+    image = pair()[0]
+    # Pillow's YCbCr is full range, Y' = (Y - 16) 255 / 219, to bytes: within one level.
+    full = (luma(image) * 255 - 16) * 255 / 219
+    assert np.abs(full - np.asarray(image.convert("YCbCr"))[..., 0]).max() < 1.01
+
+
+def test_texture():
+    blurred, clean = pair()
+    assert texture(clean, clean) == 1
+    assert texture(blurred, clean) < 0.1  # a blur of sigma 1.5 takes most of the Laplacian's energy
+    assert texture(np.asarray(clean) / 255 * 0.5, clean) == pytest.approx(0.25)  # an energy, hence the square
+    rough = np.asarray(clean) / 255 + np.random.default_rng(0).normal(0, 0.1, (*clean.size[::-1], 3))
+    assert texture(rough, clean) > 1
+
+
+def test_shapes_that_do_not_match():
+    a = np.zeros((16, 16, 3))
+    for metric in (psnr, ssim, texture):
+        with pytest.raises(ValueError, match=r"^pictures of shapes \(16, 16, 3\) and \(16, 15, 3\); [^\n]+$"):
+            metric(a, a[:, 1:])
+        with pytest.raises(ValueError, match="shapes"):
+            metric(a, a[..., 0])  # would broadcast if it were let through
+    with pytest.raises(ValueError, match="at least 11 x 11 pixels, got 16 x 10"):
+        ssim(a[:10], a[:10])
