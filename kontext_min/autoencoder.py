@@ -70,7 +70,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        # Contiguous, or the attention falls back to a kernel that holds all (HW)^2 weights: 17 GB for 65,000 positions.
+        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # scale 1/sqrt(C)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 

@@ -19,6 +19,7 @@ used as they are.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
@@ -80,7 +82,9 @@ def find(path: str | Path, part: str) -> list[Path]:
         shards = sorted({path / shard for shard in _read_json(index).get("weight_map", {}).values()})
         absent = [shard.name for shard in shards if not shard.exists()]
         if absent:
-            raise FileNotFoundError(f"{index}: names {len(shards)} shards, not there: {', '.join(absent)}; get them too.")
+            raise FileNotFoundError(
+                f"{index}: names {len(shards)} shards, not there: {', '.join(absent)}; get them too."
+            )
         return shards
     for pattern in (*SINGLE_FILES[part], "diffusion_pytorch_model.safetensors", "model.safetensors"):
         found = sorted(path.glob(pattern))
@@ -160,7 +164,7 @@ def fingerprint(path: str | Path, part: str) -> str:
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------- diffusers' names, module by module
+# ----------------------------------------------------------------------------------- diffusers' names, module by module
 
 # Ours (BFL's) on the left; on the right diffusers', joined along the rows where there are several. `.weight` and
 # `.bias` follow the module; the q/k norms are `.scale` here and `.weight` there.
@@ -220,10 +224,15 @@ def autoencoder_modules(params: AutoencoderParams) -> dict[str, list[str]]:
     levels = len(params.ch_mult)
     for half in ("encoder", "decoder"):
         table |= {f"{half}.{n}": f"{half}.{n}" for n in ("conv_in", "conv_out")}
-        table |= {f"{half}.norm_out": f"{half}.conv_norm_out", f"{half}.mid.attn_1.norm": f"{half}.mid_block.attentions.0.group_norm"}
+        table |= {
+            f"{half}.norm_out": f"{half}.conv_norm_out",
+            f"{half}.mid.attn_1.norm": f"{half}.mid_block.attentions.0.group_norm",
+        }
         theirs = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
         table |= {f"{half}.mid.attn_1.{k}": f"{half}.mid_block.attentions.0.{v}" for k, v in theirs.items()}
-    blocks = {f"{half}.mid.block_{i + 1}": f"{half}.mid_block.resnets.{i}" for half in ("encoder", "decoder") for i in (0, 1)}
+    blocks = {
+        f"{half}.mid.block_{i + 1}": f"{half}.mid_block.resnets.{i}" for half in ("encoder", "decoder") for i in (0, 1)
+    }
     for level in range(levels):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
         blocks |= {f"encoder.down.{level}.block.{b}": f"{down}.resnets.{b}" for b in range(params.num_res_blocks)}
@@ -236,7 +245,7 @@ def autoencoder_modules(params: AutoencoderParams) -> dict[str, list[str]]:
     return {ours: [theirs] for ours, theirs in table.items()}
 
 
-# ----------------------------------------------------------------------------------------- from headers to a complete map
+# --------------------------------------------------------------------------------------- from headers to a complete map
 
 PREFIXES = {  # all-in-one checkpoints hold several networks; the longest prefix that occurs selects ours
     "transformer": ("model.diffusion_model.", "diffusion_model."),
@@ -370,7 +379,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def assemble(
-    model: Model, headers: Headers, sources: Mapping[str, list[str]], dtype: torch.dtype | None, device: str | torch.device
+    model: Model,
+    headers: Headers,
+    sources: Mapping[str, list[str]],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
 ) -> Model:
     """Fill a network on meta from its files, parameter by parameter; returned frozen and in eval mode."""
     if dtype is None and any(s.dtype in WIDENED for s in headers.values()):
@@ -387,7 +400,7 @@ def assemble(
     return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------- the networks
+# --------------------------------------------------------------------------------------------------------- the networks
 
 
 def _config(files: list[Path], key: str) -> dict[str, Any]:
@@ -597,3 +610,53 @@ def load_t5(
 ) -> T5Encoder:
     """The T5 encoder; arguments and errors as for load_flux. Plain float16 overflows in it: ask for another dtype."""
     return _load("t5", path, params, dtype, device)
+
+
+def save_flux(
+    model: Flux,
+    folder: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a transformer as the hub folder has it: diffusers' names and config.json, so that diffusers loads it too.
+
+    Args:
+        model: a Flux with mlp_ratio 4, which diffusers takes for granted.
+        folder: is made; the files are written aside and renamed.
+        metadata: text kept in the header.
+        tensors: values by parameter name instead of the model's own.
+    """
+    params, values = model.params, tensors or model.state_dict()
+    if params.mlp_ratio != 4:
+        raise ValueError(f"save_flux: mlp_ratio {params.mlp_ratio}, but diffusers' layout knows 4 only.")
+    modules, state = flux_modules(params), {}
+    for name, tensor in values.items():
+        module, _, leaf = name.rpartition(".")
+        names = modules[module]
+        if module == SWAPPED:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        hidden = params.hidden_size
+        rows = [hidden, hidden, hidden, len(tensor) - 3 * hidden][: len(names)] if len(names) > 1 else [len(tensor)]
+        for their, part in zip(names, tensor.split(rows), strict=True):
+            leaf = "weight" if leaf == "scale" else leaf
+            state[f"{their}.{leaf}"] = part.detach().cpu().contiguous()
+    config = {
+        "_class_name": "FluxTransformer2DModel",
+        "attention_head_dim": params.hidden_size // params.num_heads,
+        "axes_dims_rope": list(params.axes_dim),
+        "guidance_embeds": params.guidance_embed,
+        "in_channels": params.in_channels,
+        "joint_attention_dim": params.context_in_dim,
+        "num_attention_heads": params.num_heads,
+        "num_layers": params.depth,
+        "num_single_layers": params.depth_single_blocks,
+        "out_channels": params.out_channels,
+        "patch_size": 1,
+        "pooled_projection_dim": params.vec_in_dim,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{os.getpid()}.tmp"
+    save_file(state, aside, metadata={"format": "pt", **(metadata or {})})
+    aside.replace(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

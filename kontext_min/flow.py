@@ -173,9 +173,7 @@ def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 
-def draw(
-    seed: int, step: int, positions: Sequence[int], shape: Sequence[int], total: int = 0
-) -> tuple[Tensor, Tensor]:
+def draw(seed: int, step: int, positions: Sequence[int], shape: Sequence[int], total: int = 0) -> tuple[Tensor, Tensor]:
     """Noise and uniform numbers of some pictures of a step, the same whichever process draws them, always on the CPU.
 
     Args:
@@ -291,9 +289,7 @@ SOLVERS = ("euler", "midpoint", "heun")
 
 
 @torch.no_grad()
-def integrate(
-    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor, solver: str = "euler"
-) -> Tensor:
+def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor, solver: str = "euler") -> Tensor:
     """Follow dx/dsigma = velocity(x, sigma) from sigmas[0] to sigmas[-1].
 
     euler      x + h v(x, s)                                          1 evaluation a step, what the official code does

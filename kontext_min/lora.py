@@ -5,8 +5,8 @@
 A starts at random and B at zero, so the first step runs the unchanged model. Rank 16 on FLUX.1-Kontext trains 56
 million of 11.9 billion parameters. A and B are float32 whatever the dtype of W: an update of 1e-4 is lost in bfloat16.
 
-Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; A ~ U(-1/sqrt(in), 1/sqrt(in))
-as in the authors' code (kaiming_uniform with a = sqrt(5)) and in peft.
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; A is uniform
+in +-1/sqrt(in) as in the authors' code (kaiming_uniform with a = sqrt(5)) and in peft.
 """
 
 import math
@@ -65,7 +65,9 @@ def add_lora(
     pattern = re.compile(TARGETS.get(targets, targets))
     chosen = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and pattern.fullmatch(n)]
     if not chosen:
-        raise ValueError(f"LoRA targets: {targets!r} matches no Linear; use {', '.join(TARGETS)} or a pattern of names.")
+        raise ValueError(
+            f"LoRA targets: {targets!r} matches no Linear; use {', '.join(TARGETS)} or a pattern of names."
+        )
     generator = torch.Generator().manual_seed(seed)
     params = []
     for name in chosen:

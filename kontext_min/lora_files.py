@@ -61,7 +61,12 @@ def save_lora(
         stored[f"{key}.alpha"] = torch.tensor(layer.scale * layer.lora_A.shape[0])
     first = next(iter(layers.values()))
     rank = first.lora_A.shape[0]
-    header = {"format": "pt", "ss_network_dim": str(rank), "ss_network_alpha": str(first.scale * rank), **(metadata or {})}
+    header = {
+        "format": "pt",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(first.scale * rank),
+        **(metadata or {}),
+    }
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -82,7 +87,8 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(f"{path}: no such LoRA file; train one with train.py or check the path.")
     try:
         with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, this is no dict
+            return tensors, f.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); write or download it again.") from None
 
@@ -107,7 +113,11 @@ def load_lora(model: nn.Module, path: str | Path, strength: float = 1.0) -> dict
     for name, tensor in tensors.items():
         key, _, leaf = name.partition(".")
         groups.setdefault(key, {})[leaf] = tensor
-    unknown = [k for k, leaves in groups.items() if k not in modules or not leaves.keys() >= {"lora_down.weight", "lora_up.weight"}]
+    unknown = [
+        k
+        for k, leaves in groups.items()
+        if k not in modules or not leaves.keys() >= {"lora_down.weight", "lora_up.weight"}
+    ]
     unknown += [k for k, leaves in groups.items() if leaves.keys() - {"lora_down.weight", "lora_up.weight", "alpha"}]
     if unknown or not groups:
         raise ValueError(

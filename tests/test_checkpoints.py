@@ -103,7 +103,9 @@ def test_the_other_spelling(name, part):
         headers |= {"text_projection.weight": Stored((768, 768), "F16"), "logit_scale": Stored((), "F32")}
         headers |= {"embeddings.position_ids": Stored((1, 77), "I64")}
     else:
-        headers |= {k.replace("weight_scale", "comfy_quant"): Stored((27,), "U8") for k in headers if "weight_scale" in k}
+        headers |= {
+            k.replace("weight_scale", "comfy_quant"): Stored((27,), "U8") for k in headers if "weight_scale" in k
+        }
     model, _, _ = full_size(part, headers)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[part]
 
@@ -255,7 +257,9 @@ def test_missing_extra_and_misshapen_are_all_named(tmp_path):
 
 
 def test_wrong_kinds_are_recognised(tmp_path):
-    save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    save_file(
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors"
+    )
     with pytest.raises(ValueError, match="a LoRA: give it to --lora"):
         load_flux(tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="looks like the autoencoder"):
@@ -271,12 +275,12 @@ def test_wrong_kinds_are_recognised(tmp_path):
 def test_files_that_are_not_there_or_not_whole(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder; expected the Flux transformer"):
         load_flux(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no autoencoder here; expected vae/ or ae.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no autoencoder here; expected vae/ or ae\.safetensors"):
         load_autoencoder(tmp_path)
     whole = (GOLDEN / "flux_tiny.bfl.safetensors").read_bytes()
     for cut in (0, 5, 1000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.safetensors").write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="not a safetensors file|broken safetensors|truncated"):
+        with pytest.raises(ValueError, match=r"not a safetensors file|broken safetensors|truncated"):
             load_flux(tmp_path / "cut.safetensors")
     (tmp_path / "text.safetensors").write_text("hello, this is no tensor file at all" * 10)
     with pytest.raises(ValueError, match="not a safetensors file"):

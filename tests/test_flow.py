@@ -82,7 +82,13 @@ PROMPT = Prompt(torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.ones(2))
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize(
     "objective",
-    [Objective(), Objective(context=True), Objective(source_noise=0.3), Objective(start_time=0.4), Objective("kontext")],
+    [
+        Objective(),
+        Objective(context=True),
+        Objective(source_noise=0.3),
+        Objective(start_time=0.4),
+        Objective("kontext"),
+    ],
 )
 def test_a_perfect_velocity_carries_the_degraded_latent_to_the_clean_one(solver, steps, objective):
     torch.manual_seed(0)

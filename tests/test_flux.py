@@ -115,8 +115,15 @@ def test_live_parity_with_diffusers(size):
     b, rows, columns = 2, 3, 5
     txt_dim, vec_dim, guidance = size[5:]
     img = torch.randn(b, rows * columns + 4, 16)
-    ids = torch.tensor([[0, r, c] for r in range(rows) for c in range(columns)] + [[1, r, c] for r in (0, 1) for c in (0, 1)])
-    txt, y, t, g = torch.randn(b, 7, txt_dim), torch.randn(b, vec_dim), torch.tensor([0.13, 0.87]), torch.tensor([1.0, 3.5])
+    ids = torch.tensor(
+        [[0, r, c] for r in range(rows) for c in range(columns)] + [[1, r, c] for r in (0, 1) for c in (0, 1)]
+    )
+    txt, y, t, g = (
+        torch.randn(b, 7, txt_dim),
+        torch.randn(b, vec_dim),
+        torch.tensor([0.13, 0.87]),
+        torch.tensor([1.0, 3.5]),
+    )
     txt_ids = torch.zeros(7, 3)
     expected = theirs(
         hidden_states=img, encoder_hidden_states=txt, pooled_projections=y, timestep=t, img_ids=ids.float(),

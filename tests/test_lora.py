@@ -78,14 +78,18 @@ def test_merging_is_the_same_network():
 
 
 def test_gradients_equal_pefts():
-    """Fused q, k, v with one A equals peft on split projections with that same A: B's rows are joined, A's gradients add."""
+    """On layers that both have unsplit: same A and B, same loss, same gradients."""
     from peft import LoraConfig
 
     ours, theirs = random_pair(48, 2, (4, 10, 10), 1, 2, 20, 12, True)
     rank, alpha = 3, 6.0
     add_lora(ours, rank, alpha, targets=r"double_blocks\.\d+\.img_mlp\.[02]|single_blocks\.\d+\.linear2")
     theirs.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=r".*(\.ff\.net\.0\.proj|\.ff\.net\.2|single_transformer_blocks\.\d+\.proj_out)")
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=r".*(\.ff\.net\.0\.proj|\.ff\.net\.2|single_transformer_blocks\.\d+\.proj_out)",
+        )
     )
     names = {"img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2", "linear2": "proj_out"}
     pairs = []

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 from transformers import T5Tokenizer as OfficialTokenizer
-from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
-from kontext_min.t5 import T5Encoder, T5Params, T5Tokenizer, relative_position_bucket
+from kontext_min.t5 import RMSNorm, T5Encoder, T5Params, T5Tokenizer, relative_position_bucket
 
 GOLDEN = Path(__file__).parent / "golden"
 VOCABULARY = GOLDEN / "tok_t5_tiny"
@@ -77,6 +77,21 @@ def test_buckets_against_transformers(num_buckets, max_distance):
     relative = torch.arange(-600, 601)
     expected = T5Attention._relative_position_bucket(relative, True, num_buckets, max_distance)
     assert torch.equal(relative_position_bucket(relative, num_buckets, max_distance), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])  # below: eps dominates; above: squares exceed float16
+@torch.no_grad()
+def test_norm_against_transformers(dtype, size):
+    """Bit for bit, so the statistics are float32 and every rounding happens where the official one does."""
+    generator = torch.Generator().manual_seed(0)
+    x = (size * torch.randn(4, 64, generator=generator)).to(dtype)
+    ours, theirs = RMSNorm(64, eps=1e-6), T5LayerNorm(64, eps=1e-6)
+    ours.weight.copy_(torch.randn(64, generator=generator))
+    theirs.load_state_dict(ours.state_dict())
+    result = ours.to(dtype)(x)
+    assert result.dtype == dtype and result.isfinite().all()
+    assert torch.equal(result, theirs.to(dtype)(x))
 
 
 SIZES = [(32, 8, 64, 1, 4, 32, 128), (48, 12, 100, 2, 3, 16, 40), (40, 16, 72, 3, 7, 32, 128)]

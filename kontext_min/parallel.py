@@ -1,0 +1,106 @@
+"""Several processes, one to a GPU: torchrun starts them, torch's own DDP or FSDP2 keeps them together.
+
+    torchrun --nproc-per-node 4 train.py --hr-root DIR            every process holds the whole model (DDP)
+    torchrun --nproc-per-node 4 train.py --hr-root DIR --shard    the weights are spread over the processes (FSDP2)
+
+Each process computes the gradient of its pictures; DDP and FSDP2 both AVERAGE gradients over the processes, so the loop
+multiplies its sum by their number and divides by the number of pictures of all of them. Only process 0 writes.
+
+Sources: torch.nn.parallel.DistributedDataParallel; torch.distributed.fsdp.fully_shard (FSDP2).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def start(device: str) -> Processes:
+    """Join the other processes if torchrun started us; `auto` takes a GPU if there is one.
+
+    Raises:
+        ValueError: a device that this machine has not.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device: got {device!r}, expected auto, cpu, cuda or cuda:N.") from None
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: this machine, or this build of torch, has no CUDA; use --device cpu.")
+        if world > 1:
+            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Processes(rank, world, chosen)
+
+
+def spread(model: nn.Module, processes: Processes, shard: bool) -> nn.Module:
+    """The model as the loop calls it: itself for one process, in DDP, or with its blocks sharded in place by FSDP2.
+
+    Raises:
+        ValueError: sharding without several processes.
+    """
+    if shard:
+        if processes.world == 1:
+            raise ValueError("--shard spreads the weights over processes; start them with torchrun --nproc-per-node N.")
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(processes.device.type, (processes.world,))
+        for block in (*model.double_blocks, *model.single_blocks):
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    if processes.world > 1:
+        devices = [processes.device] if processes.device.type == "cuda" else None
+        # The weights come from the same file and A from the same seed, so nothing need be sent around at the start.
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, init_sync=False)
+    return model
+
+
+@contextmanager
+def sync_gradients(model: nn.Module, now: bool) -> Iterator[None]:
+    """Exchange gradients in this backward pass, or (`now` false) only add them up here: for accumulation."""
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not now:
+        with model.no_sync():
+            yield
+        return
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(now)
+    yield
+
+
+def add_up(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def finish() -> None:
+    """Leave the other processes in order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

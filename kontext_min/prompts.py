@@ -1,0 +1,101 @@
+"""Prompt -> what the transformer reads of it: T5 states for `txt`, the pooled CLIP vector for `y`.
+
+Encoded prompts are kept on disk, keyed by their content (text, both encoders, both vocabularies, length), so T5, twice
+the size of anything else on the way, is not even loaded when all prompts are known. The encoders are loaded one after
+the other and are gone when this returns.
+
+Source: black-forest-labs/flux at 802fb47, src/flux/modules/conditioner.py: the prompt is padded to the full length and
+NO attention mask is used, neither here nor in the transformer; the pooled vector alone is taken from CLIP.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kontext_min.checkpoints import Weights, fingerprint, load_clip, load_t5
+from kontext_min.clip import ClipTokenizer
+from kontext_min.flow import Prompt
+from kontext_min.t5 import T5Tokenizer
+
+Encoded = dict[str, tuple[Tensor, Tensor]]  # text -> ((L_txt, context_in_dim), (vec_in_dim,)), on the CPU
+
+
+def max_length(weights: Weights) -> int:
+    """Tokens that a prompt is padded to: what the T5 tokenizer's config says, officially 512."""
+    config = weights.tokenizer("tokenizer_2") / "tokenizer_config.json"
+    return int(json.loads(config.read_text(encoding="utf-8")).get("model_max_length", 512)) if config.exists() else 512
+
+
+def _key(text: str, weights: Weights, dtype: torch.dtype) -> str:
+    digest = hashlib.sha256()
+    digest.update(json.dumps([text, max_length(weights), str(dtype)]).encode())
+    for part in ("clip", "t5"):
+        digest.update(fingerprint(weights.path(part), part).encode())
+    for folder, names in (("tokenizer", ("vocab.json", "merges.txt")), ("tokenizer_2", ("spiece.model",))):
+        for name in names:
+            digest.update((weights.tokenizer(folder) / name).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def encode(
+    texts: Iterable[str], weights: Weights, cache: Path | None, dtype: torch.dtype, device: str | torch.device
+) -> Encoded:
+    """Encode some prompts, loading the encoders only if one of them is not in the cache.
+
+    Args:
+        texts: prompts; repeated ones are encoded once.
+        weights: where the encoders and tokenizers are.
+        cache: folder of encoded prompts, or None for no cache. What is read from it stays memory-mapped, so ten
+            thousand captions of 4 MB each cost no memory.
+        dtype: to compute and to keep the results in.
+        device: to compute on; the results are on the CPU.
+    """
+    keys = {text: _key(text, weights, dtype) for text in sorted(set(texts))}
+    done: Encoded = {}
+    for text, key in keys.items():
+        file = cache / f"{key}.safetensors" if cache else None
+        if file and file.exists():
+            done[text] = _read(file)
+    new = [text for text in keys if text not in done]
+    if not new:
+        return done
+
+    # Tokenizers first: they fail fast. Then one encoder at a time, one prompt at a time.
+    clip_ids = ClipTokenizer(weights.tokenizer("tokenizer"))(new)  # (N, 77)
+    t5_ids = T5Tokenizer(weights.tokenizer("tokenizer_2"))(new, max_length(weights))  # (N, L_txt)
+    clip = load_clip(weights.path("clip"), dtype=dtype, device=device)
+    y = [clip(ids[None].to(device))[1][0].cpu() for ids in clip_ids]
+    del clip
+    t5 = load_t5(weights.path("t5"), dtype=dtype, device=device)
+    for text, ids, pooled in zip(new, t5_ids, y, strict=True):
+        done[text] = t5(ids[None].to(device))[0].cpu(), pooled
+        if cache:
+            cache.mkdir(parents=True, exist_ok=True)
+            file, aside = cache / f"{keys[text]}.safetensors", cache / f"{keys[text]}.{os.getpid()}.tmp"
+            save_file({"txt": done[text][0], "y": pooled}, aside)
+            aside.replace(file)
+            done[text] = _read(file)
+    return done
+
+
+def _read(file: Path) -> tuple[Tensor, Tensor]:
+    tensors = load_file(file)
+    return tensors["txt"], tensors["y"]
+
+
+def batch(
+    encoded: Encoded, texts: Sequence[str], guidance: float, dtype: torch.dtype, device: str | torch.device
+) -> Prompt:
+    """The rows of some pictures: txt (B, L_txt, D) and y (B, V) in `dtype`, guidance (B,) float32."""
+    return Prompt(
+        torch.stack([encoded[t][0] for t in texts]).to(device, dtype),
+        torch.stack([encoded[t][1] for t in texts]).to(device, dtype),
+        torch.full((len(texts),), guidance, device=device),
+    )

@@ -1,0 +1,257 @@
+"""The run folder: what a run writes, whole or not at all, and how it goes on after a stop.
+
+    settings.json          every flag, versions, fingerprint of the weights
+    metrics.jsonl          one object a line; a resumed run first drops the rows behind its checkpoint
+    validation/            step-000500.png: degraded | restored | clean
+    checkpoints/step-000500/   lora.safetensors for use; trained, optimizer (and ema) and state.json to go on from
+    lora.safetensors       the result
+
+A checkpoint is written into a folder aside, flushed to the disk and renamed, so a kill at any moment leaves either the
+old state or the new one. Only the first of several processes writes.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, accept: bool, write: bool = True) -> Path | None:
+    """Make a run folder, or return to one: the last whole checkpoint in it, or None for a fresh start.
+
+    Args:
+        folder: of the run.
+        settings: plain JSON values, compared with those of the stopped run.
+        resume: go on if the folder holds a checkpoint; otherwise a folder with checkpoints is an error.
+        accept: go on even though settings changed.
+        write: whether this process is the one that writes.
+
+    Raises:
+        ValueError: settings changed and that was not accepted, or a finished run would be overwritten.
+        OSError: the folder can't be written.
+    """
+    last = latest_checkpoint(folder)
+    if last and not resume:
+        raise ValueError(f"{folder}: holds a run already ({last.name}); give --resume or another --output-dir.")
+    stored = folder / "settings.json"
+    if last and stored.exists():
+        before = json.loads(stored.read_text(encoding="utf-8"))
+        changed = [k for k in settings if k in before and before[k] != settings[k] and k not in MAY_CHANGE]
+        if changed and not accept:
+            what = "; ".join(f"--{k.replace('_', '-')} was {before[k]}, is {settings[k]}" for k in changed)
+            raise ValueError(f"{folder}: settings changed since {last.name}: {what}. Confirm with --accept-changes.")
+    if write:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "validation").mkdir(exist_ok=True)
+        for leftover in (folder / "checkpoints").glob(".*"):  # of a process that was killed while writing
+            shutil.rmtree(leftover, ignore_errors=True)
+        write_json(stored, settings)
+    return last
+
+
+MAY_CHANGE = (  # settings that do not change what is computed, or that say how far to go
+    *("resume", "accept_changes", "output_dir", "workers", "steps", "checkpoint_every", "keep", "tensorboard"),
+    *("validate_every_epochs", "validate_every_steps", "device", "cache_dir", "versions", "max_minutes"),
+)
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file aside and rename it."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    aside.replace(file)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step that is whole."""
+    found = sorted((folder / "checkpoints").glob("step-*/state.json"), key=lambda p: int(p.parent.name[5:]))
+    return found[-1].parent if found else None
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    save_result: Callable[[Path], None],
+) -> Path:
+    """Write checkpoints/step-000500/: a safetensors file for each of `files`, state.json, and what is for use.
+
+    Raises:
+        OSError: disk full or folder not writable; the checkpoints before this one are untouched.
+    """
+    target = folder / "checkpoints" / f"step-{step:06d}"
+    if target.exists():  # stopped right behind a regular checkpoint: the same step of the same run
+        return target
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, aside / f"{name}.safetensors")
+        save_result(aside)
+        (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
+        for file in aside.rglob("*"):  # the data must be on the disk before the name is
+            if file.is_file():
+                with file.open("rb") as f:
+                    os.fsync(f.fileno())
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def prune_checkpoints(folder: Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the last `keep` checkpoints and the best one; keep 0 keeps all."""
+    found = sorted((folder / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
+    for old in found[:-keep] if keep else []:
+        if int(old.name[5:]) != best:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The safetensors files of a checkpoint by name, and its state."""
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}, state
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments of an optimizer as named tensors: `17.exp_avg` belongs to its 18th parameter."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{k}": whole(torch.as_tensor(v)) for i, values in state.items() for k, v in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the moments back, sharded like the parameters that they belong to."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor if key == "step" else like(params[int(index)], tensor)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered from all processes if it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A full tensor laid out like a parameter: on its device, and sharded if it is."""
+    tensor = tensor.to(parameter.device)
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def append_metrics(folder: Path, row: Mapping[str, Any], board: Any = None) -> None:
+    """Add one line to metrics.jsonl, and its numbers to tensorboard if there is a board."""
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+    if board:
+        group = "validation" if row.get("validation") else "train"
+        for name, value in row.items():
+            if isinstance(value, float):
+                board.add_scalar(f"{group}/{name}", value, row["step"])
+
+
+def open_tensorboard(folder: Path) -> Any:
+    """A tensorboard writer; the package is optional.
+
+    Raises:
+        ValueError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard: the package is not installed; pip install tensorboard, or leave it out."
+        ) from None
+    return SummaryWriter(folder / "tensorboard")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All rows of metrics.jsonl; a last line that a kill cut short is left out."""
+    file = folder / "metrics.jsonl"
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def rewind_metrics(folder: Path, step: int) -> None:
+    """Drop the rows behind a checkpoint, which the resumed run will write again."""
+    rows = [row for row in read_metrics(folder) if row["step"] <= step]
+    aside = folder / f".metrics.{os.getpid()}.tmp"
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    aside.replace(folder / "metrics.jsonl")
+
+
+# -------------------------------------------------------------------------------------------- signals and the terminal
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the loop to finish its step; a second one ends the process at once (143 or 130)."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+        print("\nstopping after this step (once more: at once)", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """One line that is renewed in place on a terminal, and written every ten seconds into a log file."""
+
+    def __init__(self, total: int, start: int = 0, every: float = 10.0) -> None:
+        self.total, self.start, self.began = total, start, time.monotonic()
+        self.terminal = sys.stdout.isatty()
+        self.every = 0.2 if self.terminal else every
+        self.last = -math.inf
+
+    def show(self, done: int, text: str) -> None:
+        """Print `done/total text  time left`, if it is time to, or if this is the last one."""
+        now = time.monotonic()
+        if now - self.last < self.every and done < self.total:
+            return
+        self.last = now
+        left = (now - self.began) / max(done - self.start, 1) * (self.total - done)
+        line = f"{done:>{len(str(self.total))}}/{self.total}  {text}  left {clock(left)}"
+        end = "" if self.terminal and done < self.total else "\n"
+        print(("\r\033[K" if self.terminal else "") + line, end=end, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """3725 -> 1h02m05s."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}h{m:02d}m{s:02d}s" if h else f"{m}m{s:02d}s" if m else f"{s}s"

@@ -1,0 +1,78 @@
+"""How good is the model now? The same pictures, degradations, noise and places on the path every time.
+
+loss at sigma 0.1 ... 0.9      error of the velocity, comparable between runs
+PSNR, SSIM                     of the restored picture, beside those of the degraded one
+grid                           degraded | restored | clean, one picture a row
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kontext_min import flow
+from kontext_min.autoencoder import Autoencoder
+from kontext_min.flow import Network, Objective, Prompt
+from kontext_min.metrics import psnr, ssim
+from kontext_min.restore import restore, to_image
+
+SIGMAS = tuple(i / 10 for i in range(1, 10))
+
+
+@torch.no_grad()
+def validate(
+    flux: Network,
+    autoencoder: Autoencoder,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    prompt: Prompt,
+    objective: Objective,
+    steps: int,
+    seed: int,
+) -> tuple[dict[str, Any], Image.Image]:
+    """Measure a model on some pairs of pictures.
+
+    Args:
+        flux: the transformer.
+        autoencoder: in float32.
+        pairs: (control, target), (1, 3, H, W) in [-1, 1] on the device each.
+        prompt: one row.
+        objective: what is trained.
+        steps: Euler steps of the restoration.
+        seed: of the noise; the same every time.
+
+    Returns:
+        The row for metrics.jsonl (means over the pairs; `loss_at` holds one loss for each of SIGMAS) and the grid.
+    """
+    losses, scores, rows = [], [], []
+    for i, (control, target) in enumerate(pairs):
+        z_control, z_target = autoencoder.encode(control), autoencoder.encode(target)
+        eps, _ = flow.draw(seed, 0, [i], z_target.shape[1:])
+        eps = eps.to(z_target)
+        sigmas = [torch.tensor([s]) for s in SIGMAS]
+        losses.append([flow.losses(flux, z_control, z_target, eps, s, prompt, objective).item() for s in sigmas])
+        restored = restore(control, flux, autoencoder, prompt, objective, steps, noise=eps)
+        row = [to_image(x[0]) for x in (control, restored, target)]
+        scores.append([f(image, row[2]) for image in row[:2] for f in (psnr, ssim)])
+        rows.append(row)
+    names = ("psnr_degraded", "ssim_degraded", "psnr", "ssim")
+    result: dict[str, Any] = {n: statistics.fmean(s[k] for s in scores) for k, n in enumerate(names)}
+    result["loss_at"] = [statistics.fmean(loss[k] for loss in losses) for k in range(len(SIGMAS))]
+    result["loss"] = statistics.fmean(result["loss_at"])
+    return result, grid(rows)
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
+    """Pictures side by side and rows below each other, on white."""
+    width = max(sum(p.width + gap for p in row) - gap for row in rows)
+    sheet = Image.new("RGB", (width, sum(row[0].height + gap for row in rows) - gap), "white")
+    top = 0
+    for row in rows:
+        left = 0
+        for picture in row:
+            sheet.paste(picture, (left, top))
+            left += picture.width + gap
+        top += row[0].height + gap
+    return sheet

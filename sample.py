@@ -1,0 +1,146 @@
+"""Restore a picture: follow the velocity that a LoRA has learnt, from the degraded latent to the clean one.
+
+    python sample.py --input old.jpg --output restored.png --lora runs/mine/lora.safetensors
+
+Without --weights the small embedded model runs. Prompt, objective, guidance and source noise are those that the LoRA
+was trained with, unless a flag says otherwise. To try it on a clean photo, degrade it first and compare:
+
+    python sample.py --input photo.jpg --output three.png --lora ... --degrade blur=1.5,noise=0.05 --compare
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kontext_min import degrade
+from kontext_min.checkpoints import Weights, load_autoencoder, load_flux
+from kontext_min.data import open_picture
+from kontext_min.flags import flag, parse
+from kontext_min.flow import SOLVERS, Objective
+from kontext_min.lora_files import load_lora, strength_of
+from kontext_min.metrics import psnr, ssim
+from kontext_min.prompts import batch, encode
+from kontext_min.restore import restore, to_image, to_tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every flag of sample.py, once."""
+
+    input: Path = flag(..., "the picture to restore", "pictures")
+    output: Path = flag(..., "where the restored picture goes; its ending chooses the format", "pictures")
+    degrade: str | None = flag(None, "degrade the input first (a preset or e.g. blur=1.5,noise=0.02)", "pictures")
+    compare: bool = flag(False, "write input | restored, and with --degrade | the clean input too", "pictures")
+    weights: Path = flag(Path("weights/tiny"), "folder of the base model", "model")
+    transformer: Path | None = flag(None, "file of the transformer, instead of the one in --weights", "model")
+    vae: Path | None = flag(None, "file of the autoencoder, likewise", "model")
+    clip: Path | None = flag(None, "file of the CLIP text encoder, likewise", "model")
+    t5: Path | None = flag(None, "file of the T5 encoder, likewise", "model")
+    lora: str | None = flag(None, "LoRA file, =0.8 behind it sets its strength", "model")
+    prompt: str | None = flag(None, "what to do; else the LoRA's, else the guide preset's", "method")
+    objective: str | None = flag(None, "else the LoRA's, else bridge", "method", ("bridge", "kontext"))
+    guidance: float | None = flag(None, "distilled guidance; else the LoRA's, else 1.5", "method")
+    steps: int | None = flag(None, "solver steps; else 4 for bridge, 28 for kontext", "method")
+    solver: str = flag("euler", "how the velocity is followed", "method", SOLVERS)
+    seed: int = flag(42, "seed of the source noise and of --degrade", "method")
+    tile: int | None = flag(
+        None, "side in pixels above which tiles are used; else the LoRA's resolution, else 1024", "method"
+    )
+    device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
+
+
+def trained_with(metadata: dict[str, str]) -> dict[str, Any]:
+    """What train.py wrote into the LoRA's header; empty for LoRAs of other trainers."""
+    try:
+        return json.loads(metadata.get("kontext_min", "{}"))
+    except ValueError:
+        return {}
+
+
+def sample(settings: Settings) -> None:
+    """Restore one picture as the settings say."""
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
+    if not settings.output.parent.is_dir():
+        raise FileNotFoundError(f"{settings.output.parent}: no such folder for --output; make it first.")
+    if settings.output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output {settings.output}: unknown picture format; use .png, .jpg or .webp.")
+
+    clean = open_picture(settings.input)
+    picture = clean
+    if settings.degrade:
+        picture = degrade.parse(settings.degrade)(clean, np.random.default_rng(settings.seed))
+
+    autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
+    flux = load_flux(weights.path("transformer"), dtype=dtype, device=device)
+    lora: dict[str, Any] = {}
+    if settings.lora:
+        lora = trained_with(load_lora(flux, *strength_of(settings.lora)))
+
+    text = settings.prompt or lora.get("prompt") or degrade.PROMPTS["guide"]
+    guidance = settings.guidance if settings.guidance is not None else lora.get("guidance", 1.5)
+    name = settings.objective or lora.get("objective", "bridge")
+    same = name == lora.get("objective")  # context, noise and start time belong to the objective of the LoRA
+    objective = Objective(name, *(lora[k] for k in ("context", "source_noise", "start_time")) if same else ())
+    steps = settings.steps or (28 if name == "kontext" else 4)
+
+    encoded = encode([text], weights, None, dtype, device)
+    began = time.monotonic()
+    restored = restore(
+        to_tensor(picture).to(device),
+        flux,
+        autoencoder,
+        batch(encoded, [text], guidance, dtype, device),
+        objective,
+        steps,
+        settings.solver,
+        seed=settings.seed,
+        tile=settings.tile or lora.get("resolution", 1024),
+    )
+    result = to_image(restored[0])
+    seconds = time.monotonic() - began
+
+    shown = [picture, result, clean] if settings.degrade else [picture, result]
+    beside(shown).save(settings.output) if settings.compare else result.save(settings.output)
+    print(
+        f"{settings.output}: {result.width}x{result.height}, {name}, {steps} {settings.solver} steps, {seconds:.1f} s"
+    )
+    if settings.degrade:
+        before, after = (f"{psnr(p, clean):.2f} dB / {ssim(p, clean):.3f}" for p in (picture, result))
+        print(f"PSNR / SSIM against the clean input: degraded {before}, restored {after}")
+
+
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one height in a row, four white pixels between them."""
+    sheet = Image.new("RGB", (sum(p.width + 4 for p in pictures) - 4, pictures[0].height), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + 4
+    return sheet
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 done, 2 bad input, 1 anything else."""
+    settings = parse(Settings, argv, __doc__)
+    try:
+        sample(settings)
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,439 @@
+"""Fine-tune FLUX.1-Kontext to restore photographs: clean photos in, a LoRA out.
+
+    python train.py --hr-root DIR
+
+Every step: take clean pictures of one bucket, degrade them, encode both with the Flux autoencoder, stand somewhere on
+the line from the degraded to the clean latent, and learn the velocity that leads along it (kontext_min/flow.py). Only
+the LoRA trains. Without --weights the small embedded model is trained, so that this runs anywhere.
+
+Many GPUs: torchrun --nproc-per-node N train.py ...     (add --shard if the model does not fit one card)
+Stop at any time; the same command with --resume goes on, bit for bit as if nothing had happened.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kontext_min import __version__, data, degrade, flow, parallel, prompts, runs
+from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, load_flux, save_flux
+from kontext_min.data import Picture
+from kontext_min.flags import flag, parse, to_json
+from kontext_min.flow import Objective
+from kontext_min.latents import CachedPairs, LatentCache, fill
+from kontext_min.lora import add_lora
+from kontext_min.lora_files import save_lora
+from kontext_min.report import write_report
+from kontext_min.validation import validate
+
+INTERVALS = 5  # of sigma, for which losses are logged apart
+ADVICE = "Lower --lr, raise --warmup, or look for a broken picture."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every flag of train.py, once: name, type, default, help."""
+
+    hr_root: Path = flag(..., "folder of clean photographs, read recursively", "pictures")
+    lr_root: Path | None = flag(None, "degraded partners under the same names, instead of --degrade", "pictures")
+    degrade: str = flag("guide", "preset or operators, e.g. blur=0.5:2,noise=0.02,jpeg=40:95", "pictures")
+    resolution: int = flag(1024, "side of the square bucket in pixels; the 17 shapes keep this area", "pictures")
+    upscale: bool = flag(False, "use pictures smaller than their bucket too, blown up", "pictures")
+    flip: bool = flag(False, "mirror half of the pictures", "pictures")
+    prompt: str | None = flag(None, "for pictures without a .txt beside them; else the preset's own", "pictures")
+    workers: int = flag(2, "processes that load and degrade pictures", "pictures")
+    cache_latents: int = flag(0, "keep K degraded variants of every picture encoded on disk; 0 = off", "pictures")
+    drop_last: bool = flag(False, "leave out the incomplete last batch of a bucket", "pictures")
+    cache_dir: Path = flag(Path("runs/cache"), "where prompts, latents and picture headers are kept", "pictures")
+
+    weights: Path = flag(Path("weights/tiny"), "folder of the base model", "model")
+    transformer: Path | None = flag(None, "file of the transformer, instead of the one in --weights", "model")
+    vae: Path | None = flag(None, "file of the autoencoder, likewise", "model")
+    clip: Path | None = flag(None, "file of the CLIP text encoder, likewise", "model")
+    t5: Path | None = flag(None, "file of the T5 encoder, likewise", "model")
+    rank: int = flag(16, "rank of the LoRA", "model")
+    alpha: float | None = flag(None, "the correction counts alpha / rank; else alpha = rank", "model")
+    lora_targets: str = flag("attention-mlp", "attention, attention-mlp, all, or a pattern of module names", "model")
+    full: bool = flag(False, "train all weights of the transformer instead of a LoRA", "model")
+
+    objective: str = flag("bridge", "what the velocity leads from", "method", ("bridge", "kontext"))
+    context: bool = flag(False, "bridge: show the degraded picture as reference tokens too", "method")
+    source_noise: float = flag(0.0, "bridge: deviation of the noise that is part of the source", "method")
+    start_time: str = flag("1", "bridge: Flux's time at the source, 0 to 1, or auto", "method")
+    sigma: str = flag("uniform", "density of the place on the path", "method", flow.SIGMA_DENSITIES)
+    stratified: bool = flag(False, "spread the places of a step evenly", "method")
+    weighting: str = flag("uniform", "weight of the error along the path", "method", flow.WEIGHTINGS)
+    guidance: float = flag(1.5, "distilled guidance that the network is told", "method")
+
+    steps: int = flag(3000, "optimizer steps", "optimization")
+    batch_size: int = flag(1, "pictures at a time, in each process", "optimization")
+    accumulate: int = flag(4, "batches that make one step", "optimization")
+    lr: float = flag(1e-4, "learning rate at its peak", "optimization")
+    lr_schedule: str = flag("cosine", "shape after the warm-up", "optimization", ("cosine", "linear", "constant"))
+    warmup: int = flag(100, "steps over which the learning rate rises", "optimization")
+    weight_decay: float = flag(1e-4, "of AdamW", "optimization")
+    clip_norm: float = flag(1.0, "gradients are scaled down to this norm; 0 = off", "optimization")
+    ema: float = flag(0.0, "decay of an average of the weights, e.g. 0.999; 0 = off", "optimization")
+    max_skips: int = flag(10, "stop after so many steps in a row whose loss is not finite", "optimization")
+    seed: int = flag(42, "of everything that is random", "optimization")
+
+    val_root: Path | None = flag(None, "pictures to validate on; else some are held out of --hr-root", "validation")
+    val_count: int = flag(8, "at most so many (and of --hr-root at most one in eight); 0 = none", "validation")
+    validate_every_epochs: int = flag(5, "epochs between validations; 0 = off", "validation")
+    validate_every_steps: int = flag(0, "steps between validations, instead of epochs; 0 = off", "validation")
+    validation_prompt: str | None = flag(None, "else the training prompt", "validation")
+    validation_steps: int = flag(4, "solver steps of the validation pictures", "validation")
+
+    output_dir: Path | None = flag(None, "the run folder; else runs/ and the date", "run")
+    resume: bool = flag(False, "go on from the last checkpoint of --output-dir", "run")
+    accept_changes: bool = flag(False, "resume although settings changed", "run")
+    overwrite: bool = flag(False, "delete a run that --output-dir holds already", "run")
+    checkpoint_every: int = flag(500, "steps between checkpoints", "run")
+    keep: int = flag(3, "checkpoints to keep besides the best; 0 = all", "run")
+    tensorboard: bool = flag(False, "write tensorboard files too, if it is installed", "run")
+
+    device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
+    shard: bool = flag(False, "spread the weights over the processes (FSDP2)", "machine")
+    gradient_checkpointing: bool = flag(False, "recompute each block in the backward pass: less memory", "machine")
+    compile: bool = flag(False, "torch.compile, block by block", "machine")
+
+
+# --------------------------------------------------------------------------------------------------- small ingredients
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The rate of a step, counted from 0: linear warm-up, then cosine, a line to 0, or constant."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    shapes = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return settings.lr * shapes[settings.lr_schedule]
+
+
+def checkpoint_blocks(flux: nn.Module) -> None:
+    """Keep only each block's input; its inside is computed again in the backward pass (Chen et al. 2016)."""
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        forward = block.forward
+        block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+
+
+@contextmanager
+def averaged(params: Sequence[Tensor], ema: Sequence[Tensor]) -> Iterator[None]:
+    """The EMA in place of the weights, for validation and saving; nothing happens without one."""
+    if not ema:
+        yield
+        return
+    kept = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        torch._foreach_copy_(list(params), list(ema))
+        yield
+        torch._foreach_copy_(list(params), kept)
+
+
+def trained(flux: nn.Module) -> dict[str, Tensor]:
+    """What trains, by name; gathered if it is sharded, so every process must ask."""
+    return {n: runs.whole(p.detach()) for n, p in flux.named_parameters() if p.requires_grad}
+
+
+def load_trained(flux: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put the values of `trained` back."""
+    with torch.no_grad():
+        for name, p in flux.named_parameters():
+            if p.requires_grad:
+                p.copy_(runs.like(p, tensors[name]))
+
+
+def split_validation(settings: Settings, pictures: list[Picture]) -> tuple[list[Picture], list[Picture]]:
+    """Training and validation pictures: those of --val-root, or a few of --hr-root chosen by a hash of their names."""
+    if settings.val_root:
+        found, _ = data.scan(settings.val_root)
+        return pictures, sorted(found, key=data.name_hash)[: settings.val_count]
+    count = min(settings.val_count, len(pictures) // 8)
+    held = {p.name for p in sorted(pictures, key=data.name_hash)[:count]}
+    return [p for p in pictures if p.name not in held], [p for p in pictures if p.name in held]
+
+
+def validation_due(settings: Settings, batches_per_epoch: int, done: int) -> bool:
+    """Whether to validate after `done` steps: by steps, else as often as another few epochs are full."""
+    if done == settings.steps:
+        return True
+    if settings.validate_every_steps:
+        return done % settings.validate_every_steps == 0
+    if not settings.validate_every_epochs:
+        return False
+    batches = batches_per_epoch * settings.validate_every_epochs
+    return done * settings.accumulate // batches > (done - 1) * settings.accumulate // batches
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def train(settings: Settings) -> int:
+    """The whole run, from the folder of pictures to the LoRA file, top to bottom. Returns the exit code."""
+    me = parallel.start(settings.device)
+    first = me.rank == 0  # the one that writes and speaks
+    say = print if first else lambda *_: None
+    dtype = torch.bfloat16 if me.device.type == "cuda" else torch.float32
+    weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
+    prompt = settings.prompt or degrade.PROMPTS.get(settings.degrade, degrade.PROMPTS["guide"])
+    validation_prompt = settings.validation_prompt or prompt
+    degradation = degrade.parse(settings.degrade)
+
+    # Pictures: only their headers are read here. What can't be used is said once, by name.
+    autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=me.device)
+    buckets = data.buckets(settings.resolution, multiple=2 * autoencoder.factor)
+    pictures, rejected = data.scan(settings.hr_root, settings.cache_dir / "index.json" if first else None)
+    pictures, small = data.usable(pictures, buckets, settings.upscale)
+    say(data.describe(pictures, rejected + small, buckets))
+    pictures, held_out = split_validation(settings, pictures)
+    pairs = data.Pairs(
+        pictures, buckets, degradation, settings.seed, prompt, settings.lr_root, settings.flip, settings.cache_latents
+    )
+    bucket_of = pairs.bucket_of
+    validation = [
+        data.Pairs([p], buckets, degradation, settings.seed, validation_prompt, settings.lr_root, train=False)
+        for p in held_out
+    ]
+    validation_pairs = [  # few, kept in memory
+        tuple(data.to_float(v[0, 0][x].to(me.device))[None] for x in ("control", "target")) for v in validation
+    ]
+
+    # Prompts, then the text encoders are gone; then the transformer, frozen but for its LoRA.
+    cache = settings.cache_dir / "prompts" if first else None
+    encoded = prompts.encode({*pairs.prompts, validation_prompt}, weights, cache, dtype, me.device)
+    flux = load_flux(weights.path("transformer"), dtype=torch.float32 if settings.full else dtype, device=me.device)
+    if settings.full:
+        flux.requires_grad_(True)
+    else:
+        add_lora(flux, settings.rank, settings.alpha, settings.lora_targets, seed=settings.seed)
+    if settings.gradient_checkpointing:
+        checkpoint_blocks(flux)
+    if settings.compile:
+        for block in (*flux.double_blocks, *flux.single_blocks):
+            block.compile(fullgraph=True, dynamic=True)
+    model = parallel.spread(flux, me, settings.shard)
+    params = [p for p in flux.parameters() if p.requires_grad]
+    ema = [p.detach().clone() for p in params] if settings.ema else []
+    optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
+    say(f"{sum(p.numel() for p in params):,} of {sum(p.numel() for p in flux.parameters()):,} parameters train")
+
+    # The run folder; or the checkpoint to go on from.
+    folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    about = {"versions": {"kontext_min": __version__, "torch": torch.__version__}, "fingerprint": fingerprints(weights)}
+    if first and settings.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    resumed = runs.open_run(folder, to_json(settings) | about, settings.resume, settings.accept_changes, write=first)
+    state: dict[str, Any] = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "best_psnr": None, "best_step": None}
+    if resumed:
+        files, state = runs.load_checkpoint(resumed)
+        load_trained(flux, files["trained"])
+        runs.load_optimizer(optimizer, files["optimizer"])
+        ema = [runs.like(p, files["ema"][str(i)]) for i, p in enumerate(params)] if settings.ema else []
+        say(f"going on from {resumed}")
+
+    # Batches of one shape, endless; a resumed run enters the stream where it was left.
+    def encode(pictures: Tensor) -> Tensor:
+        """Bytes (B, 3, H, W) to latents (B, C, h, w); latents from the cache pass through."""
+        with torch.no_grad():
+            x = pictures.to(me.device)
+            return x if x.is_floating_point() else autoencoder.encode(data.to_float(x))
+
+    if settings.cache_latents:
+        latents = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {about['fingerprint']['vae']}")
+        for line in fill(pairs, latents, encode, workers=settings.workers, rank=me.rank, world=me.world):
+            say(f"left out: {line}")
+        parallel.wait()
+        pairs = CachedPairs(pairs, latents)
+    sampler = data.BucketSampler(
+        bucket_of, settings.batch_size, settings.seed, me.rank, me.world, settings.drop_last,
+        start=state["step"] * settings.accumulate,
+    )  # fmt: skip
+    batches = iter(
+        torch.utils.data.DataLoader(
+            pairs,
+            batch_sampler=sampler,
+            num_workers=settings.workers,
+            collate_fn=data.collate,
+            pin_memory=me.device.type == "cuda",
+        )
+    )
+
+    start_time = settings.start_time
+    if start_time == "auto":  # from a few pictures, the same ones after a resume
+        few = [data.collate([pairs[0, i]]) for i in range(min(8, len(pairs)))]
+        times = [flow.start_time(encode(x["control"]), encode(x["target"]), settings.source_noise) for x in few]
+        start_time = sum(times) / len(times)
+        say(f"start time {start_time:.3f}")
+    objective = Objective(settings.objective, settings.context, settings.source_noise, float(start_time))
+
+    header = {"kontext_min": json.dumps(trained_for(settings, objective, prompt, weights))}
+
+    def save_result(where: Path, values: dict[str, Tensor]) -> None:
+        """lora.safetensors, or with --full a transformer/ folder."""
+        if settings.full:
+            save_flux(flux, where / "transformer", header, values)
+        else:
+            save_lora(flux, where / "lora.safetensors", metadata=header, tensors=values)
+
+    progress, stop, board = runs.Progress(settings.steps, state["step"]), runs.StopSignal(), None
+    if first:
+        runs.rewind_metrics(folder, state["step"])
+        board = runs.open_tensorboard(folder) if settings.tensorboard else None
+    say(
+        f"{folder}: {len(pairs)} pictures, {sampler.batches_per_epoch} batches an epoch, {len(held_out)} to validate on"
+    )
+
+    while state["step"] < settings.steps and not stop.received:
+        step, began = state["step"], time.monotonic()
+        micro = [next(batches) for _ in range(settings.accumulate)]
+        count = sum(batch["total"] for batch in micro)  # pictures of this step, in all processes
+        tally = torch.zeros(2, INTERVALS)  # sum of the losses, and number of pictures, by interval of sigma
+
+        for i, batch in enumerate(micro):
+            for line in batch["unreadable"]:
+                say(f"\nleft out: {line}")
+            control, target = encode(torch.cat([batch["control"], batch["target"]])).chunk(2)
+            whole_batch = settings.batch_size * me.world
+            positions = [i * whole_batch + p for p in batch["position"].tolist()]
+            eps, u = flow.draw(
+                settings.seed,
+                step,
+                positions,
+                target.shape[1:],
+                settings.stratified * settings.accumulate * whole_batch,
+            )
+            sigma = flow.density(u, settings.sigma, image_tokens=target.shape[-2] * target.shape[-1] // 4)
+            text = prompts.batch(encoded, batch["prompt"], settings.guidance, dtype, me.device)
+            with parallel.sync_gradients(model, now=i == settings.accumulate - 1):
+                loss = flow.losses(model, control, target, eps.to(target), sigma.to(target), text, objective)
+                weight = flow.weight(sigma, settings.weighting) * batch["weight"]  # 0 for what only fills up a batch
+                # Gradients are averaged over the processes: our sum, times their number, by the pictures of all.
+                ((weight.to(loss) * loss).sum() * me.world / count).backward()
+            interval = (sigma * INTERVALS).long().clamp(0, INTERVALS - 1)
+            tally[0].index_add_(0, interval, loss.detach().cpu() * batch["weight"])
+            tally[1].index_add_(0, interval, batch["weight"])
+
+        norm = runs.whole(nn.utils.clip_grad_norm_(params, settings.clip_norm or math.inf)).item()
+        losses, pictures_there = parallel.add_up(tally).tolist()
+        loss_mean, lr = sum(losses) / count, learning_rate(settings, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if math.isfinite(loss_mean) and math.isfinite(norm):
+            optimizer.step()
+            if ema:
+                torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - settings.ema)
+            state["skipped_in_a_row"] = 0
+        else:  # one bad picture must not spoil the weights
+            state["skipped"] += 1
+            state["skipped_in_a_row"] += 1
+        optimizer.zero_grad(set_to_none=True)
+        state["step"] = done = step + 1
+
+        speed = count / (time.monotonic() - began)
+        row = {
+            "step": done,
+            "epoch": step * settings.accumulate // sampler.batches_per_epoch,
+            "loss": finite(loss_mean),
+            "sigma_loss": [finite(s / n) if n else None for s, n in zip(losses, pictures_there, strict=True)],
+            "lr": lr,
+            "grad_norm": finite(norm),
+            "images_per_second": speed,
+            "skipped": state["skipped"],
+        }
+        if first:
+            runs.append_metrics(folder, row, board)
+            progress.show(done, f"loss {loss_mean:.4f}  lr {lr:.1e}  {speed:.2f} images/s")
+        if state["skipped_in_a_row"] >= settings.max_skips:
+            say(
+                f"stopped: no finite loss for {settings.max_skips} steps in a row; the last checkpoint is good. "
+                + ADVICE
+            )
+            return 1
+
+        if validation_pairs and validation_due(settings, sampler.batches_per_epoch, done):
+            with averaged(params, ema):
+                text = prompts.batch(encoded, [validation_prompt], settings.guidance, dtype, me.device)
+                row, sheet = validate(
+                    model, autoencoder, validation_pairs, text, objective, settings.validation_steps, settings.seed
+                )
+            if state["best_psnr"] is None or row["psnr"] > state["best_psnr"]:
+                state |= {"best_psnr": row["psnr"], "best_step": done}
+            if first:
+                runs.append_metrics(folder, {"step": done, "validation": True, **row}, board)
+                sheet.save(folder / "validation" / f"step-{done:06d}.png")
+                write_report(folder)
+            say(f"step {done}: PSNR {row['psnr_degraded']:.2f} -> {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}")
+
+        if done % settings.checkpoint_every == 0 or done in (settings.steps, state["best_step"]) or stop.received:
+            files = {"trained": trained(flux), "optimizer": runs.optimizer_tensors(optimizer)}
+            if ema:
+                files["ema"] = {str(i): runs.whole(e) for i, e in enumerate(ema)}
+            with averaged(params, ema):
+                values = trained(flux)
+            if first:
+                runs.save_checkpoint(folder, done, files, state, lambda where, v=values: save_result(where, v))
+                runs.prune_checkpoints(folder, settings.keep, state["best_step"])
+
+    if stop.received:
+        say(f"stopped after step {state['step']}: the same command with --resume goes on from there")
+        return 0
+    with averaged(params, ema):
+        values = trained(flux)
+    if first:
+        save_result(folder, values)
+        write_report(folder)
+    say(f"done: {folder / ('transformer' if settings.full else 'lora.safetensors')}")
+    return 0
+
+
+def trained_for(settings: Settings, objective: Objective, prompt: str, weights: Weights) -> dict[str, Any]:
+    """What a LoRA was trained for, kept in its header; sample.py takes its defaults from here."""
+    return {
+        "objective": objective.name,
+        "context": objective.context,
+        "source_noise": objective.source_noise,
+        "start_time": objective.start_time,
+        "guidance": settings.guidance,
+        "prompt": prompt,
+        "degrade": settings.degrade,
+        "resolution": settings.resolution,
+        "steps": settings.steps,
+        "base": fingerprints(weights)["transformer"],
+    }
+
+
+def fingerprints(weights: Weights) -> dict[str, str]:
+    """Name of the base weights by their content."""
+    return {part: fingerprint(weights.path(part), part) for part in ("transformer", "vae", "clip", "t5")}
+
+
+def finite(x: float) -> float | None:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 done or stopped in order, 2 bad input, 1 anything else."""
+    presets = "\n".join(f"  {name:17} {text}" for name, text in degrade.PRESETS.items())
+    settings = parse(Settings, argv, __doc__, f"degradation presets:\n{presets}")
+    try:
+        return train(settings)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        parallel.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
