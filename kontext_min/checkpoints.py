@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.clip import ClipParams, ClipTextEncoder
 from kontext_min.flux import Flux, FluxParams
+from kontext_min.names import SWAPPED, autoencoder_modules, flux_modules, split_rows
 from kontext_min.t5 import T5Encoder, T5Params
 
 # ------------------------------------------------------------------------------------------------- files and headers
@@ -162,87 +163,6 @@ def fingerprint(path: str | Path, part: str) -> str:
                 f.seek(8 + length + (size - 8 - length) * k // 64)
                 digest.update(f.read(1024))
     return digest.hexdigest()[:16]
-
-
-# ----------------------------------------------------------------------------------- diffusers' names, module by module
-
-# Ours (BFL's) on the left; on the right diffusers', joined along the rows where there are several. `.weight` and
-# `.bias` follow the module; the q/k norms are `.scale` here and `.weight` there.
-FLUX_MODULES = {
-    "img_in": ["x_embedder"],
-    "txt_in": ["context_embedder"],
-    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
-    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
-    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
-    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
-    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
-    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
-    "final_layer.linear": ["proj_out"],
-    "final_layer.adaLN_modulation.1": ["norm_out.linear"],  # and its halves swapped: see SWAPPED
-}
-DOUBLE_BLOCK_MODULES = {
-    "img_mod.lin": ["norm1.linear"],
-    "txt_mod.lin": ["norm1_context.linear"],
-    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-    "img_attn.norm.query_norm": ["attn.norm_q"],
-    "img_attn.norm.key_norm": ["attn.norm_k"],
-    "txt_attn.norm.query_norm": ["attn.norm_added_q"],
-    "txt_attn.norm.key_norm": ["attn.norm_added_k"],
-    "img_attn.proj": ["attn.to_out.0"],
-    "txt_attn.proj": ["attn.to_add_out"],
-    "img_mlp.0": ["ff.net.0.proj"],
-    "img_mlp.2": ["ff.net.2"],
-    "txt_mlp.0": ["ff_context.net.0.proj"],
-    "txt_mlp.2": ["ff_context.net.2"],
-}
-SINGLE_BLOCK_MODULES = {
-    "modulation.lin": ["norm.linear"],
-    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
-    "linear2": ["proj_out"],
-    "norm.query_norm": ["attn.norm_q"],
-    "norm.key_norm": ["attn.norm_k"],
-}
-SWAPPED = "final_layer.adaLN_modulation.1"  # rows [shift, scale] in BFL's file, [scale, shift] in diffusers'
-
-
-def flux_modules(params: FluxParams) -> dict[str, list[str]]:
-    """Module names of a whole Flux: ours -> diffusers'."""
-    table = dict(FLUX_MODULES)
-    for prefix, theirs, count, modules in (
-        ("double_blocks", "transformer_blocks", params.depth, DOUBLE_BLOCK_MODULES),
-        ("single_blocks", "single_transformer_blocks", params.depth_single_blocks, SINGLE_BLOCK_MODULES),
-    ):
-        for i in range(count):
-            table |= {f"{prefix}.{i}.{k}": [f"{theirs}.{i}.{name}" for name in v] for k, v in modules.items()}
-    return table
-
-
-def autoencoder_modules(params: AutoencoderParams) -> dict[str, list[str]]:
-    """Module names of an autoencoder: ours -> diffusers'. Their decoder counts its levels the other way round."""
-    table = {}
-    levels = len(params.ch_mult)
-    for half in ("encoder", "decoder"):
-        table |= {f"{half}.{n}": f"{half}.{n}" for n in ("conv_in", "conv_out")}
-        table |= {
-            f"{half}.norm_out": f"{half}.conv_norm_out",
-            f"{half}.mid.attn_1.norm": f"{half}.mid_block.attentions.0.group_norm",
-        }
-        theirs = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-        table |= {f"{half}.mid.attn_1.{k}": f"{half}.mid_block.attentions.0.{v}" for k, v in theirs.items()}
-    blocks = {
-        f"{half}.mid.block_{i + 1}": f"{half}.mid_block.resnets.{i}" for half in ("encoder", "decoder") for i in (0, 1)
-    }
-    for level in range(levels):
-        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
-        blocks |= {f"encoder.down.{level}.block.{b}": f"{down}.resnets.{b}" for b in range(params.num_res_blocks)}
-        blocks |= {f"decoder.up.{level}.block.{b}": f"{up}.resnets.{b}" for b in range(params.num_res_blocks + 1)}
-        table[f"encoder.down.{level}.downsample.conv"] = f"{down}.downsamplers.0.conv"
-        table[f"decoder.up.{level}.upsample.conv"] = f"{up}.upsamplers.0.conv"
-    for ours, theirs in blocks.items():
-        table |= {f"{ours}.{n}": f"{theirs}.{n}" for n in ("norm1", "conv1", "norm2", "conv2")}
-        table[f"{ours}.nin_shortcut"] = f"{theirs}.conv_shortcut"
-    return {ours: [theirs] for ours, theirs in table.items()}
 
 
 # --------------------------------------------------------------------------------------- from headers to a complete map
@@ -635,10 +555,8 @@ def save_flux(
         names = modules[module]
         if module == SWAPPED:
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        hidden = params.hidden_size
-        rows = [hidden, hidden, hidden, len(tensor) - 3 * hidden][: len(names)] if len(names) > 1 else [len(tensor)]
-        for their, part in zip(names, tensor.split(rows), strict=True):
-            leaf = "weight" if leaf == "scale" else leaf
+        leaf = "weight" if leaf == "scale" else leaf
+        for their, part in zip(names, split_rows(tensor, len(names), params.hidden_size), strict=True):
             state[f"{their}.{leaf}"] = part.detach().cpu().contiguous()
     config = {
         "_class_name": "FluxTransformer2DModel",

@@ -61,6 +61,10 @@ def validate(
     result: dict[str, Any] = {n: statistics.fmean(s[k] for s in scores) for k, n in enumerate(names)}
     result["loss_at"] = [statistics.fmean(loss[k] for loss in losses) for k in range(len(SIGMAS))]
     result["loss"] = statistics.fmean(result["loss_at"])
+    result["pictures"] = [  # the report cuts the grid by these sizes
+        {"width": row[0].width, "height": row[0].height, "psnr_degraded": score[0], "psnr": score[2]}
+        for row, score in zip(rows, scores, strict=True)
+    ]
     return result, grid(rows)
 
 

@@ -1,0 +1,79 @@
+"""A whole Kontext edit on weights/tiny, from prompt and picture to picture: ours and diffusers' FluxKontextPipeline."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+from PIL import Image
+
+from kontext_min import checkpoints, flow, prompts
+from kontext_min.flow import Objective
+from kontext_min.restore import restore, to_image, to_tensor
+
+TINY = Path(__file__).parent.parent / "weights" / "tiny"
+PHOTO = Path(__file__).parent / "photos" / "bowl.jpg"
+PROMPT = "Restore this photo: remove blur, noise and compression artifacts."
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipe = FluxKontextPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    # An untrained network predicts next to nothing; with some noise on its weights the comparison means something.
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in pipe.transformer.parameters():
+            p += 0.05 * torch.randn_like(p)
+    return pipe
+
+
+@pytest.mark.parametrize("size", [(96, 64), (64, 64)])
+def test_whole_edit_within_one_level_of_diffusers(pipeline, tmp_path, size):
+    width, height = size
+    image = Image.open(PHOTO).convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    weights = checkpoints.Weights(TINY, transformer=tmp_path / "transformer")
+    pipeline.transformer.save_pretrained(weights.transformer)
+    ae = checkpoints.load_autoencoder(TINY, dtype=torch.float32)
+    flux = checkpoints.load_flux(weights.path("transformer"), dtype=torch.float32)
+    noise = torch.randn(1, ae.params.z_channels, height // ae.factor, width // ae.factor)
+
+    expected = pipeline(
+        image=image, prompt=PROMPT, height=height, width=width, max_area=height * width, _auto_resize=False,
+        num_inference_steps=5, guidance_scale=2.5, latents=flow.pack(noise), output_type="pil",
+        max_sequence_length=prompts.max_length(weights),
+    ).images[0]  # fmt: skip
+
+    encoded = prompts.encode([PROMPT], weights, None, torch.float32, "cpu")
+    prompt = prompts.batch(encoded, [PROMPT], 2.5, torch.float32, "cpu")
+    ours = to_image(restore(to_tensor(image), flux, ae, prompt, Objective("kontext"), steps=5, noise=noise)[0])
+
+    assert expected.size == ours.size == size
+    difference = np.abs(np.asarray(expected, dtype=int) - np.asarray(ours, dtype=int))
+    assert difference.max() <= 1
+    control = np.asarray(to_image(ae.decode(ae.encode(to_tensor(image)))[0]), dtype=int)
+    assert np.abs(control - np.asarray(ours, dtype=int)).mean() > 5  # the edit did something
+
+
+def test_text_encoders_agree_on_the_bundle(pipeline):
+    weights = checkpoints.Weights(TINY)
+    length = prompts.max_length(weights)
+    for text in (PROMPT, "", "Colourise the 1920s' photo, naïve café!"):
+        txt, pooled, _ = pipeline.encode_prompt(text, None, max_sequence_length=length)
+        ours = prompts.encode([text], weights, None, torch.float32, "cpu")[text]
+        assert (ours[0] - txt[0]).abs().max() <= 2e-5
+        assert (ours[1] - pooled[0]).abs().max() <= 2e-5
+
+
+def test_prompts_are_cached_by_content_and_the_encoders_stay_closed(tmp_path, monkeypatch):
+    weights = checkpoints.Weights(TINY)
+    first = prompts.encode([PROMPT, "b"], weights, tmp_path, torch.float32, "cpu")
+    monkeypatch.setattr(prompts, "load_t5", lambda *a, **k: pytest.fail("T5 was loaded although all is cached"))
+    again = prompts.encode(["b", PROMPT, PROMPT], weights, tmp_path, torch.float32, "cpu")
+    for text in (PROMPT, "b"):
+        assert torch.equal(first[text][0], again[text][0])
+        assert torch.equal(first[text][1], again[text][1])
+    assert not torch.equal(again["b"][0], again[PROMPT][0])
+    with pytest.raises(pytest.fail.Exception):
+        prompts.encode(["c"], weights, tmp_path, torch.float32, "cpu")
