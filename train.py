@@ -7,17 +7,18 @@ the line from the degraded to the clean latent, and learn the velocity that lead
 the LoRA trains. Without --weights the small embedded model is trained, so that this runs anywhere.
 
 Many GPUs: torchrun --nproc-per-node N train.py ...     (add --shard if the model does not fit one card)
-Stop at any time; the same command with --resume goes on, bit for bit as if nothing had happened.
+Stop at any time; the same command with the same --output-dir goes on, bit for bit as if nothing had happened.
 """
 
 import json
 import math
-import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Settings:
     validation_steps: int = flag(4, "solver steps of the validation pictures", "validation")
 
     output_dir: Path | None = flag(None, "the run folder; else runs/ and the date", "run")
-    resume: bool = flag(False, "go on from the last checkpoint of --output-dir", "run")
+    resume: bool = flag(True, "go on from the last checkpoint of --output-dir, if it has one", "run")
     accept_changes: bool = flag(False, "resume although settings changed", "run")
     overwrite: bool = flag(False, "delete a run that --output-dir holds already", "run")
     checkpoint_every: int = flag(500, "steps between checkpoints", "run")
@@ -140,23 +141,12 @@ def averaged(params: Sequence[Tensor], ema: Sequence[Tensor]) -> Iterator[None]:
         torch._foreach_copy_(list(params), kept)
 
 
-def trained(flux: nn.Module) -> dict[str, Tensor]:
-    """What trains, by name; gathered if it is sharded, so every process must ask."""
-    return {n: runs.whole(p.detach()) for n, p in flux.named_parameters() if p.requires_grad}
-
-
-def load_trained(flux: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put the values of `trained` back."""
-    with torch.no_grad():
-        for name, p in flux.named_parameters():
-            if p.requires_grad:
-                p.copy_(runs.like(p, tensors[name]))
-
-
-def split_validation(settings: Settings, pictures: list[Picture]) -> tuple[list[Picture], list[Picture]]:
+def split_validation(
+    settings: Settings, pictures: list[Picture], buckets: list[data.Size]
+) -> tuple[list[Picture], list[Picture]]:
     """Training and validation pictures: those of --val-root, or a few of --hr-root chosen by a hash of their names."""
     if settings.val_root:
-        found, _ = data.scan(settings.val_root)
+        found, _ = data.usable(data.scan(settings.val_root)[0], buckets, settings.upscale)
         return pictures, sorted(found, key=data.name_hash)[: settings.val_count]
     count = min(settings.val_count, len(pictures) // 8)
     held = {p.name for p in sorted(pictures, key=data.name_hash)[:count]}
@@ -164,15 +154,32 @@ def split_validation(settings: Settings, pictures: list[Picture]) -> tuple[list[
 
 
 def validation_due(settings: Settings, batches_per_epoch: int, done: int) -> bool:
-    """Whether to validate after `done` steps: by steps, else as often as another few epochs are full."""
-    if done == settings.steps:
-        return True
+    """Whether to validate after `done` steps: by steps, else whenever some epochs more are full; and at the end."""
     if settings.validate_every_steps:
-        return done % settings.validate_every_steps == 0
+        return done % settings.validate_every_steps == 0 or done == settings.steps
     if not settings.validate_every_epochs:
         return False
     batches = batches_per_epoch * settings.validate_every_epochs
-    return done * settings.accumulate // batches > (done - 1) * settings.accumulate // batches
+    filled, before = (n * settings.accumulate // batches for n in (done, done - 1))
+    return filled > before or done == settings.steps
+
+
+def check(settings: Settings) -> None:
+    """Refuse numbers that make no sense, before anything is loaded."""
+    least = dict.fromkeys(("steps", "batch_size", "accumulate", "checkpoint_every", "max_skips", "validation_steps"), 1)
+    least |= dict.fromkeys(("workers", "cache_latents", "warmup", "keep", "clip_norm", "lr", "weight_decay", "seed"), 0)
+    least |= dict.fromkeys(("val_count", "validate_every_epochs", "validate_every_steps"), 0)
+    for name, minimum in least.items():
+        if not getattr(settings, name) >= minimum:
+            flag_name = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag_name}: got {getattr(settings, name)}, expected at least {minimum}.")
+    if not 0 <= settings.ema < 1:
+        raise ValueError(f"--ema: got {settings.ema}, expected a decay from 0 to below 1, e.g. 0.999.")
+    try:
+        start_time = 0.5 if settings.start_time == "auto" else float(settings.start_time)
+    except ValueError:
+        raise ValueError(f"--start-time: got {settings.start_time!r}, expected auto or a number up to 1.") from None
+    Objective(settings.objective, settings.context, settings.source_noise, start_time)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -180,9 +187,10 @@ def validation_due(settings: Settings, batches_per_epoch: int, done: int) -> boo
 
 def train(settings: Settings) -> int:
     """The whole run, from the folder of pictures to the LoRA file, top to bottom. Returns the exit code."""
+    check(settings)
     me = parallel.start(settings.device)
     first = me.rank == 0  # the one that writes and speaks
-    say = print if first else lambda *_: None
+    say = partial(print, flush=True) if first else lambda *_: None
     dtype = torch.bfloat16 if me.device.type == "cuda" else torch.float32
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     prompt = settings.prompt or degrade.PROMPTS.get(settings.degrade, degrade.PROMPTS["guide"])
@@ -192,25 +200,41 @@ def train(settings: Settings) -> int:
     # Pictures: only their headers are read here. What can't be used is said once, by name.
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=me.device)
     buckets = data.buckets(settings.resolution, multiple=2 * autoencoder.factor)
-    pictures, rejected = data.scan(settings.hr_root, settings.cache_dir / "index.json" if first else None)
+    with parallel.first_goes_ahead(me):
+        pictures, rejected = data.scan(settings.hr_root, settings.cache_dir / "index.json")
     pictures, small = data.usable(pictures, buckets, settings.upscale)
     say(data.describe(pictures, rejected + small, buckets))
-    pictures, held_out = split_validation(settings, pictures)
+    pictures, held_out = split_validation(settings, pictures, buckets)
     pairs = data.Pairs(
         pictures, buckets, degradation, settings.seed, prompt, settings.lr_root, settings.flip, settings.cache_latents
     )
     bucket_of = pairs.bucket_of
-    validation = [
-        data.Pairs([p], buckets, degradation, settings.seed, validation_prompt, settings.lr_root, train=False)
-        for p in held_out
-    ]
-    validation_pairs = [  # few, kept in memory
-        tuple(data.to_float(v[0, 0][x].to(me.device))[None] for x in ("control", "target")) for v in validation
-    ]
+    validation_pairs = []  # few, kept in memory
+    for p in held_out:
+        pair = data.Pairs([p], buckets, degradation, settings.seed, validation_prompt, settings.lr_root, train=False)
+        try:
+            validation_pairs.append([data.to_float(pair[0, 0][x].to(me.device))[None] for x in ("control", "target")])
+        except OSError as error:
+            say(f"left out of validation: {error}")
+
+    # The run folder, and the checkpoint in it to go on from.
+    folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    about = {
+        "versions": {"kontext_min": __version__, "torch": torch.__version__},
+        "fingerprint": fingerprints(weights),
+        "pictures_a_batch": settings.batch_size * me.world,
+    }
+    with parallel.first_goes_ahead(me):
+        if first and settings.overwrite:
+            runs.delete_run(folder)
+        checkpoint_path = runs.open_run(
+            folder, to_json(settings) | about, settings.resume, settings.accept_changes, write=first
+        )
 
     # Prompts, then the text encoders are gone; then the transformer, frozen but for its LoRA.
-    cache = settings.cache_dir / "prompts" if first else None
-    encoded = prompts.encode({*pairs.prompts, validation_prompt}, weights, cache, dtype, me.device)
+    with parallel.first_goes_ahead(me):
+        texts = {*pairs.prompts, validation_prompt}
+        encoded = prompts.encode(texts, weights, settings.cache_dir / "prompts", dtype, me.device)
     flux = load_flux(weights.path("transformer"), dtype=torch.float32 if settings.full else dtype, device=me.device)
     if settings.full:
         flux.requires_grad_(True)
@@ -222,24 +246,20 @@ def train(settings: Settings) -> int:
         for block in (*flux.double_blocks, *flux.single_blocks):
             block.compile(fullgraph=True, dynamic=True)
     model = parallel.spread(flux, me, settings.shard)
-    params = [p for p in flux.parameters() if p.requires_grad]
+    trained = {name: p for name, p in flux.named_parameters() if p.requires_grad}
+    params = list(trained.values())
     ema = [p.detach().clone() for p in params] if settings.ema else []
     optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
     say(f"{sum(p.numel() for p in params):,} of {sum(p.numel() for p in flux.parameters()):,} parameters train")
 
-    # The run folder; or the checkpoint to go on from.
-    folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
-    about = {"versions": {"kontext_min": __version__, "torch": torch.__version__}, "fingerprint": fingerprints(weights)}
-    if first and settings.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    resumed = runs.open_run(folder, to_json(settings) | about, settings.resume, settings.accept_changes, write=first)
     state: dict[str, Any] = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "best_psnr": None, "best_step": None}
-    if resumed:
-        files, state = runs.load_checkpoint(resumed)
-        load_trained(flux, files["trained"])
+    if checkpoint_path:
+        files, state = runs.load_checkpoint(checkpoint_path)
+        runs.put_back(trained, files["trained"])
+        if ema:
+            runs.put_back(dict(zip(trained, ema, strict=True)), files.get("ema", files["trained"]))
         runs.load_optimizer(optimizer, files["optimizer"])
-        ema = [runs.like(p, files["ema"][str(i)]) for i, p in enumerate(params)] if settings.ema else []
-        say(f"going on from {resumed}")
+        say(f"going on from {checkpoint_path}")
 
     # Batches of one shape, endless; a resumed run enters the stream where it was left.
     def encode(pictures: Tensor) -> Tensor:
@@ -250,8 +270,9 @@ def train(settings: Settings) -> int:
 
     if settings.cache_latents:
         latents = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {about['fingerprint']['vae']}")
-        for line in fill(pairs, latents, encode, workers=settings.workers, rank=me.rank, world=me.world):
-            say(f"left out: {line}")
+        report = partial(runs.Progress().show, text="latents") if first else lambda *_: None
+        for line in fill(pairs, latents, encode, 1, settings.workers, me.rank, me.world, report):
+            print(f"left out: {line}")
         parallel.wait()
         pairs = CachedPairs(pairs, latents)
     sampler = data.BucketSampler(
@@ -265,6 +286,7 @@ def train(settings: Settings) -> int:
             num_workers=settings.workers,
             collate_fn=data.collate,
             pin_memory=me.device.type == "cuda",
+            worker_init_fn=runs.outlive_signals,
         )
     )
 
@@ -276,7 +298,11 @@ def train(settings: Settings) -> int:
         say(f"start time {start_time:.3f}")
     objective = Objective(settings.objective, settings.context, settings.source_noise, float(start_time))
 
-    header = {"kontext_min": json.dumps(trained_for(settings, objective, prompt, weights))}
+    header = {"kontext_min": json.dumps(trained_for(settings, objective, prompt, about["fingerprint"]["transformer"]))}
+
+    def gather(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Weights or averages by name; whole, so if they are sharded every process must ask."""
+        return {name: runs.whole(x.detach()) for name, x in zip(trained, tensors, strict=True)}
 
     def save_result(where: Path, values: dict[str, Tensor]) -> None:
         """lora.safetensors, or with --full a transformer/ folder."""
@@ -285,118 +311,113 @@ def train(settings: Settings) -> int:
         else:
             save_lora(flux, where / "lora.safetensors", metadata=header, tensors=values)
 
-    progress, stop, board = runs.Progress(settings.steps, state["step"]), runs.StopSignal(), None
+    board = runs.open_tensorboard(folder, state["step"]) if first and settings.tensorboard else None
     if first:
         runs.rewind_metrics(folder, state["step"])
-        board = runs.open_tensorboard(folder) if settings.tensorboard else None
-    say(
-        f"{folder}: {len(pairs)} pictures, {sampler.batches_per_epoch} batches an epoch, {len(held_out)} to validate on"
-    )
+    counts = f"{len(pairs)} pictures, {sampler.batches_per_epoch} batches an epoch"
+    say(f"{folder}: {counts}, {len(validation_pairs)} to validate on")
+    progress, stop, stopping = runs.Progress(state["step"]), runs.StopSignal(), False
 
-    while state["step"] < settings.steps and not stop.received:
-        step, began = state["step"], time.monotonic()
-        micro = [next(batches) for _ in range(settings.accumulate)]
-        count = sum(batch["total"] for batch in micro)  # pictures of this step, in all processes
-        tally = torch.zeros(2, INTERVALS)  # sum of the losses, and number of pictures, by interval of sigma
+    with runs.under_way(folder):
+        while state["step"] < settings.steps and not stopping:
+            step, began = state["step"], time.monotonic()
+            micro = [next(batches) for _ in range(settings.accumulate)]
+            count = sum(batch["total"] for batch in micro)  # pictures of this step, in all processes
+            tally = torch.zeros(2, INTERVALS)  # sum of the losses, and number of pictures, by interval of sigma
 
-        for i, batch in enumerate(micro):
-            for line in batch["unreadable"]:
-                say(f"\nleft out: {line}")
-            control, target = encode(torch.cat([batch["control"], batch["target"]])).chunk(2)
-            whole_batch = settings.batch_size * me.world
-            positions = [i * whole_batch + p for p in batch["position"].tolist()]
-            eps, u = flow.draw(
-                settings.seed,
-                step,
-                positions,
-                target.shape[1:],
-                settings.stratified * settings.accumulate * whole_batch,
-            )
-            sigma = flow.density(u, settings.sigma, image_tokens=target.shape[-2] * target.shape[-1] // 4)
-            text = prompts.batch(encoded, batch["prompt"], settings.guidance, dtype, me.device)
-            with parallel.sync_gradients(model, now=i == settings.accumulate - 1):
-                loss = flow.losses(model, control, target, eps.to(target), sigma.to(target), text, objective)
-                weight = flow.weight(sigma, settings.weighting) * batch["weight"]  # 0 for what only fills up a batch
-                # Gradients are averaged over the processes: our sum, times their number, by the pictures of all.
-                ((weight.to(loss) * loss).sum() * me.world / count).backward()
-            interval = (sigma * INTERVALS).long().clamp(0, INTERVALS - 1)
-            tally[0].index_add_(0, interval, loss.detach().cpu() * batch["weight"])
-            tally[1].index_add_(0, interval, batch["weight"])
+            for i, batch in enumerate(micro):
+                for line in batch["unreadable"]:
+                    print(f"\nleft out: {line}", flush=True)
+                control, target = encode(torch.cat([batch["control"], batch["target"]])).chunk(2)
+                whole_batch = settings.batch_size * me.world
+                positions = [i * whole_batch + p for p in batch["position"].tolist()]
+                strata = settings.accumulate * whole_batch if settings.stratified else 0
+                eps, u = flow.draw(settings.seed, step, positions, target.shape[1:], strata)
+                sigma = flow.density(u, settings.sigma, image_tokens=target.shape[-2] * target.shape[-1] // 4)
+                text = prompts.batch(encoded, batch["prompt"], settings.guidance, dtype, me.device)
+                with parallel.sync_gradients(model, now=i == settings.accumulate - 1):
+                    loss = flow.losses(model, control, target, eps.to(target), sigma.to(target), text, objective)
+                    weight = flow.weight(sigma, settings.weighting) * batch["weight"]  # 0 for what only fills up
+                    # Gradients are averaged over the processes: our sum, times their number, by the pictures of all.
+                    ((weight.to(loss) * loss).sum() * me.world / count).backward()
+                interval = (sigma * INTERVALS).long().clamp(0, INTERVALS - 1)
+                tally[0].index_add_(0, interval, loss.detach().cpu() * batch["weight"])
+                tally[1].index_add_(0, interval, batch["weight"])
 
-        norm = runs.whole(nn.utils.clip_grad_norm_(params, settings.clip_norm or math.inf)).item()
-        losses, pictures_there = parallel.add_up(tally).tolist()
-        loss_mean, lr = sum(losses) / count, learning_rate(settings, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if math.isfinite(loss_mean) and math.isfinite(norm):
-            optimizer.step()
-            if ema:
-                torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - settings.ema)
-            state["skipped_in_a_row"] = 0
-        else:  # one bad picture must not spoil the weights
-            state["skipped"] += 1
-            state["skipped_in_a_row"] += 1
-        optimizer.zero_grad(set_to_none=True)
-        state["step"] = done = step + 1
+            norm = runs.whole(nn.utils.clip_grad_norm_(params, settings.clip_norm or math.inf)).item()
+            losses, pictures_there = parallel.add_up(tally).tolist()
+            loss_mean, lr = sum(losses) / count, learning_rate(settings, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if math.isfinite(loss_mean) and math.isfinite(norm):
+                optimizer.step()
+                if ema:
+                    torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - settings.ema)
+                state["skipped_in_a_row"] = 0
+            else:  # one bad picture must not spoil the weights
+                state["skipped"] += 1
+                state["skipped_in_a_row"] += 1
+            optimizer.zero_grad(set_to_none=True)
+            state["step"] = done = step + 1
 
-        speed = count / (time.monotonic() - began)
-        row = {
-            "step": done,
-            "epoch": step * settings.accumulate // sampler.batches_per_epoch,
-            "loss": finite(loss_mean),
-            "sigma_loss": [finite(s / n) if n else None for s, n in zip(losses, pictures_there, strict=True)],
-            "lr": lr,
-            "grad_norm": finite(norm),
-            "images_per_second": speed,
-            "skipped": state["skipped"],
-        }
-        if first:
-            runs.append_metrics(folder, row, board)
-            progress.show(done, f"loss {loss_mean:.4f}  lr {lr:.1e}  {speed:.2f} images/s")
-        if state["skipped_in_a_row"] >= settings.max_skips:
-            say(
-                f"stopped: no finite loss for {settings.max_skips} steps in a row; the last checkpoint is good. "
-                + ADVICE
-            )
-            return 1
-
-        if validation_pairs and validation_due(settings, sampler.batches_per_epoch, done):
-            with averaged(params, ema):
-                text = prompts.batch(encoded, [validation_prompt], settings.guidance, dtype, me.device)
-                row, sheet = validate(
-                    model, autoencoder, validation_pairs, text, objective, settings.validation_steps, settings.seed
+            speed = count / (time.monotonic() - began)
+            row = {
+                "step": done,
+                "epoch": step * settings.accumulate // sampler.batches_per_epoch,
+                "loss": loss_mean,
+                "sigma_loss": [s / n if n else None for s, n in zip(losses, pictures_there, strict=True)],
+                "lr": lr,
+                "grad_norm": norm,
+                "images_per_second": speed,
+                "skipped": state["skipped"],
+            }
+            if first:
+                runs.append_metrics(folder, row, board)
+                progress.show(done, settings.steps, f"loss {loss_mean:.4f}  lr {lr:.1e}  {speed:.2f} images/s")
+            if state["skipped_in_a_row"] >= settings.max_skips:
+                raise runs.Stopped(
+                    f"{folder}: no finite loss for {settings.max_skips} steps in a row; the last checkpoint is "
+                    f"{runs.latest_checkpoint(folder)}. {ADVICE}"
                 )
-            if state["best_psnr"] is None or row["psnr"] > state["best_psnr"]:
-                state |= {"best_psnr": row["psnr"], "best_step": done}
-            if first:
-                runs.append_metrics(folder, {"step": done, "validation": True, **row}, board)
-                sheet.save(folder / "validation" / f"step-{done:06d}.png")
-                write_report(folder)
-            say(f"step {done}: PSNR {row['psnr_degraded']:.2f} -> {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}")
 
-        if done % settings.checkpoint_every == 0 or done in (settings.steps, state["best_step"]) or stop.received:
-            files = {"trained": trained(flux), "optimizer": runs.optimizer_tensors(optimizer)}
-            if ema:
-                files["ema"] = {str(i): runs.whole(e) for i, e in enumerate(ema)}
-            with averaged(params, ema):
-                values = trained(flux)
-            if first:
-                runs.save_checkpoint(folder, done, files, state, lambda where, v=values: save_result(where, v))
-                runs.prune_checkpoints(folder, settings.keep, state["best_step"])
+            if validation_pairs and validation_due(settings, sampler.batches_per_epoch, done):
+                text = prompts.batch(encoded, [validation_prompt], settings.guidance, dtype, me.device)
+                with averaged(params, ema):
+                    row, sheet = validate(
+                        flux, autoencoder, validation_pairs, text, objective, settings.validation_steps, settings.seed
+                    )
+                score = parallel.from_first(row["psnr"])
+                if state["best_psnr"] is None or score > state["best_psnr"]:
+                    state |= {"best_psnr": score, "best_step": done}
+                if first:
+                    runs.append_metrics(folder, {"step": done, "validation": True, **row}, board)
+                    runs.save_picture(folder, done, sheet, board)
+                    write_report(folder)
+                say(f"step {done}: PSNR {row['psnr_degraded']:.2f} -> {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}")
 
-    if stop.received:
-        say(f"stopped after step {state['step']}: the same command with --resume goes on from there")
+            stopping = parallel.any_of(stop.received)
+            due = done % settings.checkpoint_every == 0 and not state["skipped_in_a_row"]  # else it may be a broken one
+            if due or stopping or done in (settings.steps, state["best_step"]):
+                files = {"trained": gather(params), "optimizer": runs.optimizer_tensors(optimizer)}
+                if ema:
+                    files["ema"] = gather(ema)
+                if first:
+                    save = partial(save_result, values=files.get("ema", files["trained"]))
+                    runs.save_checkpoint(folder, done, files, state, save)
+                    runs.prune_checkpoints(folder, settings.keep, state["best_step"])
+
+        if state["step"] < settings.steps:
+            say(f"stopped after step {state['step']}; the same command with --output-dir {folder} goes on from there")
+            return 0
+        result = gather(ema or params)
+        if first:
+            save_result(folder, result)
+            write_report(folder)
+        say(f"done: {folder / ('transformer' if settings.full else 'lora.safetensors')}")
         return 0
-    with averaged(params, ema):
-        values = trained(flux)
-    if first:
-        save_result(folder, values)
-        write_report(folder)
-    say(f"done: {folder / ('transformer' if settings.full else 'lora.safetensors')}")
-    return 0
 
 
-def trained_for(settings: Settings, objective: Objective, prompt: str, weights: Weights) -> dict[str, Any]:
+def trained_for(settings: Settings, objective: Objective, prompt: str, base: str) -> dict[str, Any]:
     """What a LoRA was trained for, kept in its header; sample.py takes its defaults from here."""
     return {
         "objective": objective.name,
@@ -408,7 +429,7 @@ def trained_for(settings: Settings, objective: Objective, prompt: str, weights: 
         "degrade": settings.degrade,
         "resolution": settings.resolution,
         "steps": settings.steps,
-        "base": fingerprints(weights)["transformer"],
+        "base": base,
     }
 
 
@@ -417,20 +438,23 @@ def fingerprints(weights: Weights) -> dict[str, str]:
     return {part: fingerprint(weights.path(part), part) for part in ("transformer", "vae", "clip", "t5")}
 
 
-def finite(x: float) -> float | None:
-    """JSON has no NaN."""
-    return x if math.isfinite(x) else None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 done or stopped in order, 2 bad input, 1 anything else."""
     presets = "\n".join(f"  {name:17} {text}" for name, text in degrade.PRESETS.items())
     settings = parse(Settings, argv, __doc__, f"degradation presets:\n{presets}")
     try:
         return train(settings)
+    except runs.Stopped as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception:  # shown here and not by the interpreter, which would keep the loader's processes alive for it
+        traceback.print_exc()
+        return 1
     finally:
         parallel.finish()
 

@@ -48,7 +48,7 @@ def start(device: str) -> Processes:
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")  # gloo for the few numbers
     return Processes(rank, world, chosen)
 
 
@@ -67,7 +67,8 @@ def spread(model: nn.Module, processes: Processes, shard: bool) -> nn.Module:
         mesh = init_device_mesh(processes.device.type, (processes.world,))
         for block in (*model.double_blocks, *model.single_blocks):
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        # By default the outermost module stays whole after a forward pass, and would not see weights changed since.
+        return fully_shard(model, mesh=mesh, reshard_after_forward=True)
     if processes.world > 1:
         devices = [processes.device] if processes.device.type == "cuda" else None
         # The weights come from the same file and A from the same seed, so nothing need be sent around at the start.
@@ -88,16 +89,38 @@ def sync_gradients(model: nn.Module, now: bool) -> Iterator[None]:
 
 
 def add_up(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
+    """The sum of a CPU tensor over all processes."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
+def any_of(here: bool) -> bool:
+    """Whether it is so in any process; all get the same answer."""
+    return add_up(torch.tensor(float(here))).item() > 0
+
+
+def from_first(value: float) -> float:
+    """The number that process 0 has."""
+    number = torch.tensor(value, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.broadcast(number, src=0)
+    return number.item()
+
+
 def wait() -> None:
     """Until all processes are here."""
-    if dist.is_initialized():
-        dist.barrier()
+    add_up(torch.zeros(()))
+
+
+@contextmanager
+def first_goes_ahead(processes: Processes) -> Iterator[None]:
+    """Process 0 does what stands below alone, then the others do: they find the files that it wrote."""
+    if processes.rank > 0:
+        wait()
+    yield
+    if processes.rank == 0:
+        wait()
 
 
 def finish() -> None:

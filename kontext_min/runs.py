@@ -10,19 +10,25 @@ A checkpoint is written into a folder aside, flushed to the disk and renamed, so
 old state or the new one. Only the first of several processes writes.
 """
 
+import atexit
 import json
 import math
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +41,7 @@ def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, accept: bo
     Args:
         folder: of the run.
         settings: plain JSON values, compared with those of the stopped run.
-        resume: go on if the folder holds a checkpoint; otherwise a folder with checkpoints is an error.
+        resume: go on if the folder holds a checkpoint; if not wanted, a folder with checkpoints is an error.
         accept: go on even though settings changed.
         write: whether this process is the one that writes.
 
@@ -45,14 +51,17 @@ def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, accept: bo
     """
     last = latest_checkpoint(folder)
     if last and not resume:
-        raise ValueError(f"{folder}: holds a run already ({last.name}); give --resume or another --output-dir.")
+        raise ValueError(f"{folder}: holds a run already ({last.name}); leave out --no-resume, or --overwrite it.")
     stored = folder / "settings.json"
     if last and stored.exists():
         before = json.loads(stored.read_text(encoding="utf-8"))
         changed = [k for k in settings if k in before and before[k] != settings[k] and k not in MAY_CHANGE]
         if changed and not accept:
-            what = "; ".join(f"--{k.replace('_', '-')} was {before[k]}, is {settings[k]}" for k in changed)
-            raise ValueError(f"{folder}: settings changed since {last.name}: {what}. Confirm with --accept-changes.")
+            what = "; ".join(f"{k} was {before[k]}, is {settings[k]}" for k in changed)
+            raise ValueError(
+                f"{folder}: settings changed since {last.name}: {what}. Go on with --accept-changes, or start again "
+                "with --overwrite or another --output-dir."
+            )
     if write:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "validation").mkdir(exist_ok=True)
@@ -62,10 +71,42 @@ def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, accept: bo
     return last
 
 
-MAY_CHANGE = (  # settings that do not change what is computed, or that say how far to go
-    *("resume", "accept_changes", "output_dir", "workers", "steps", "checkpoint_every", "keep", "tensorboard"),
-    *("validate_every_epochs", "validate_every_steps", "device", "cache_dir", "versions", "max_minutes"),
+MAY_CHANGE = (  # settings that change no result, but for rounding
+    *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions"),
+    *("checkpoint_every", "keep", "max_skips", "tensorboard", "validate_every_epochs", "validate_every_steps"),
+    *("device", "shard", "gradient_checkpointing", "compile"),
+    "batch_size",  # what counts is its product with the number of processes
 )
+
+
+def delete_run(folder: Path) -> None:
+    """Delete what a run wrote into its folder, and nothing else that lies there."""
+    for name in ("checkpoints", "validation", "tensorboard", "transformer"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("settings.json", "metrics.jsonl", "report.html", "lora.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+
+
+class Stopped(Exception):
+    """A run that could not go on, for a reason outside the program; the message is one line for its owner."""
+
+
+@contextmanager
+def under_way(folder: Path) -> Iterator[None]:
+    """Errors from here on are not those of the command line: the disk's end the run, any other is a bug and is shown.
+
+    Raises:
+        Stopped: disk full, folder not writable, or pictures gone.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[-1]  # that of a loader process ends a whole traceback
+        last = latest_checkpoint(folder)
+        kept = f"{last} is whole and the same command goes on from it" if last else "there is no checkpoint yet"
+        raise Stopped(f"{folder}: the run had to stop, {reason}; {kept}.") from error
+    except ValueError as error:
+        raise RuntimeError("this is a bug in the program, please report it") from error
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -101,20 +142,27 @@ def save_checkpoint(
         return target
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for name, tensors in files.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, aside / f"{name}.safetensors")
         save_result(aside)
         (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-        for file in aside.rglob("*"):  # the data must be on the disk before the name is
-            if file.is_file():
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
+        for path in (*aside.rglob("*"), aside):  # the data must be on the disk before the name is
+            flush(path)
         aside.rename(target)
+        flush(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def flush(path: Path) -> None:
+    """Until a file, or the list of a folder's files, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def prune_checkpoints(folder: Path, keep: int, best: int | None = None) -> None:
@@ -122,13 +170,34 @@ def prune_checkpoints(folder: Path, keep: int, best: int | None = None) -> None:
     found = sorted((folder / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
     for old in found[:-keep] if keep else []:
         if int(old.name[5:]) != best:
-            shutil.rmtree(old)
+            gone = old.rename(old.with_name(f".{old.name}"))  # no longer a checkpoint, wherever the deletion is cut off
+            shutil.rmtree(gone)
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The safetensors files of a checkpoint by name, and its state."""
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    return {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}, state
+    """The safetensors files of a checkpoint by name, and its state.
+
+    Raises:
+        ValueError: a file is broken.
+    """
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}, state
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{checkpoint}: broken ({error}); delete it to go on from the one before.") from None
+
+
+def put_back(params: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters the values of a checkpoint, sharded as they are.
+
+    Raises:
+        ValueError: the checkpoint has other parameters.
+    """
+    if {n: p.shape for n, p in params.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise ValueError("the checkpoint holds other parameters; --full, --rank and --lora-targets can't change.")
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(like(p, tensors[name]))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -166,9 +235,9 @@ def like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def append_metrics(folder: Path, row: Mapping[str, Any], board: Any = None) -> None:
-    """Add one line to metrics.jsonl, and its numbers to tensorboard if there is a board."""
+    """Add one line to metrics.jsonl, where what is not finite becomes null, and its numbers to tensorboard's board."""
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
+        f.write(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n")
     if board:
         group = "validation" if row.get("validation") else "train"
         for name, value in row.items():
@@ -176,8 +245,22 @@ def append_metrics(folder: Path, row: Mapping[str, Any], board: Any = None) -> N
                 board.add_scalar(f"{group}/{name}", value, row["step"])
 
 
-def open_tensorboard(folder: Path) -> Any:
-    """A tensorboard writer; the package is optional.
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_picture(folder: Path, step: int, picture: Image.Image, board: Any = None) -> None:
+    """Keep the validation pictures of a step, for tensorboard too."""
+    picture.save(folder / "validation" / f"step-{step:06d}.png")
+    if board:
+        board.add_image("validation", np.array(picture), step, dataformats="HWC")
+
+
+def open_tensorboard(folder: Path, step: int) -> Any:
+    """A tensorboard writer whose curves go on behind a step; the package is optional.
 
     Raises:
         ValueError: tensorboard is not installed.
@@ -188,7 +271,9 @@ def open_tensorboard(folder: Path) -> Any:
         raise ValueError(
             "--tensorboard: the package is not installed; pip install tensorboard, or leave it out."
         ) from None
-    return SummaryWriter(folder / "tensorboard")
+    board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+    atexit.register(board.close)
+    return board
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -218,35 +303,47 @@ class StopSignal:
     """SIGTERM and SIGINT ask the loop to finish its step; a second one ends the process at once (143 or 130)."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received:
             os._exit(128 + number)
-        self.received = number
-        print("\nstopping after this step (once more: at once)", file=sys.stderr, flush=True)
+        self.received = True
+        os.write(2, b"\nstopping after this step (once more: at once)\n")  # print may be what was interrupted
+
+
+def outlive_signals(worker: int) -> None:
+    """For loader processes: terminals and schedulers signal the whole group, but the step still needs its pictures."""
+
+    def leave_later(number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(30.0, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave_later)
 
 
 class Progress:
     """One line that is renewed in place on a terminal, and written every ten seconds into a log file."""
 
-    def __init__(self, total: int, start: int = 0, every: float = 10.0) -> None:
-        self.total, self.start, self.began = total, start, time.monotonic()
+    def __init__(self, start: int = 0, every: float = 10.0) -> None:
+        self.start, self.began = start, time.monotonic()
         self.terminal = sys.stdout.isatty()
         self.every = 0.2 if self.terminal else every
         self.last = -math.inf
 
-    def show(self, done: int, text: str) -> None:
+    def show(self, done: int, total: int, text: str) -> None:
         """Print `done/total text  time left`, if it is time to, or if this is the last one."""
         now = time.monotonic()
-        if now - self.last < self.every and done < self.total:
+        if now - self.last < self.every and done < total:
             return
         self.last = now
-        left = (now - self.began) / max(done - self.start, 1) * (self.total - done)
-        line = f"{done:>{len(str(self.total))}}/{self.total}  {text}  left {clock(left)}"
-        end = "" if self.terminal and done < self.total else "\n"
+        left = (now - self.began) / max(done - self.start, 1) * (total - done)
+        line = f"{done:>{len(str(total))}}/{total}  {text}  left {clock(left)}"
+        end = "" if self.terminal and done < total else "\n"
         print(("\r\033[K" if self.terminal else "") + line, end=end, flush=True)
 
 

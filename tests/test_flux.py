@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from safetensors.torch import load_file
 
 from kontext_min.checkpoints import load_flux
@@ -80,19 +82,21 @@ def test_golden_units():
     close(timestep_embedding(units["time.guidance"]), units["time.guidance_emb"], 1e-6)
 
 
-SIZES = [  # hidden, heads, axes, double, single, txt dim, vec dim, guidance
-    (48, 2, (4, 10, 10), 1, 2, 20, 12, True),
-    (64, 2, (4, 14, 14), 2, 1, 24, 16, False),
-    (192, 6, (4, 14, 14), 1, 1, 32, 16, True),
-    (128, 1, (16, 56, 56), 1, 1, 8, 8, True),
+SIZES = [  # hidden, heads, axes, double, single, txt dim, vec dim, guidance, mlp_ratio
+    (48, 2, (4, 10, 10), 1, 2, 20, 12, True, 4.0),
+    (64, 2, (4, 14, 14), 2, 1, 24, 16, False, 4.0),
+    (192, 6, (4, 14, 14), 1, 1, 32, 16, True, 4.0),
+    (128, 1, (16, 56, 56), 1, 1, 8, 8, True, 4.0),
+    (48, 2, (4, 10, 10), 1, 2, 20, 12, True, 2.5),
 ]
 
 
-def random_pair(hidden, heads, axes, double, single, txt_dim, vec_dim, guidance):
+def random_pair(hidden, heads, axes, double, single, txt_dim, vec_dim, guidance, mlp_ratio=4.0):
     torch.manual_seed(hidden + heads)
     params = FluxParams(
         in_channels=16, out_channels=16, vec_in_dim=vec_dim, context_in_dim=txt_dim, hidden_size=hidden,
         num_heads=heads, depth=double, depth_single_blocks=single, axes_dim=axes, guidance_embed=guidance,
+        mlp_ratio=mlp_ratio,
     )  # fmt: skip
     ours = Flux(params).requires_grad_(False)
     for name, p in ours.named_parameters():
@@ -104,6 +108,13 @@ def random_pair(hidden, heads, axes, double, single, txt_dim, vec_dim, guidance)
         num_attention_heads=heads, joint_attention_dim=txt_dim, pooled_projection_dim=vec_dim,
         guidance_embeds=guidance, axes_dims_rope=axes,
     )  # fmt: skip
+    if mlp_ratio != 4:  # the model has no such argument, its blocks have
+        for block in theirs.transformer_blocks:
+            block.ff = FeedForward(hidden, hidden, mult=mlp_ratio, activation_fn="gelu-approximate")
+            block.ff_context = FeedForward(hidden, hidden, mult=mlp_ratio, activation_fn="gelu-approximate")
+        theirs.single_transformer_blocks = torch.nn.ModuleList(
+            FluxSingleTransformerBlock(hidden, heads, hidden // heads, mlp_ratio=mlp_ratio) for _ in range(single)
+        )
     theirs.load_state_dict(to_diffusers(ours), strict=True)
     return ours, theirs.requires_grad_(False)
 
@@ -113,7 +124,7 @@ def test_live_parity_with_diffusers(size):
     """Batch 2 with two timesteps, picture and reference tokens of different shapes."""
     ours, theirs = random_pair(*size)
     b, rows, columns = 2, 3, 5
-    txt_dim, vec_dim, guidance = size[5:]
+    txt_dim, vec_dim, guidance = size[5:8]
     img = torch.randn(b, rows * columns + 4, 16)
     ids = torch.tensor(
         [[0, r, c] for r in range(rows) for c in range(columns)] + [[1, r, c] for r in (0, 1) for c in (0, 1)]
