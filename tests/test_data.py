@@ -1,0 +1,703 @@
+"""The data pipeline: buckets, files of every kind and state, crops, pairs, order, cached latents."""
+
+import io
+import json
+import math
+import os
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, ImageFilter
+from safetensors.torch import save_file
+
+from kontext_min import data, degrade
+from kontext_min.data import BucketSampler, Draw, Pairs, Picture
+from kontext_min.latents import CachedPairs, LatentCache, fill
+
+GOLDEN = Path(__file__).parent / "golden"
+PHOTOS = Path(__file__).parent / "photos"
+SMALL = data.buckets(64, 16)
+
+
+def smooth(size, seed=0, mode="RGB"):
+    """A picture with structure at all scales, so that crops can be told apart."""
+    w, h = size
+    rng = np.random.default_rng(seed)
+    parts = [
+        Image.fromarray(rng.integers(0, 256, (max(2, h // k), max(2, w // k), 3), dtype=np.uint8)).resize(size)
+        for k in (4, 16, 64)
+    ]
+    return Image.blend(Image.blend(parts[0], parts[1], 0.6), parts[2], 0.4).convert(mode)
+
+
+def folder_of(root, sizes, ending="png"):
+    for k, size in enumerate(sizes):
+        smooth(size, k).save(root / f"{k:03d}.{ending}")
+    return data.scan(root)[0]
+
+
+def noisy(image, rng):
+    """A cheap degradation that uses the generator."""
+    x = np.asarray(image, dtype=np.float32) + rng.normal(0, 10, (*image.size[::-1], 3)).astype(np.float32)
+    return Image.fromarray(x.clip(0, 255).astype(np.uint8))
+
+
+# ---- buckets ---------------------------------------------------------------------------------------------------------
+
+
+def test_buckets_are_the_official_list_and_scale():
+    golden = json.loads((GOLDEN / "kontext_resolutions.json").read_text())
+    assert [list(b) for b in data.PREFERRED] == golden["preferred_wh"]
+    assert data.buckets() == data.PREFERRED
+    for resolution, multiple in ((1024, 32), (768, 16), (512, 16), (256, 8), (64, 16), (16, 16)):
+        scaled = data.buckets(resolution, multiple)
+        assert len(set(scaled)) == len(scaled) <= 17
+        assert all(w % multiple == h % multiple == 0 for w, h in scaled)
+        assert [b[::-1] for b in scaled] == scaled[::-1], "the list is its own transpose"
+    assert (512, 512) in data.buckets(512) and len(data.buckets(512)) == 17
+    for w, h in data.buckets(512):
+        assert abs(w * h / 512**2 - 1) < 0.06  # sides are rounded by up to 8 of at least 336
+    with pytest.raises(ValueError, match="resolution: got 8"):
+        data.buckets(8, 16)
+
+
+def test_each_bucket_is_nearest_to_itself_at_any_size():
+    for w, h in data.PREFERRED:
+        for k in (0.5, 1, 3):
+            assert data.nearest_bucket(int(w * k), int(h * k), data.PREFERRED) == (w, h)
+
+
+def test_nearest_bucket_and_the_official_choice():
+    """The official rule is |w/h - w/h|. Over the golden cases both agree; elsewhere they may differ by one bucket."""
+    golden = json.loads((GOLDEN / "kontext_resolutions.json").read_text())
+    for case in golden["cases"]:
+        assert data.nearest_bucket(*case["input_wh"], data.PREFERRED) == tuple(case["bfl_resized_wh"])
+
+    def official(w, h):
+        return min((abs(w / h - a / b), a, b) for a, b in data.PREFERRED)[1:]
+
+    differ = 0
+    for w in range(300, 1600, 7):
+        ours = data.nearest_bucket(w, 1000, data.PREFERRED)
+        assert data.nearest_bucket(1000, w, data.PREFERRED) == ours[::-1], "a transposed picture, a transposed bucket"
+        logs = [abs(math.log(w / 1000 * b / a)) for a, b in data.PREFERRED]
+        assert ours == data.PREFERRED[int(np.argmin(logs))]
+        steps = abs(data.PREFERRED.index(ours) - data.PREFERRED.index(official(w, 1000)))
+        assert steps <= 1
+        differ += steps
+    assert differ > 0, "the rules are not the same one"
+    # Half way between these two is 0.7039 in logarithms and 0.7050 in ratios.
+    assert data.nearest_bucket(7045, 10000, data.PREFERRED) == (880, 1184)
+    assert official(7045, 10000) == (832, 1248)
+    # Equally near: the narrower.
+    assert data.nearest_bucket(100, 100, [(200, 100), (100, 200)]) == (100, 200)
+
+
+# ---- scan ------------------------------------------------------------------------------------------------------------
+
+
+def test_scan_takes_every_kind_of_name_and_format(tmp_path):
+    (tmp_path / "a" / "b c").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    picture = smooth((40, 30))
+    names = ["x.jpg", "y.JPG", "z.JpEg", "a/p.png", "a/b c/ü.WebP", "a/t.tif", "a/g.gif", "q.bmp", "r.ppm", "s.avif"]
+    for name in names:
+        picture.save(tmp_path / name)
+    for name in (".hidden/h.png", "._x.jpg"):
+        picture.save(tmp_path / name)
+    (tmp_path / "x.txt").write_text("  a caption\n over two lines ")
+    (tmp_path / "a" / "notes.json").write_text("{}")
+    (tmp_path / "b.PNG").write_bytes((tmp_path / "x.jpg").read_bytes())  # a JPEG under another ending is a picture
+    pictures, rejected = data.scan(tmp_path)
+    assert [p.name for p in pictures] == sorted([*names, "b.PNG"]) and rejected == []
+    assert {(p.width, p.height) for p in pictures} == {(40, 30)}
+    captions = {p.name: p.caption for p in pictures if p.caption}
+    assert captions == {"x.jpg": tmp_path / "x.txt"}
+    for p in pictures:
+        assert np.abs(np.asarray(data.open_picture(p.path), int) - np.asarray(picture, int)).mean() < 12  # gif: palette
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        data.scan(tmp_path / "absent")
+
+
+def test_scan_survives_links_and_odd_files(tmp_path):
+    smooth((40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "sub").mkdir()
+    smooth((40, 30)).save(tmp_path / "sub" / "b.png")
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    os.mkfifo(tmp_path / "pipe.png")
+    smooth((40, 30)).save(os.fsencode(tmp_path) + b"/\xff.png")  # a name that is no UTF-8
+    pictures, rejected = data.scan(tmp_path)
+    assert [p.name for p in pictures] == ["\\xff.png", "a.png", "sub/b.png"]
+    assert dict(rejected) == {"gone.jpg": "No such file or directory", "pipe.png": "not a file"}
+    print(data.describe(pictures, rejected, SMALL))  # can be printed
+
+
+def test_scan_remembers_headers_by_size_and_time(tmp_path, monkeypatch):
+    root, index = tmp_path / "photos", tmp_path / "cache" / "index.json"
+    root.mkdir()
+    folder_of(root, [(40, 30)] * 5)
+    (root / "bad.png").write_bytes(b"no picture")
+    first = data.scan(root, index)
+    assert len(first[0]) == 5 and first[0] == data.scan(root)[0]
+    read, calls = data._read_header, []
+    monkeypatch.setattr(data, "_read_header", lambda path: calls.append(path.name) or read(path))
+    assert data.scan(root, index) == first
+    assert calls == ["bad.png"], "only what could not be read is tried again"
+
+    calls.clear()
+    smooth((60, 30), 9).save(root / "002.png")
+    (root / "003.png").unlink()
+    changed, _ = data.scan(root, index)
+    assert calls.count("002.png") == 1 and "001.png" not in calls
+    assert [(p.name, p.width) for p in changed] == [("000.png", 40), ("001.png", 40), ("002.png", 60), ("004.png", 40)]
+    assert changed[2].mark != first[0][2].mark and changed[1].mark == first[0][1].mark
+    other = tmp_path / "other"
+    other.mkdir()
+    folder_of(other, [(20, 20)])
+    assert [p.width for p in data.scan(other, index)[0]] == [20]  # another root under the same index
+    calls.clear()
+    data.scan(root, index)
+    assert calls == ["bad.png"]
+    index.write_text("{ broken")
+    assert data.scan(root, index)[0] == changed
+    assert list(index.parent.iterdir()) == [index], "nothing is left aside"
+
+
+# ---- broken and unusual files ----------------------------------------------------------------------------------------
+
+
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_header(width, height):
+    """A PNG that only claims a size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
+            + png_chunk(b"IEND", b""))  # fmt: skip
+
+
+def encoded(kind, size=(64, 48), **options):
+    file = io.BytesIO()
+    smooth(size).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on broken EXIF
+def test_fuzz_broken_pictures_are_all_named_and_nothing_crashes(tmp_path):
+    """Truncated at every kind of place, bytes flipped, empty, wrong endings, bombs: rejected by name, or readable."""
+    rng = random.Random(0)
+    formats = {"jpg": encoded("JPEG"), "png": encoded("PNG"), "webp": encoded("WEBP"), "tif": encoded("TIFF"),
+               "bmp": encoded("BMP"), "ppm": encoded("PPM"), "avif": encoded("AVIF"), "jp2": encoded("JPEG2000"),
+               "gif": encoded("GIF"), "tga": encoded("TGA"), "progressive.jpg": encoded("JPEG", progressive=True),
+               "exif.jpg": encoded("JPEG", exif=b"Exif\0\0" + b"II*\0" + bytes(60))}  # fmt: skip
+    truncated = set()
+    for ending, content in formats.items():
+        n = len(content)
+        for cut in {0, 1, 2, 4, 10, 20, 60, 200, n // 4, n // 2, 3 * n // 4, n - 100, n - 20, n - 3, n - 1}:
+            name = f"cut{cut:06d}.{ending}"
+            (tmp_path / name).write_bytes(content[: max(cut, 0)])
+            if 0 <= cut <= n // 2:
+                truncated.add(name)
+        for k in range(10):
+            flipped = bytearray(content)
+            for _ in range(1 + k):
+                flipped[rng.randrange(n)] = rng.randrange(256)
+            (tmp_path / f"flip{k}.{ending}").write_bytes(flipped)
+    (tmp_path / "bomb.png").write_bytes(png_header(60000, 60000))
+    (tmp_path / "huge.png").write_bytes(png_header(2**31 - 1, 2**31 - 1))
+    (tmp_path / "zero.png").write_bytes(png_header(0, 10))
+    (tmp_path / "empty.webp").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("this is a text")
+    (tmp_path / "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n")
+    Image.new("RGB", (1, 1)).save(tmp_path / "one.png")
+    text_bomb = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"0" * 80_000_000))
+    (tmp_path / "text-bomb.png").write_bytes(formats["png"][:33] + text_bomb + formats["png"][33:])
+
+    pictures, rejected = data.scan(tmp_path)
+    assert len(pictures) + len(rejected) == len(list(tmp_path.iterdir()))
+    reasons = dict(rejected)
+    hostile = {"bomb.png", "huge.png", "zero.png", "empty.webp", "text.jpg", "program.jpg", "one.png", "text-bomb.png"}
+    assert hostile <= set(reasons)
+    assert "exceeds limit" in reasons["bomb.png"] and "1 x 1" in reasons["one.png"]
+    assert reasons["text.jpg"] == "not a picture that Pillow can read"
+    assert all("\n" not in reason and reason for reason in reasons.values())
+    named = set(reasons)
+    for p in pictures:
+        try:
+            assert data.open_picture(p.path).mode == "RGB"
+        except ValueError as error:
+            assert p.name in str(error) and "\n" not in str(error)
+            named.add(p.name)
+    # Half a file is never taken for a picture. A GIF is an exception of Pillow's, which shows what it has.
+    assert {name for name in truncated - named if not name.endswith("gif")} == set()
+    # A cut JPEG or PNG is found at the start, not when it is needed.
+    late = {p.name for p in pictures} & truncated
+    assert not {name for name in late if name.endswith(("jpg", "png"))}
+
+
+def test_strip_is_too_small_and_upscaled_without_exhausting_memory(tmp_path):
+    Image.new("RGB", (30000, 20), "red").save(tmp_path / "strip.png")
+    pictures, _ = data.scan(tmp_path)
+    kept, small = data.usable(pictures, data.PREFERRED, upscale=False)
+    assert kept == [] and small[0][0] == "strip.png" and "smaller than its bucket 1568 x 672" in small[0][1]
+    assert data.usable(pictures, data.PREFERRED, upscale=True)[0] == pictures
+    image = data.cover_crop(data.open_picture(pictures[0].path), (1568, 672), np.random.default_rng(0))
+    assert image.size == (1568, 672) and image.getextrema() == ((255, 255), (0, 0), (0, 0))
+
+
+def test_modes_become_rgb(tmp_path):
+    def opened(image, name, **options):
+        """What a file of this picture is read as."""
+        image.save(tmp_path / name, **options)
+        return np.asarray(data.open_picture(tmp_path / name))
+
+    ramp = np.arange(256, dtype=np.uint16)[None].repeat(16, 0)
+    for name in ("grey16.png", "grey16.tif"):  # 0..65535 in steps of 257 is 0..255 exactly
+        assert (opened(Image.fromarray(ramp * 257), name) == ramp[..., None]).all()
+    assert (opened(Image.fromarray((ramp / 255).astype(np.float32)), "float.tif") == ramp[..., None]).all()
+    (tmp_path / "deep.pgm").write_bytes(b"P5 256 16 65535\n" + (ramp * 257).astype(">u2").tobytes())
+    assert (np.asarray(data.open_picture(tmp_path / "deep.pgm")) == ramp[..., None]).all()
+    with pytest.raises(ValueError, match=r"values from 0.0 to 1000.0, expected 0 to 1"):
+        opened(Image.fromarray(np.linspace(0, 1000, 256, dtype=np.float32).reshape(16, 16)), "hdr.tif")
+    assert (opened(Image.fromarray(ramp.astype(np.uint8)), "grey.png") == ramp[..., None]).all()
+    assert set(np.unique(opened(Image.fromarray(ramp > 100), "bits.png"))) == {0, 255}
+
+    # Alpha is laid on white: half-transparent red is (255, 127, 127), and hidden colours do not show.
+    half = opened(Image.new("RGBA", (16, 16), (255, 0, 0, 128)), "half.png")
+    assert np.abs(half.astype(int) - (255, 127, 127)).max() <= 1
+    assert (opened(Image.new("RGBA", (16, 16), (9, 9, 9, 0)), "clear.webp", lossless=True) == 255).all()
+    assert (opened(Image.new("LA", (16, 16), (0, 0)), "la.png") == 255).all()
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert (opened(palette, "palette.png") == (10, 20, 30)).all()
+    assert (opened(palette, "clear.gif", transparency=1) == 255).all()
+    assert (opened(palette, "clear-palette.png", transparency=1) == 255).all()
+    key = Image.new("RGB", (16, 16), (1, 2, 3))
+    assert (opened(key, "key.png", transparency=(1, 2, 3)) == 255).all()
+
+    # CMYK: no ink is white, full black is black; files by Adobe store it inverted, which Pillow undoes.
+    for name in ("white.jpg", "white.tif"):
+        assert (opened(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), name) == 255).all()
+    assert opened(Image.new("CMYK", (16, 16), (0, 0, 0, 255)), "black.jpg").max() <= 1
+    assert (opened(Image.new("RGB", (16, 16), (0, 0, 255)).convert("YCbCr"), "ycbcr.tif")[..., 2] > 250).all()
+    lab = ImageCms.applyTransform(
+        Image.new("RGB", (16, 16), "red"),
+        ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"),
+    )
+    assert np.abs(opened(lab, "lab.tif").astype(int) - (255, 0, 0)).max() < 8  # 8-bit Lab is coarse
+
+    frames = [Image.new("RGB", (16, 16), c) for c in ("red", "lime", "blue")]
+    for name, options in (("a.gif", {}), ("a.png", {}), ("a.webp", {"lossless": True})):
+        assert (opened(frames[0], name, save_all=True, append_images=frames[1:], **options) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "avif"])
+def test_orientation_is_applied_to_size_and_content(tmp_path, ending):
+    """All eight EXIF orientations: the stored picture is the inverse turn of one reference."""
+    reference = Image.new("RGB", (48, 32), "black")
+    reference.paste((255, 0, 0), (0, 0, 24, 16))
+    reference.paste((0, 255, 0), (24, 0, 48, 16))
+    reference.paste((0, 0, 255), (0, 16, 24, 32))
+    turn = Image.Transpose
+    undo = {1: None, 2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+            6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}  # fmt: skip
+    for orientation, method in undo.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = reference.transpose(method) if method is not None else reference
+        stored.save(tmp_path / f"{orientation}.{ending}", exif=exif, quality=95)
+    pictures, rejected = data.scan(tmp_path)
+    assert len(pictures) == 8 and rejected == []
+    for p in pictures:
+        assert (p.width, p.height) == (48, 32), p.name
+        for minimum in (None, (6, 4)):  # also through reduced decoding
+            image = data.open_picture(p.path, minimum)
+            w, h = image.size
+            corners = [image.getpixel((int(w * x), int(h * y))) for y in (0.25, 0.75) for x in (0.25, 0.75)]
+            for got, expected in zip(corners, [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)], strict=True):
+                assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) < 30, (p.name, minimum)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on broken EXIF
+def test_broken_exif_does_not_lose_a_picture(tmp_path):
+    smooth((48, 32)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + b"\xff" * 40)
+    pictures, rejected = data.scan(tmp_path)
+    assert [(p.width, p.height) for p in pictures] == [(48, 32)] and rejected == []
+    assert data.open_picture(pictures[0].path).size == (48, 32)
+
+
+# ---- crop ------------------------------------------------------------------------------------------------------------
+
+
+def test_cover_crop_equals_resize_then_crop():
+    image = smooth((600, 400))
+    for size in ((96, 96), (128, 48), (48, 128), (240, 160), (700, 700)):
+        scale = max(size[0] / 600, size[1] / 400)
+        whole = image.resize((round(600 * scale), round(400 * scale)), Image.LANCZOS)
+        x, y = (int(600 * scale) - size[0]) // 2, (int(400 * scale) - size[1]) // 2
+        plain = np.asarray(whole.crop((x, y, x + size[0], y + size[1])), float)
+        ours = np.asarray(data.cover_crop(image, size, None), float)
+        # The plain way rounds the covering size to pixels, so that it is off by up to half a pixel at the far end.
+        assert np.sqrt(((plain - ours) ** 2).mean()) < 4, size
+
+
+def test_crop_is_never_squashed_and_reaches_every_place():
+    x, y = np.meshgrid(np.linspace(0, 255, 501), np.linspace(0, 255, 301))
+    ramp = Image.fromarray(np.stack([x, y, 0 * x], axis=2).round().astype(np.uint8))
+    lefts = []
+    for seed in range(60):
+        a = np.asarray(data.cover_crop(ramp, (96, 96), np.random.default_rng(seed)), float)
+        across = np.diff(a[10:-10, 10:-10, 0], axis=1).mean() * 501
+        down = np.diff(a[10:-10, 10:-10, 1], axis=0).mean() * 301
+        assert abs(across / down - 1) < 0.02  # bytes: half a level of the 255 over 76 pixels
+        lefts.append(round(a[:, 0, 0].mean() / 255 * 501 * 96 / 301))
+    room = int(501 * 96 / 301 - 96)
+    assert min(lefts) <= 2 and max(lefts) >= room - 2 and len(set(lefts)) > 25
+
+
+def test_picture_of_bucket_size_is_not_resampled():
+    image = smooth((120, 96))
+    a = np.asarray(data.cover_crop(image, (96, 96), np.random.default_rng(3)))
+    assert any((a == np.asarray(image)[:, x : x + 96]).all() for x in range(25))
+    mirrored = [np.asarray(data.cover_crop(image, (120, 96), np.random.default_rng(s), flip=True)) for s in range(20)]
+    same = [(m == np.asarray(image)).all() for m in mirrored]
+    assert 0 < sum(same) < 20
+    assert all((m[:, ::-1] == np.asarray(image)).all() for m, s in zip(mirrored, same, strict=True) if not s)
+
+
+def test_reduced_decoding_is_used_and_loses_nothing(tmp_path):
+    source = Image.open(PHOTOS / "life.jpg").convert("RGB").resize((1600, 1200), Image.LANCZOS)
+    source.filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "a.jpg", quality=95)  # as sharp as a camera's pixels
+    for size, shrunk in (((400, 300), 2), ((200, 150), 4), ((100, 75), 8), ((600, 450), 1)):
+        image = data.open_picture(tmp_path / "a.jpg", size)
+        assert image.size == (1600 // shrunk, 1200 // shrunk)
+        full = np.asarray(data.cover_crop(data.open_picture(tmp_path / "a.jpg"), size, None), float)
+        mse = ((np.asarray(data.cover_crop(image, size, None), float) - full) ** 2).mean()
+        assert 10 * math.log10(255**2 / max(mse, 1e-9)) > 40
+    exif = Image.Exif()
+    exif[0x0112] = 6  # is seen as 1600 x 400
+    Image.new("RGB", (400, 1600)).save(tmp_path / "upright.jpg", exif=exif)
+    assert data.open_picture(tmp_path / "upright.jpg", (400, 100)).size == (800, 200)
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_functions_of_seed_epoch_and_name(tmp_path):
+    pictures = folder_of(tmp_path, [(100, 80), (80, 100), (90, 90), (200, 50)])
+    pairs = Pairs(pictures, SMALL, noisy, 1, "restore", flip=True)
+    item = pairs[(3, 1)]
+    assert item["control"].dtype == item["target"].dtype == torch.uint8
+    assert item["prompt"] == "restore" and item["name"] == "001.png" and item["unreadable"] == []
+    w, h = SMALL[pairs.bucket_of[1]]
+    assert item["target"].shape == (3, h, w)
+    again = Pairs(pictures[1:], SMALL, noisy, 1, "restore", flip=True)[(3, 0)]  # other position, same picture
+    assert torch.equal(item["control"], again["control"]) and torch.equal(item["target"], again["target"])
+    others = [pairs[(4, 1)], Pairs(pictures, SMALL, noisy, 2, "restore", flip=True)[(3, 1)]]
+    assert not any(torch.equal(item["control"], other["control"]) for other in others)
+    assert pairs[(5, 0)]["target"].float().std() > 5
+
+    fixed = Pairs(pictures, SMALL, noisy, 1, "restore", flip=True, train=False)
+    for i in range(4):
+        a, b = fixed[(0, i)], fixed[(7, i)]
+        assert torch.equal(a["control"], b["control"]) and not torch.equal(a["control"], a["target"])
+        centred = data.cover_crop(data.open_picture(pictures[i].path), SMALL[fixed.bucket_of[i]], None)
+        assert torch.equal(a["target"], data.to_tensor(centred))
+    x = data.to_float(torch.tensor([0, 255], dtype=torch.uint8))
+    assert x.dtype == torch.float32 and x.tolist() == [-1, 1]
+    with pytest.raises(ValueError, match="no usable picture"):
+        Pairs([], SMALL, noisy, 1, "restore")
+
+
+def stream(pairs, sampler, workers, count):
+    loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, num_workers=workers, collate_fn=data.collate)
+    batches = iter(loader)
+    return [next(batches) for _ in range(count)]
+
+
+def test_same_batches_with_any_number_of_workers(tmp_path):
+    pictures = folder_of(tmp_path, [(100, 80), (80, 100), (90, 90), (200, 50), (100, 80), (95, 76), (90, 90)])
+    pairs = Pairs(pictures, SMALL, degrade.parse("blur=0.5:1,noise=0.05,jpeg=40:90@0.7"), 1, "restore", flip=True)
+    runs = [stream(pairs, BucketSampler(pairs.bucket_of, 2, 5), workers, 9) for workers in (0, 2)]
+    runs.append([None] * 4 + stream(pairs, BucketSampler(pairs.bucket_of, 2, 5, start=4), 2, 5))  # resumed
+    for k, (a, b, c) in enumerate(zip(*runs, strict=True)):
+        for other in (b, c) if k >= 4 else (b,):
+            assert a["name"] == other["name"] and a["total"] == other["total"] == len(a["name"])
+            for key in ("control", "target", "weight", "position"):
+                assert torch.equal(a[key], other[key])
+
+
+def test_captions(tmp_path):
+    folder_of(tmp_path, [(64, 64)] * 3)
+    (tmp_path / "000.txt").write_text("\ufeff a boat,\n on the sea \n", encoding="utf-8")
+    (tmp_path / "001.TXT").write_text(" \n")
+    pairs = Pairs(data.scan(tmp_path)[0], SMALL, noisy, 1, "restore")
+    assert pairs.prompts == ["a boat, on the sea", "restore", "restore"]
+    assert pairs[(0, 0)]["prompt"] == "a boat, on the sea"
+    (tmp_path / "002.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"002\.txt: not UTF-8"):
+        Pairs(data.scan(tmp_path)[0], SMALL, noisy, 1, "restore")
+
+
+def test_picture_lost_while_training_is_replaced_and_named(tmp_path):
+    sizes = [(100, 100)] * 6 + [(100, 60)] * 2
+    pictures = folder_of(tmp_path, sizes)
+    pairs = Pairs(pictures, SMALL, noisy, 1, "restore")
+    before = [pairs[(0, i)] for i in range(8)]
+    lost = ("002.png", "003.png", "006.png", "007.png")  # the last two are all of their bucket
+    for name in lost:
+        (tmp_path / name).unlink()
+    (tmp_path / "003.png").write_bytes(b"no picture")
+    for i in (2, 3, 6, 7):
+        a, b = pairs[(0, i)], pairs[(0, i)]
+        assert a["name"] == b["name"] not in lost and torch.equal(a["control"], b["control"])
+        assert f"{i:03d}.png" in a["unreadable"][0] and a["prompt"] == "restore" and a["weight"] == 1
+        assert a["target"].shape == before[i]["target"].shape
+        assert i > 3 or pairs.bucket_of[int(a["name"][:3])] == pairs.bucket_of[i], "of the same bucket if there is one"
+    assert torch.equal(pairs[(0, 0)]["control"], before[0]["control"])
+    batch = data.collate([pairs[(0, i)] for i in (1, 2, 3)])
+    assert batch["control"].shape[0] == 3 and len(batch["unreadable"]) >= 2
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(OSError, match="is the disk there"):
+        pairs[(0, 0)]
+
+
+def test_a_failing_degradation_is_no_unreadable_picture(tmp_path):
+    def fails(image, rng):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        Pairs(folder_of(tmp_path, [(64, 64)] * 2), SMALL, fails, 1, "restore")[(0, 0)]
+
+
+def test_own_pairs_share_crop_and_mirror(tmp_path):
+    high, low = tmp_path / "high", tmp_path / "low"
+    for folder in (high, low):
+        (folder / "sub").mkdir(parents=True)
+    for name, size, other in (("a.png", (256, 200), "a.png"), ("sub/b.jpg", (200, 320), "sub/b.webp"),
+                              ("c.png", (301, 200), "c.png")):  # fmt: skip
+        clean = smooth(size, 4).filter(ImageFilter.GaussianBlur(2))
+        clean.save(high / name, quality=98)
+        factor = 4 if name == "a.png" else 3 if name == "c.png" else 1  # c: 100.33 x 66.67 is rounded
+        control = clean.resize((round(size[0] / factor), round(size[1] / factor)), Image.LANCZOS)
+        control.save(low / other, **({"lossless": True} if other.endswith("webp") else {}))
+    pictures, _ = data.scan(high)
+    pairs = Pairs(pictures, SMALL, None, 1, "restore", lr_root=low, flip=True)
+    for epoch in range(6):
+        for i in range(3):
+            item = pairs[(epoch, i)]
+            a, b = data.to_float(item["control"]).flatten(), data.to_float(item["target"]).flatten()
+            assert item["control"].shape == item["target"].shape
+            # The same place: a shift by two pixels, or a mirror image, would be below 0.9.
+            assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.97, item["name"]
+
+    # A large JPEG is decoded in full, or it would be shifted against its partner by part of a pixel.
+    jpeg, png = high / "d.jpg", low / "d.png"
+    smooth((1001, 803)).save(jpeg)
+    Image.open(jpeg).save(png)
+    item = Pairs([p for p in data.scan(high)[0] if p.name == "d.jpg"], SMALL, None, 1, "restore", lr_root=low)[(0, 0)]
+    assert torch.equal(item["control"], item["target"])
+
+    (low / "a.png").unlink()
+    smooth((100, 90)).save(low / "c.png")
+    with pytest.raises(ValueError) as error:
+        Pairs(pictures, SMALL, None, 1, "restore", lr_root=low)
+    assert "2 of 3" in str(error.value) and "a.png (missing)" in str(error.value)
+    assert "c.png (100 x 90 for 301 x 200)" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_describe(tmp_path):
+    sizes = [(2000, 2000)] * 3 + [(3000, 2000)]
+    pictures = [Picture(Path(f"{k}"), f"{k}", *size, "") for k, size in enumerate(sizes)]
+    text = data.describe(pictures, [(f"{k}.jpg", "empty") for k in range(12)], data.PREFERRED)
+    assert text.startswith("4 pictures in 2 of 17 buckets\n   1024 x 1024         3\n   1248 x 832          1\n")
+    assert "12 files left out" in text and "9.jpg: empty" in text and "10.jpg" not in text
+    assert text.endswith("... and 2 more")
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+def take(sampler, count):
+    batches = iter(sampler)
+    return [next(batches) for _ in range(count)]
+
+
+BUCKET_OF = np.random.default_rng(0).choice(5, size=101, p=[0.4, 0.3, 0.2, 0.08, 0.02]).tolist() + [7]
+
+
+@pytest.mark.parametrize(("batch", "world"), [(1, 1), (4, 1), (2, 2), (1, 3), (3, 4), (64, 2)])
+def test_every_picture_once_an_epoch_and_the_ranks_share_it(batch, world):
+    ranks = [BucketSampler(BUCKET_OF, batch, 3, rank, world) for rank in range(world)]
+    alone = BucketSampler(BUCKET_OF, batch * world, 3)
+    n = alone.batches_per_epoch
+    streams = [take(sampler, 2 * n) for sampler in ranks]
+    for k, whole in enumerate(take(alone, 2 * n)):
+        parts = [s[k] for s in streams]
+        assert len({len(part) for part in parts}) == 1 and parts[0], "all ranks have the same number of items"
+        assert len(parts[0]) <= batch
+        flat = [draw for part in parts for draw in part]
+        assert [draw for draw in flat if draw.weight] == whole, "the same items at the same positions as one process"
+        assert len({BUCKET_OF[draw.index] for draw in flat}) == 1, "one shape"
+        assert [draw.position for draw in flat] == list(range(len(flat)))
+        assert {draw.total for draw in flat} == {len(whole)}
+    for epoch in range(2):
+        seen = [d.index for s in streams for b in s[epoch * n : (epoch + 1) * n] for d in b if d.weight]
+        assert sorted(seen) == list(range(102))
+        assert {d.epoch for b in streams[0][epoch * n : (epoch + 1) * n] for d in b} == {epoch}
+    orders = [[d.index for b in take(BucketSampler(BUCKET_OF, 4, seed), 20) for d in b] for seed in (3, 3, 4)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_order_changes_between_epochs_and_mixes_buckets():
+    sampler = BucketSampler(BUCKET_OF, 4, 3)
+    n = sampler.batches_per_epoch
+    epochs = take(sampler, 2 * n)
+    assert [b[0].index for b in epochs[:n]] != [b[0].index for b in epochs[n:]]
+    shapes = [BUCKET_OF[b[0].index] for b in epochs[:n]]
+    assert shapes != sorted(shapes)
+    partners = [{frozenset(d.index for d in b) for b in epochs[a : a + n] if len(b) == 4} for a in (0, n)]
+    assert len(partners[0] & partners[1]) <= 1, "batches are made anew in every epoch"
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_resume_at_any_batch_is_the_uninterrupted_stream(drop_last):
+    options = {"rank": 1, "world": 2, "drop_last": drop_last}
+    n = BucketSampler(BUCKET_OF, 3, 3, **options).batches_per_epoch
+    whole = take(BucketSampler(BUCKET_OF, 3, 3, **options), 3 * n)
+    for start in range(2 * n + 3):
+        assert take(BucketSampler(BUCKET_OF, 3, 3, start=start, **options), 5) == whole[start : start + 5]
+    if drop_last:
+        assert all(len(b) == 3 and b[0].weight == b[0].total / 6 == 1 for b in whole)
+
+
+def test_no_batch_at_all_is_an_error():
+    with pytest.raises(ValueError, match="no bucket has the 8 pictures"):
+        BucketSampler([0, 0, 1], 4, 1, world=2, drop_last=True)
+    assert take(BucketSampler([0, 0, 1], 4, 1, world=2), 1)
+
+
+def test_sampler_of_100000_pictures_is_small_and_quick():
+    import time
+    import tracemalloc
+
+    bucket_of = np.random.default_rng(0).integers(0, 17, 100_000)
+    tracemalloc.start()
+    start = time.perf_counter()
+    next(iter(BucketSampler(bucket_of, 4, 1, start=10**9)))
+    assert time.perf_counter() - start < 2, "jumping anywhere reads and generates nothing in between"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80 * len(bucket_of)  # bytes
+
+
+# ---- cached latents --------------------------------------------------------------------------------------------------
+
+
+def pooled(pictures):
+    """A stand-in for the autoencoder: it keeps enough of a picture to recognise it."""
+    return torch.nn.functional.avg_pool2d(data.to_float(pictures), 4)
+
+
+def cached(root, cache, k, epochs, start=0, **options):
+    """Check that everything a cached run sees is what a run without cache sees, and count the encoded variants."""
+    pictures, _ = data.scan(root)
+    pairs = Pairs(pictures, SMALL, noisy, options.pop("seed", 1), "restore", variants=k, **options)
+    encoded = []
+    unreadable = fill(pairs, cache, lambda x: encoded.append(len(x)) or pooled(x), batch_size=3)
+    plain = Pairs(pictures, SMALL, noisy, pairs.seed, "restore", flip=pairs.flip)
+    sampler = BucketSampler(pairs.bucket_of, 2, 9, start=start)
+    batches = stream(CachedPairs(pairs, cache), sampler, 0, epochs * sampler.batches_per_epoch)
+    for batch, draws in zip(batches, sampler, strict=False):  # the sampler never ends
+        for n, draw in enumerate(draws):
+            expected = plain[(draw.epoch % k, draw.index)]
+            assert batch["name"][n] == expected["name"] and batch["prompt"][n] == expected["prompt"]
+            for key in ("control", "target"):
+                assert torch.equal(batch[key][n], pooled(expected[key][None])[0]), (key, draw)
+    assert unreadable == []
+    return sum(encoded) // 2  # control and target
+
+
+def test_no_latent_meets_another_pictures_caption_or_target(tmp_path):
+    """Shuffled over epochs, resumed, with K changed, pictures added, changed and removed, other seeds, other keys."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    folder_of(root, [(100, 100), (101, 100), (100, 99), (120, 80), (121, 80), (80, 120)])
+    for k in range(6):
+        (root / f"{k:03d}.txt").write_text(f"caption of {k}")
+    cache = LatentCache(tmp_path / "latents", "noise 10, tiny autoencoder")
+    assert cached(root, cache, 2, epochs=5) == 12
+    assert cached(root, cache, 2, epochs=2, start=7) == 0  # resumed: nothing is encoded again
+    assert cached(root, cache, 3, epochs=4) == 6  # variants 0 and 1 are those of before
+    assert cached(root, cache, 1, epochs=2) == 0
+    smooth((100, 100), 77).save(root / "0005.png")  # sorts between the others: all positions shift
+    assert cached(root, cache, 3, epochs=4) == 3
+    smooth((100, 100), 78).save(root / "001.png")
+    assert cached(root, cache, 3, epochs=4) == 3
+    (root / "000.png").unlink()
+    (root / "002.png").rename(root / "000.png")  # another picture under a known name
+    assert cached(root, cache, 3, epochs=4) == 3
+    assert cached(root, cache, 2, epochs=3, seed=2) == 12
+    assert cached(root, cache, 2, epochs=3, flip=True) == 12
+    assert cached(root, LatentCache(tmp_path / "latents", "other weights"), 1, epochs=1) == 6
+    (root / "003.txt").write_text("a new caption")
+    assert cached(root, cache, 3, epochs=4) == 0  # captions are not in the cache
+
+
+def test_broken_latents_are_made_again_and_lost_ones_replaced(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    pictures = folder_of(root, [(100, 100)] * 4)
+    cache = LatentCache(tmp_path / "latents", "base")
+    assert cached(root, cache, 2, epochs=1) == 8
+    files = sorted((tmp_path / "latents").rglob("*.safetensors"))
+    assert len(files) == 8 and files[0].parent.parent.parent == tmp_path / "latents"
+    files[0].write_bytes(files[0].read_bytes()[:-10])
+    files[1].write_bytes(b"")
+    files[2].unlink()
+    files[3].write_bytes(files[4].read_bytes())  # another picture's latents
+    save_file({"control": torch.zeros(1)}, files[5])
+    assert cached(root, cache, 2, epochs=2) == 5
+    assert not list((tmp_path / "latents").rglob("*.tmp"))
+
+    pairs = Pairs(pictures, SMALL, noisy, 1, "restore", variants=2)
+    files = [cache._file(cache.key(pairs, 1, i)) for i in range(4)]
+    files[2].unlink()
+    item = CachedPairs(pairs, cache)[(3, 2)]
+    assert item["name"] != "002.png" and "002.png: its latents of variant 1" in item["unreadable"][0]
+
+    (root / "003.png").unlink()  # vanishes between scan and fill: is reported, and nobody else is stored for it
+    files[3].unlink()
+    assert len(unreadable := fill(pairs, cache, pooled)) == 1 and "003.png" in unreadable[0]
+    assert files[2].exists() and not files[3].exists()
+    with pytest.raises(ValueError, match="expected Pairs"):
+        fill(Pairs(pictures[:1], SMALL, noisy, 1, "restore"), cache, pooled)
+
+
+def test_several_processes_fill_the_cache_together(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    pictures = folder_of(root, [(100, 100)] * 5)
+    pairs = Pairs(pictures, SMALL, noisy, 1, "restore", variants=2)
+    caches = [LatentCache(tmp_path / name, "base") for name in ("one", "two")]
+    fill(pairs, caches[0], pooled)
+    lists = [[], []]
+    # Each process lists what is missing before any has written, as they do when they start together.
+    for rank in range(2):
+        part = LatentCache(tmp_path / f"rank{rank}", "base")
+        fill(pairs, part, pooled, rank=rank, world=2, report=lambda done, total, r=rank: lists[r].append((done, total)))
+    names = [{f.name for f in (tmp_path / f).rglob("*.safetensors")} for f in ("one", "rank0", "rank1")]
+    assert names[1] | names[2] == names[0] and not names[1] & names[2]
+    assert lists == [[(k + 1, 5) for k in range(5)]] * 2
+
+
+def test_draw_defaults_fit_pairs_of_epoch_and_index():
+    assert Draw(2, 3) == (2, 3, 1.0, 0, 1)
