@@ -21,14 +21,15 @@ import torch
 from PIL import Image
 
 from kontext_min import degrade
-from kontext_min.checkpoints import Weights, load_autoencoder, load_flux
+from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, load_flux
 from kontext_min.data import open_picture
 from kontext_min.flags import flag, parse
 from kontext_min.flow import SOLVERS, Objective
-from kontext_min.lora_files import load_lora, strength_of
+from kontext_min.lora_files import load_lora, read_lora, strength_of
 from kontext_min.metrics import psnr, ssim
 from kontext_min.prompts import batch, encode
 from kontext_min.restore import restore, to_image, to_tensor
+from kontext_min.validation import grid
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,17 @@ class Settings:
     tile: int | None = flag(
         None, "side in pixels above which tiles are used; else the LoRA's resolution, else 1024", "method"
     )
+    cache_dir: Path = flag(Path("runs/cache"), "where encoded prompts are kept", "machine")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
 
 
 def trained_with(metadata: dict[str, str]) -> dict[str, Any]:
     """What train.py wrote into the LoRA's header; empty for LoRAs of other trainers."""
     try:
-        return json.loads(metadata.get("kontext_min", "{}"))
+        known = json.loads(metadata.get("kontext_min", "{}"))
     except ValueError:
         return {}
+    return known if isinstance(known, dict) else {}
 
 
 def sample(settings: Settings) -> None:
@@ -82,20 +85,25 @@ def sample(settings: Settings) -> None:
     if settings.degrade:
         picture = degrade.parse(settings.degrade)(clean, np.random.default_rng(settings.seed))
 
-    autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
-    flux = load_flux(weights.path("transformer"), dtype=dtype, device=device)
-    lora: dict[str, Any] = {}
-    if settings.lora:
-        lora = trained_with(load_lora(flux, *strength_of(settings.lora)))
-
+    lora = trained_with(read_lora(strength_of(settings.lora)[0])[1]) if settings.lora else {}
     text = settings.prompt or lora.get("prompt") or degrade.PROMPTS["guide"]
     guidance = settings.guidance if settings.guidance is not None else lora.get("guidance", 1.5)
     name = settings.objective or lora.get("objective", "bridge")
-    same = name == lora.get("objective")  # context, noise and start time belong to the objective of the LoRA
-    objective = Objective(name, *(lora[k] for k in ("context", "source_noise", "start_time")) if same else ())
+    if name != lora.get("objective", name):
+        raise ValueError(
+            f"--objective {name}: {settings.lora} was trained for {lora['objective']}; leave the flag out."
+        )
+    objective = Objective(name, **{k: lora[k] for k in ("context", "source_noise", "start_time") if k in lora})
     steps = settings.steps or (28 if name == "kontext" else 4)
+    if lora.get("base", base := fingerprint(weights.path("transformer"), "transformer")) != base:
+        print(f"note: {settings.lora} was trained on another base model than --weights", file=sys.stderr)
 
-    encoded = encode([text], weights, None, dtype, device)
+    encoded = encode([text], weights, settings.cache_dir / "prompts", dtype, device)  # then T5 is gone
+    autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
+    flux = load_flux(weights.path("transformer"), dtype=dtype, device=device)
+    if settings.lora:
+        load_lora(flux, *strength_of(settings.lora))
+
     began = time.monotonic()
     restored = restore(
         to_tensor(picture).to(device),
@@ -111,24 +119,14 @@ def sample(settings: Settings) -> None:
     result = to_image(restored[0])
     seconds = time.monotonic() - began
 
-    shown = [picture, result, clean] if settings.degrade else [picture, result]
-    beside(shown).save(settings.output) if settings.compare else result.save(settings.output)
+    shown = grid([[picture, result, clean] if settings.degrade else [picture, result]]) if settings.compare else result
+    shown.save(settings.output, quality=95)  # of JPEG and WebP; PNG is exact
     print(
         f"{settings.output}: {result.width}x{result.height}, {name}, {steps} {settings.solver} steps, {seconds:.1f} s"
     )
     if settings.degrade:
         before, after = (f"{psnr(p, clean):.2f} dB / {ssim(p, clean):.3f}" for p in (picture, result))
         print(f"PSNR / SSIM against the clean input: degraded {before}, restored {after}")
-
-
-def beside(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one height in a row, four white pixels between them."""
-    sheet = Image.new("RGB", (sum(p.width + 4 for p in pictures) - 4, pictures[0].height), "white")
-    left = 0
-    for picture in pictures:
-        sheet.paste(picture, (left, 0))
-        left += picture.width + 4
-    return sheet
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -251,7 +251,7 @@ class ClipTokenizer:
 
 
 def merge(tokens: list[str], pair: tuple[str, str]) -> list[str]:
-    """Every occurrence of the pair becomes one token, from left to right: merge([a, a, a], (a, a)) is [aa, a]."""
+    """Every occurrence of the pair becomes one token, from left to right: a a a with (a, a) gives aa a."""
     merged: list[str] = []
     position = 0
     while position < len(tokens):

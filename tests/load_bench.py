@@ -44,9 +44,10 @@ def main() -> None:
     import torch
 
     sys.path.insert(0, str(ROOT))
+    from safetensors.torch import save_file
+
     from kontext_min.checkpoints import save_flux
     from kontext_min.flux import Flux, FluxParams
-    from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as folder:
         hub, bfl = Path(folder) / "hub" / "transformer", Path(folder) / "bfl.safetensors"
@@ -64,14 +65,16 @@ def main() -> None:
             ("  ours, the same file", OURS, f"load_flux({str(hub)!r})"),
             ("  ours, BFL names", OURS, f"load_flux({str(bfl)!r})"),
             ("the same: diffusers without accelerate", THEIRS,
-             f"FluxTransformer2DModel.from_pretrained({str(hub)!r}, torch_dtype=torch.bfloat16, low_cpu_mem_usage=False)"),
+             f"FluxTransformer2DModel.from_pretrained({str(hub)!r}, torch_dtype=torch.bfloat16,"
+             " low_cpu_mem_usage=False)"),
             ("  ours", OURS, f"load_flux({str(hub)!r})"),
             ("the same, as float32: diffusers", THEIRS, f"FluxTransformer2DModel.from_pretrained({str(hub)!r})"),
             ("  ours", OURS, f"load_flux({str(hub)!r}, dtype=torch.float32)"),
             ("weights/tiny transformer: diffusers", THEIRS,
              "FluxTransformer2DModel.from_pretrained('weights/tiny', subfolder='transformer')"),
             ("  ours", OURS, "load_flux('weights/tiny', dtype=torch.float32)"),
-            ("weights/tiny autoencoder: diffusers", THEIRS, "AutoencoderKL.from_pretrained('weights/tiny', subfolder='vae')"),
+            ("weights/tiny autoencoder: diffusers", THEIRS,
+             "AutoencoderKL.from_pretrained('weights/tiny', subfolder='vae')"),
             ("  ours", OURS, "load_autoencoder('weights/tiny', dtype=torch.float32)"),
         ]  # fmt: skip
         print(f"{'':52} {'load s':>8} {'ratio':>6} {'+ read s':>9} {'anonymous MB':>13} {'peak MB':>8}")

@@ -207,9 +207,9 @@ def test_fuzz_against_transformers(tokenizer, pool):
 
 
 def test_missing_and_unusable_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="spiece.model: not found; [^\n]*$"):
+    with pytest.raises(FileNotFoundError, match=r"spiece\.model: not found; [^\n]*$"):
         T5Tokenizer(tmp_path)
     for content in (b"", b"no model"):
         (tmp_path / "spiece.model").write_bytes(content)
-        with pytest.raises(ValueError, match="not a sentencepiece model; [^\n]*$"):
+        with pytest.raises(ValueError, match=r"not a sentencepiece model; [^\n]*$"):
             T5Tokenizer(tmp_path)
