@@ -136,9 +136,11 @@ def averaged(params: Sequence[Tensor], ema: Sequence[Tensor]) -> Iterator[None]:
         return
     kept = [p.detach().clone() for p in params]
     with torch.no_grad():
-        torch._foreach_copy_(list(params), list(ema))
+        for p, average in zip(params, ema, strict=True):
+            p.copy_(average)
         yield
-        torch._foreach_copy_(list(params), kept)
+        for p, value in zip(params, kept, strict=True):
+            p.copy_(value)
 
 
 def split_validation(
@@ -219,7 +221,7 @@ def train(settings: Settings) -> int:
 
     # The run folder, and the checkpoint in it to go on from.
     folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
-    about = {
+    written = to_json(settings) | {
         "versions": {"kontext_min": __version__, "torch": torch.__version__},
         "fingerprint": fingerprints(weights),
         "pictures_a_batch": settings.batch_size * me.world,
@@ -227,9 +229,7 @@ def train(settings: Settings) -> int:
     with parallel.first_goes_ahead(me):
         if first and settings.overwrite:
             runs.delete_run(folder)
-        checkpoint_path = runs.open_run(
-            folder, to_json(settings) | about, settings.resume, settings.accept_changes, write=first
-        )
+        checkpoint_path = runs.open_run(folder, written, settings.resume, settings.accept_changes, write=first)
 
     # Prompts, then the text encoders are gone; then the transformer, frozen but for its LoRA.
     with parallel.first_goes_ahead(me):
@@ -269,7 +269,7 @@ def train(settings: Settings) -> int:
             return x if x.is_floating_point() else autoencoder.encode(data.to_float(x))
 
     if settings.cache_latents:
-        latents = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {about['fingerprint']['vae']}")
+        latents = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {written['fingerprint']['vae']}")
         report = partial(runs.Progress().show, text="latents") if first else lambda *_: None
         for line in fill(pairs, latents, encode, 1, settings.workers, me.rank, me.world, report):
             print(f"left out: {line}")
@@ -298,7 +298,8 @@ def train(settings: Settings) -> int:
         say(f"start time {start_time:.3f}")
     objective = Objective(settings.objective, settings.context, settings.source_noise, float(start_time))
 
-    header = {"kontext_min": json.dumps(trained_for(settings, objective, prompt, about["fingerprint"]["transformer"]))}
+    base = written["fingerprint"]["transformer"]
+    header = {"kontext_min": json.dumps(trained_for(settings, objective, prompt, base))}
 
     def gather(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Weights or averages by name; whole, so if they are sharded every process must ask."""
@@ -313,6 +314,7 @@ def train(settings: Settings) -> int:
 
     board = runs.open_tensorboard(folder, state["step"]) if first and settings.tensorboard else None
     if first:
+        runs.write_json(folder / "settings.json", written)
         runs.rewind_metrics(folder, state["step"])
     counts = f"{len(pairs)} pictures, {sampler.batches_per_epoch} batches an epoch"
     say(f"{folder}: {counts}, {len(validation_pairs)} to validate on")

@@ -119,7 +119,7 @@ def fill(
         encode: bytes (B, 3, H, W) on the CPU -> latents (B, C, h, w).
         batch_size: pictures of one bucket encoded together.
         workers: processes that load and degrade.
-        rank: this process; each of `world` takes its part of what is missing.
+        rank: this process; each of `world` takes every world-th picture.
         world: number of processes.
         report: is told (done, total) after every batch.
 
@@ -133,11 +133,12 @@ def fill(
         raise ValueError("cached latents: got pairs that differ in every epoch; expected Pairs(variants=K), K > 0.")
     missing: dict[int, list[Draw]] = {}
     for i, bucket in enumerate(pairs.bucket_of.tolist()):
+        if i % world != rank:  # shared out by picture: what is missing changes while the others write
+            continue
         for k in range(pairs.variants):
             if cache.read(cache.key(pairs, k, i), header_only=True) is None:
                 missing.setdefault(bucket, []).append(Draw(epoch=k, index=i))
     batches = [draws[a : a + batch_size] for draws in missing.values() for a in range(0, len(draws), batch_size)]
-    batches = batches[rank::world]
     loader = torch.utils.data.DataLoader(pairs, batch_sampler=batches, num_workers=workers, collate_fn=_with_items)
     unreadable = []
     for done, (draws, (batch, items)) in enumerate(zip(batches, loader, strict=True)):

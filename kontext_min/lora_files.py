@@ -12,6 +12,7 @@ header alone, one of them ignores it). What the LoRA was trained for stands in t
 Source of the names: kohya-ss/sd-scripts 48d368f, networks/lora_flux.py and convert_flux_lora.py.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -71,9 +72,20 @@ def save_lora(
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(stored, aside, metadata=header)
+        _sort_metadata(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in a random order; sorted, equal LoRAs are equal files, byte by byte."""
+    with path.open("r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        f.seek(8)
+        f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,6 +10,7 @@ Sources: torch.nn.parallel.DistributedDataParallel; torch.distributed.fsdp.fully
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def spread(model: nn.Module, processes: Processes, shard: bool) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # about in-place operations that there are none of
         mesh = init_device_mesh(processes.device.type, (processes.world,))
         for block in (*model.double_blocks, *model.single_blocks):
             fully_shard(block, mesh=mesh)

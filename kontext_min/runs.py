@@ -67,7 +67,6 @@ def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, accept: bo
         (folder / "validation").mkdir(exist_ok=True)
         for leftover in (folder / "checkpoints").glob(".*"):  # of a process that was killed while writing
             shutil.rmtree(leftover, ignore_errors=True)
-        write_json(stored, settings)
     return last
 
 

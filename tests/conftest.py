@@ -1,0 +1,104 @@
+"""What several tests share: --slow, a bundle of weights that takes milliseconds a step, and pictures to match."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from kontext_min.checkpoints import save_flux
+from kontext_min.flux import Flux, FluxParams
+from kontext_min.restore import to_tensor
+
+collect_ignore = ["kill_test.py"]  # a program, though its name looks like that of a test
+TESTS = Path(__file__).parent
+TINY = TESTS.parent / "weights" / "tiny"
+TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the long forms of the tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    skips = {"slow": not config.getoption("--slow"), "gpu": not torch.cuda.is_available()}
+    for item in items:
+        for name, skip in skips.items():
+            if skip and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"{name}: --slow, or a GPU, is needed"))
+
+
+def make_bundle(folder, seed=0):
+    """A hub folder: the text encoders of weights/tiny, a random autoencoder of factor 4 and a random transformer."""
+    generator = torch.Generator().manual_seed(seed)
+    config = {name: json.loads((TINY / name / "config.json").read_text()) for name in TEXT[:2]}
+    flux = Flux(
+        FluxParams(
+            in_channels=16,  # 2x2 patches of 4 channels
+            out_channels=16,
+            vec_in_dim=config["text_encoder"]["hidden_size"],
+            context_in_dim=config["text_encoder_2"]["d_model"],
+            hidden_size=48,
+            num_heads=2,
+            depth=1,
+            depth_single_blocks=1,
+            axes_dim=(4, 10, 10),
+        )
+    )
+    with torch.no_grad():
+        for p in flux.parameters():
+            if p.ndim == 2:
+                p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
+            elif len(p) > 24:  # biases; the scales of the q and k norms stay at 1
+                p.zero_()
+    save_flux(flux, folder / "transformer")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        blocks = 3
+        autoencoder = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * blocks,
+            up_block_types=["UpDecoderBlock2D"] * blocks,
+            block_out_channels=[32] * blocks,
+            layers_per_block=0,
+            latent_channels=4,
+            norm_num_groups=32,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    with torch.no_grad():
+        z = autoencoder.encode(to_tensor(Image.open(TESTS / "photos" / "bowl.jpg").reduce(4))).latent_dist.mean
+    autoencoder.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
+    autoencoder.save_pretrained(folder / "vae")
+    for name in TEXT:
+        shutil.copytree(TINY / name, folder / name)
+    return folder
+
+
+def make_pictures(folder, count=12, side=72, texts=2):
+    """Crops of the photographs in three shapes, some with a caption beside them."""
+    folder.mkdir(parents=True)
+    photos = sorted((TESTS / "photos").glob("*.jpg"))
+    shapes = [(side, side), (round(side * 1.45), side), (side, round(side * 1.45))]
+    for k in range(count):
+        photo = Image.open(photos[k % len(photos)]).convert("RGB")
+        w, h = shapes[k % 3]
+        rng = np.random.default_rng(k)
+        x, y = int(rng.integers(photo.width - 4 * w)), int(rng.integers(photo.height - 4 * h))
+        photo.crop((x, y, x + 4 * w, y + 4 * h)).resize((w, h), Image.Resampling.BOX).save(folder / f"{k:02d}.png")
+        if k < texts:
+            (folder / f"{k:02d}.txt").write_text(f"fix photo {k}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("weights") / "small")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures") / "hr")

@@ -1,0 +1,211 @@
+"""Several processes: the same losses and LoRA as one, sharded or not, resumed, stopped, or with one of them dead.
+
+They run with gloo on the CPU. Sums come in another order than in one process, so equality is to rounding: 1e-6 for DDP,
+1e-5 for FSDP2, which also sums the squares of the gradient norm in parts.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import processes
+import train
+from kontext_min import lora_files, parallel, runs
+from kontext_min.checkpoints import load_flux
+
+FLAGS = (
+    "--resolution 64 --steps 8 --accumulate 2 --checkpoint-every 4 --keep 0 --warmup 3 --lr 1e-3 --ema 0.9 --flip "
+    "--validate-every-steps 4 --validation-steps 2 --val-count 1 --workers 0"
+)
+
+
+@pytest.fixture(scope="module")
+def launch(small_bundle, pictures, tmp_path_factory):
+    """launch(world, flags, folder=None, setup=None): the run folder; the batch of all processes is 2 in every case."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(world, *flags, folder=None, setup=None, silent=True):
+        folder = folder or tmp_path_factory.mktemp("run")
+        argv = ["--hr-root", pictures, "--weights", small_bundle, "--cache-dir", cache, *FLAGS.split()]
+        argv += ["--output-dir", folder, "--batch-size", 2 // world, *flags]
+        log = folder.with_suffix(".log")
+        got = processes.together(argv, log, world, setup)
+        said = [Path(f"{log}.{rank}").read_text() for rank in range(world)]
+        assert got == [0] * world, "\n".join(said)
+        assert not (silent and any(said[1:]))  # only the first process speaks
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(launch):
+    return launch(1)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(a, b, tolerance, file="lora.safetensors"):
+    ours, theirs = load_file(a / file), load_file(b / file)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max() <= tolerance, name
+    rows = list(zip(metrics(a), metrics(b), strict=True))
+    assert len(rows) == 10
+    for x, y in rows:
+        assert x["step"] == y["step"]
+        for key in {"loss", "loss_at", "sigma_loss", "grad_norm"} & x.keys():
+            x_values, y_values = (v if isinstance(v, list) else [v] for v in (x[key], y[key]))
+            assert [v is None for v in x_values] == [v is None for v in y_values]  # intervals that no sigma fell into
+            both = [(a, b) for a, b in zip(x_values, y_values, strict=True) if a is not None]
+            assert max(abs(a - b) / max(1, abs(a)) for a, b in both) <= tolerance, (x["step"], key)
+
+
+def only_the_first_writes(folder):
+    """Processes other than the first are ended if they open a file of the run folder for writing, rename or delete."""
+    if os.environ["RANK"] == "0":
+        return
+
+    def refuse(event, args):
+        if event == "open" and not (isinstance(args[1], str) and set(args[1]) & set("wax+")):
+            return
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and str(args[0]).startswith(folder):
+            os.write(2, f"{event} {args}\n".encode())
+            os._exit(71)
+
+    sys.addaudithook(refuse)
+    runs.save_file = lora_files.save_file = None  # they write without Python's knowledge
+
+
+def test_two_processes_are_one_with_twice_the_batch(launch, alone, tmp_path):
+    two = launch(2, folder=tmp_path / "run", setup=partial(only_the_first_writes, str(tmp_path / "run")))
+    assert_same(alone, two, 1e-6)
+    settings = [json.loads((f / "settings.json").read_text()) for f in (alone, two)]
+    assert [s["pictures_a_batch"] for s in settings] == [2, 2]
+    assert [s["batch_size"] for s in settings] == [2, 1]
+
+
+def test_shards_are_one_process_too(launch, alone, tmp_path):
+    setup = partial(only_the_first_writes, str(tmp_path / "run"))
+    assert_same(alone, launch(2, "--shard", folder=tmp_path / "run", setup=setup), 1e-5)
+
+
+def test_all_weights_train_in_shards(launch):
+    """Here the outermost module has weights that train, and the average must not stay behind in it."""
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    assert_same(launch(1, "--full"), launch(2, "--full", "--shard"), 1e-5, file)
+
+
+def test_cached_latents_are_made_by_all(launch, tmp_path):
+    one, two = (launch(w, "--cache-latents", "2", "--cache-dir", tmp_path / f"cache-{w}") for w in (1, 2))
+    assert_same(one, two, 1e-6)
+    names = [sorted(f.name for f in (tmp_path / f"cache-{w}" / "latents").rglob("*.safetensors")) for w in (1, 2)]
+    assert names[0] == names[1] and len(names[0]) == 22
+
+
+@pytest.mark.parametrize(("before", "after", "flags"), [(1, 2, []), (2, 1, []), (1, 2, ["--shard"])])
+def test_goes_on_with_another_number_of_processes(launch, alone, tmp_path, before, after, flags):
+    folder = shutil.copytree(alone if before == 1 else launch(before), tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "step-000008")
+    (folder / "lora.safetensors").unlink()
+    assert_same(alone, launch(after, *flags, folder=folder), 1e-5 if flags else 1e-6)
+
+
+def in_bfloat16():
+    """A run whose frozen weights are bfloat16, as on a GPU."""
+
+    def load(*args, **kwargs):
+        return load_flux(*args, **kwargs).bfloat16()
+
+    def batch(encoded, texts, guidance, dtype, device, original=train.prompts.batch):
+        return original(encoded, texts, guidance, torch.bfloat16, device)
+
+    train.load_flux, train.prompts.batch = load, batch
+
+
+def test_shards_of_a_bfloat16_base_keep_the_lora_in_float32(launch):
+    one, shards = (launch(w, *f, setup=in_bfloat16) for w, f in ((1, []), (2, ["--shard"])))
+    for file in ("trained", "optimizer", "ema", "lora"):
+        tensors = load_file(shards / "checkpoints" / "step-000004" / f"{file}.safetensors")
+        assert {t.dtype for t in tensors.values()} == {torch.float32}, file
+    for x, y in zip(metrics(one), metrics(shards), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-2)  # bfloat16 has 8 bits: sums in another order show
+
+
+def stop_one_of_them():
+    """SIGTERM reaches the second process alone, in its third step."""
+    if os.environ["RANK"] != "1":
+        return
+    original = train.learning_rate
+
+    def learning_rate(settings, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(settings, step)
+
+    train.learning_rate = learning_rate
+
+
+def test_all_stop_after_the_same_step(launch, alone, tmp_path):
+    folder = launch(2, "--shard", folder=tmp_path / "run", setup=stop_one_of_them, silent=False)
+    assert "stopping after this step" in folder.with_suffix(".log.1").read_text()
+    assert runs.latest_checkpoint(folder).name == "step-000003"
+    assert not (folder / "lora.safetensors").exists()
+    assert_same(alone, launch(2, "--shard", folder=folder, silent=False), 1e-5)
+
+
+DYING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+original = train.learning_rate
+
+def learning_rate(settings, step):
+    if step == 5 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(settings, step)
+
+train.learning_rate = learning_rate
+sys.exit(train.main())
+"""
+
+
+def test_a_dead_process_ends_the_others_with_a_message(small_bundle, pictures, tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(root=str(Path(train.__file__).parent)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    command += ["--hr-root", pictures, "--weights", small_bundle, "--cache-dir", tmp_path, *FLAGS.split()]
+    command += ["--output-dir", tmp_path / "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 1
+    assert "SIGKILL" in done.stderr  # torchrun names who died and of what
+    assert runs.latest_checkpoint(tmp_path / "run").name == "step-000004"
+    runs.load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000004")
+    assert [row["step"] for row in metrics(tmp_path / "run")][-1] >= 4
+
+
+def test_one_process_needs_no_group():
+    one = parallel.start("cpu")
+    assert (one.rank, one.world, one.device.type) == (0, 1, "cpu")
+    assert parallel.add_up(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+    assert parallel.any_of(True) and not parallel.any_of(False)
+    assert parallel.from_first(0.1) == 0.1
+    parallel.wait()
+    with parallel.first_goes_ahead(one):
+        pass
+    with pytest.raises(ValueError, match="torchrun"):
+        parallel.spread(torch.nn.Linear(1, 1), one, shard=True)
+    with pytest.raises(ValueError, match="expected auto, cpu"):
+        parallel.start("gpu")
