@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kontext_min import degrade
+from kontext_min import degrade, parallel
 from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, load_flux
 from kontext_min.data import open_picture
 from kontext_min.flags import flag, parse
@@ -70,9 +70,7 @@ def trained_with(metadata: dict[str, str]) -> dict[str, Any]:
 
 def sample(settings: Settings) -> None:
     """Restore one picture as the settings say."""
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    )
+    device = parallel.start(settings.device).device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     if not settings.output.parent.is_dir():

@@ -50,10 +50,10 @@ def make_bundle(folder, seed=0):
         )
     )
     with torch.no_grad():
-        for p in flux.parameters():
+        for name, p in flux.named_parameters():
             if p.ndim == 2:
                 p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
-            elif len(p) > 24:  # biases; the scales of the q and k norms stay at 1
+            elif name.endswith("bias"):  # the scales of the q and k norms stay at 1
                 p.zero_()
     save_flux(flux, folder / "transformer")
     with torch.random.fork_rng():

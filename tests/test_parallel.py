@@ -23,7 +23,7 @@ from kontext_min import lora_files, parallel, runs
 from kontext_min.checkpoints import load_flux
 
 FLAGS = (
-    "--resolution 64 --steps 8 --accumulate 2 --checkpoint-every 4 --keep 0 --warmup 3 --lr 1e-3 --ema 0.9 --flip "
+    "--resolution 64 --steps 8 --accumulate 2 --checkpoint-every 4 --keep 0 --warmup 3 --ema 0.9 --flip "
     "--validate-every-steps 4 --validation-steps 2 --val-count 1 --workers 0"
 )
 
