@@ -113,7 +113,11 @@ def main(argv=None):
                     process = run(folder, kind)
                     time.sleep(rng.uniform(0.1, 1) * left * seconds[kind[1]])
                     if process.exitcode is None:
-                        (os.kill if rng.random() < 0.5 else os.killpg)(process.pid, signal.SIGKILL)  # its loaders too
+                        try:
+                            # killpg takes its loaders too
+                            (os.kill if rng.random() < 0.5 else os.killpg)(process.pid, signal.SIGKILL)
+                        except ProcessLookupError:  # so young that it does not lead its group yet
+                            process.kill()
                 process.join()
                 if process.exitcode == -signal.SIGKILL:
                     kills[how], killed = kills[how] + 1, killed + 1
