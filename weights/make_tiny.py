@@ -6,6 +6,7 @@
     python weights/make_tiny.py --stage autoencoder                       trained on WORK/training, resumable
     python weights/make_tiny.py --stage measure                           its PSNR on WORK/kept-out
     python weights/make_tiny.py --stage transformer                       random start, which train.py --full trains
+    python weights/make_tiny.py --stage pairs                             WORK/pairs: crops, degraded, their prompts
 
 Every random number is a function of --seed, its purpose and the step. The autoencoder's own story, how it starts from a
 linear code, is told in make_tiny_autoencoder.py; results and credits are in tiny/README.md.
@@ -20,10 +21,12 @@ from pathlib import Path
 import make_tiny_autoencoder as ae
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
+from kontext_min import degrade
 from kontext_min.checkpoints import load_autoencoder, save_flux
 from kontext_min.clip import ClipParams, ClipTextEncoder, byte_characters, merge
 from kontext_min.flux import Flux, FluxParams
@@ -51,8 +54,7 @@ SLOTS = {
         "fading damage softness darkness compression jpeg motion defocus glare spots holes tint cast sepia pixels"
     ),
     "thing": (
-        "photo photograph picture image portrait landscape scan print snapshot film negative postcard face scene "
-        "sky"
+        "photo photograph picture image portrait landscape scan print snapshot film negative postcard face scene sky"
     ),
     "kind": (
         "old low light high quality resolution clean sharp clear blurred blurry noisy dark bright faded damaged "
@@ -287,6 +289,40 @@ def make_transformer(seed: int) -> None:
     write_json(TINY / "model_index.json", {"_class_name": "FluxKontextPipeline"} | parts)
 
 
+MIXTURE = {  # what the base learns, in parts of its pairs; old-photo is left to the demo
+    "blur=1.5,downsample=2,noise=0.05,jpeg=50": 0.35,
+    "guide": 0.15,
+    "denoise": 0.15,
+    "deblur": 0.1,
+    "super-resolution": 0.1,
+    "real-esrgan": 0.1,
+    "low-light": 0.05,
+}
+
+
+def make_pairs(work: Path, seed: int, count: int, side: int = 64) -> None:
+    """WORK/pairs/clean, degraded: crops with the prompt of their degradation beside them, for train.py --lr-root.
+
+    A photograph is drawn by the root of its area; of two places in it, half of the time the sharper is taken: most of
+    a photograph is smooth and learnt soon.
+    """
+    photos = ae.load_photos(work)
+    weights = np.sqrt([photo.shape[0] * photo.shape[1] for photo in photos])
+    clean, degraded = work / "pairs" / "clean", work / "pairs" / "degraded"
+    for folder in (clean, degraded):
+        folder.mkdir(parents=True, exist_ok=True)
+    degradations = {name: degrade.parse(name) for name in MIXTURE}
+    for k in range(count):
+        rng = np.random.default_rng([seed, 2, k])
+        photo = photos[rng.choice(len(photos), p=weights / weights.sum())]
+        places = [[rng.integers(length - side + 1) for length in photo.shape[:2]] for _ in range(rng.integers(1, 3))]
+        crop = max((Image.fromarray(photo[y : y + side, x : x + side]) for y, x in places), key=ae.sharpness)
+        name = rng.choice(list(MIXTURE), p=list(MIXTURE.values()))
+        degradations[name](crop, rng).save(degraded / f"{k:06d}.png", compress_level=1)
+        crop.save(clean / f"{k:06d}.png", compress_level=1)
+        (clean / f"{k:06d}.txt").write_text(degrade.PROMPTS.get(name, degrade.PROMPTS["guide"]), encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------------------------ files and flags
 
 
@@ -306,12 +342,13 @@ def write_weights(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> N
 def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("vocabulary", "text", "photographs", "autoencoder", "measure", "transformer")
+    stages = ("vocabulary", "text", "photographs", "autoencoder", "measure", "transformer", "pairs")
     parser.add_argument("--stage", choices=stages, required=True)
     parser.add_argument("--photos", type=Path, help="folder of photographs, for the stage of that name")
     parser.add_argument("--work", type=Path, default=Path("runs/make-tiny"), help="prepared photographs and states")
     parser.add_argument("--steps", type=int, default=2000, help="of the autoencoder's training; 0: its linear start")
     parser.add_argument("--linear-steps", type=int, default=3000, help="of its linear start")
+    parser.add_argument("--pairs", type=int, default=24_000, help="how many pairs the stage of that name makes")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     match args.stage:
@@ -327,6 +364,8 @@ def main() -> None:
             ae.measure(load_autoencoder(TINY / "vae", dtype=torch.float32), args.work)
         case "transformer":
             make_transformer(args.seed)
+        case "pairs":
+            make_pairs(args.work, args.seed, args.pairs)
 
 
 if __name__ == "__main__":
