@@ -92,7 +92,7 @@ def sample(settings: Settings) -> None:
             f"--objective {name}: {settings.lora} was trained for {lora['objective']}; leave the flag out."
         )
     objective = Objective(name, **{k: lora[k] for k in ("context", "source_noise", "start_time") if k in lora})
-    steps = settings.steps or (28 if name == "kontext" else 4)
+    steps = settings.steps if settings.steps is not None else 28 if name == "kontext" else 4
     if lora.get("base", base := fingerprint(weights.path("transformer"), "transformer")) != base:
         print(f"note: {settings.lora} was trained on another base model than --weights", file=sys.stderr)
 

@@ -88,8 +88,13 @@ def only_the_first_writes(folder):
     runs.save_file = lora_files.save_file = None  # they write without Python's knowledge
 
 
-def test_two_processes_are_one_with_twice_the_batch(launch, alone, tmp_path):
-    two = launch(2, folder=tmp_path / "run", setup=partial(only_the_first_writes, str(tmp_path / "run")))
+@pytest.fixture(scope="module")
+def two(launch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "run"
+    return launch(2, folder=folder, setup=partial(only_the_first_writes, str(folder)))
+
+
+def test_two_processes_are_one_with_twice_the_batch(alone, two):
     assert_same(alone, two, 1e-6)
     settings = [json.loads((f / "settings.json").read_text()) for f in (alone, two)]
     assert [s["pictures_a_batch"] for s in settings] == [2, 2]
@@ -115,8 +120,8 @@ def test_cached_latents_are_made_by_all(launch, tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after", "flags"), [(1, 2, []), (2, 1, []), (1, 2, ["--shard"])])
-def test_goes_on_with_another_number_of_processes(launch, alone, tmp_path, before, after, flags):
-    folder = shutil.copytree(alone if before == 1 else launch(before), tmp_path / "run")
+def test_goes_on_with_another_number_of_processes(launch, alone, two, tmp_path, before, after, flags):
+    folder = shutil.copytree(alone if before == 1 else two, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "step-000008")
     (folder / "lora.safetensors").unlink()
     assert_same(alone, launch(after, *flags, folder=folder), 1e-5 if flags else 1e-6)

@@ -1,0 +1,351 @@
+"""The loop of train.py: signals, disk errors, pictures that vanish, accumulation, EMA; and bad input of sample.py."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import loop_overhead
+import processes
+import sample
+import train
+from kontext_min import data, runs
+from kontext_min.data import Draw, Picture
+
+FLAGS = (
+    "--resolution 64 --steps 6 --accumulate 6 --batch-size 1 --warmup 2 --lr 1e-3 --ema 0.5 --checkpoint-every 2 "
+    "--val-count 1 --validate-every-steps 3 --validation-steps 2"
+)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Runs inside this process leave its signals as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def flags(small_bundle, pictures, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return ["--hr-root", pictures, "--weights", small_bundle, "--cache-dir", cache, *FLAGS.split()]
+
+
+@pytest.fixture(scope="module")
+def outside(flags):
+    """outside(folder, flags, setup) -> exit code and what was said, of train.py in a process of its own."""
+
+    def call(folder, *more, setup=None):
+        log = folder.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        process = processes.start([*flags, "--output-dir", folder, *more], log, setup)
+        return processes.joined([process], 120)[0].exitcode, log.read_text()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(outside, tmp_path_factory):
+    """The run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert outside(folder, "--workers", 0)[0] == 0
+    return folder
+
+
+def after_step(step, action):
+    """For a process of its own: do something when the metrics of a step have been written."""
+    append = runs.append_metrics
+
+    def wrapped(folder, row, board=None):
+        append(folder, row, board)
+        if row["step"] == step and not row.get("validation"):
+            action()
+
+    runs.append_metrics = wrapped
+
+
+def before_batch(count, action):
+    """For a process of its own: do something when the loop asks for its `count`-th batch, then wait a second."""
+    loader, asked = torch.utils.data.dataloader._BaseDataLoaderIter, []
+    following = loader.__next__
+
+    def wrapped(self):
+        asked.append(None)
+        if len(asked) == count:
+            action()
+            time.sleep(1)
+        return following(self)
+
+    loader.__next__ = wrapped
+
+
+def send(*numbers, group=False):
+    """Signals to this process, or to its loaders too, as terminals and schedulers do."""
+    for number in numbers:
+        os.killpg(0, number) if group else os.kill(os.getpid(), number)
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGINT, 0)])
+def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(outside, whole, tmp_path, number, workers):
+    setup = partial(before_batch, 13, partial(send, number, group=True))  # the first of six of the third step
+    code, said = outside(tmp_path / "run", "--workers", workers, setup=setup)
+    assert code == 0, said
+    assert "stopping after this step" in said
+    assert f"stopped after step 3; the same command with --output-dir {tmp_path / 'run'} goes on" in said
+    assert "Traceback" not in said
+    assert runs.latest_checkpoint(tmp_path / "run").name == "step-000003"
+    assert not (tmp_path / "run" / "lora.safetensors").exists()
+    code, said = outside(tmp_path / "run", "--workers", workers)
+    assert code == 0, said
+    assert (tmp_path / "run" / "lora.safetensors").read_bytes() == (whole / "lora.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_it_at_once(outside, tmp_path, second, code):
+    got, said = outside(
+        tmp_path / "run", "--workers", 0, setup=partial(after_step, 3, partial(send, signal.SIGTERM, second))
+    )
+    assert got == code, said
+    assert runs.latest_checkpoint(tmp_path / "run").name == "step-000002"
+
+
+# --------------------------------------------------------------------------------------------------- disks and pictures
+
+
+def test_a_file_that_cannot_be_written_ends_the_run_and_the_last_checkpoint_is_whole(outside, whole, tmp_path):
+    """The real thing: the system refuses to write more than 20 kB into one file, as it does on a full disk."""
+    small = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    code, said = outside(tmp_path / "run", "--workers", 0, "--val-count", 0, setup=partial(after_step, 3, small))
+    assert code == 1, said
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"train.py: {tmp_path / 'run'}: the run had to stop")
+    assert "too large" in last
+    assert f"{tmp_path / 'run'}/checkpoints/step-000002 is whole" in last
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    code, said = outside(tmp_path / "run", "--workers", 0, "--val-count", 0)
+    assert code == 0, said
+    assert (tmp_path / "run" / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_vanish_end_the_run_in_one_line(outside, pictures, tmp_path, workers):
+    hr = shutil.copytree(pictures, tmp_path / "hr")
+    setup = partial(after_step, 1, partial(shutil.rmtree, hr))
+    flags = ["--hr-root", hr, "--workers", workers, "--steps", 60, "--val-count", 0]
+    code, said = outside(tmp_path / "run", *flags, setup=setup)
+    assert code == 1, said
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"train.py: {tmp_path / 'run'}: the run had to stop")
+    assert "is the disk there?" in last
+
+
+def test_a_folder_that_cannot_be_a_run_is_refused(flags, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    for output in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/no/run")):
+        assert train.main([str(f) for f in [*flags, "--output-dir", output]]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(flags, tmp_path):
+    for name in ("checkpoints/step-000002", "validation", "mine"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("checkpoints/step-000002/state.json", "lora.safetensors", "mine/photo.jpg", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="holds a run already"):
+        runs.open_run(tmp_path, {}, resume=False, accept=False)
+    runs.delete_run(tmp_path)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")) == ["mine/photo.jpg", "notes.txt"]
+    assert runs.open_run(tmp_path, {}, resume=False, accept=False) is None
+
+
+def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "run")
+
+    def refused(*more):
+        assert train.main([str(f) for f in [*flags, "--output-dir", folder, *more]]) == 2
+        return capsys.readouterr().err
+
+    assert "--rank and --lora-targets can't change" in refused("--rank", 4, "--accept-changes")
+    assert json.loads((folder / "settings.json").read_text())["rank"] == 16  # a refused run changes nothing
+    file = runs.latest_checkpoint(folder) / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "step-000006: broken" in refused()
+
+
+def test_only_what_is_whole_counts_as_a_checkpoint(tmp_path):
+    for name in ("step-000500", "step-001000", "step-10000", ".step-020000.77"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
+    (tmp_path / "checkpoints" / "step-030000").mkdir()
+    assert runs.latest_checkpoint(tmp_path).name == "step-10000"
+    runs.prune_checkpoints(tmp_path, keep=1, best=500)
+    assert {p.name for p in (tmp_path / "checkpoints").glob("step-*")} == {"step-000500", "step-030000"}
+
+
+def test_rows_of_metrics_behind_the_checkpoint_are_dropped(tmp_path):
+    for step in (1, 2, 3):
+        runs.append_metrics(tmp_path, {"step": step, "loss": float("nan"), "sigma_loss": [None, float("inf"), 1.0]})
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 4, "lo')  # a kill in the middle of a line
+    runs.rewind_metrics(tmp_path, 2)
+    assert runs.read_metrics(tmp_path) == [{"step": s, "loss": None, "sigma_loss": [None, None, 1.0]} for s in (1, 2)]
+
+
+# ----------------------------------------------------------------------------------------------- what the loop computes
+
+
+def test_the_average_is_what_is_used(whole):
+    """lora.safetensors holds the EMA, and the checkpoint the weights themselves besides."""
+    checkpoint = runs.latest_checkpoint(whole)
+    average, own = (load_file(checkpoint / f"{name}.safetensors") for name in ("ema", "trained"))
+    used = load_file(whole / "lora.safetensors")
+    name = "double_blocks.0.img_attn.qkv.lora_B"
+    assert (checkpoint / "lora.safetensors").read_bytes() == (whole / "lora.safetensors").read_bytes()
+    assert torch.equal(used["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"], average[name])
+    assert not torch.equal(average[name], own[name])
+
+
+def test_an_average_of_one_value_is_that_value():
+    params, ema = [torch.ones(3)], [torch.full((3,), 5.0)]
+    with train.averaged(params, ema):
+        assert params[0].tolist() == [5, 5, 5]
+    assert params[0].tolist() == [1, 1, 1]
+    with train.averaged(params, []):
+        assert params[0].tolist() == [1, 1, 1]
+
+
+@pytest.fixture
+def gradients(flags, tmp_path, monkeypatch):
+    """gradients(batches, batch_size): those of one step of the whole model on the given batches, and its row."""
+
+    def call(batches, batch_size):
+        monkeypatch.setattr(data.BucketSampler, "__iter__", lambda self: iter(batches))
+        kept = []
+
+        def step(self):
+            kept.append([p.grad.clone() for g in self.param_groups for p in g["params"]])
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        numbers = ["--steps", 1, "--accumulate", len(batches), "--batch-size", batch_size, "--workers", 0]
+        plain = ["--full", "--ema", 0, "--clip-norm", 0, "--val-count", 0, "--overwrite"]
+        assert train.main([str(f) for f in [*flags, *numbers, *plain, "--output-dir", tmp_path / "run"]]) == 0
+        return kept[0], runs.read_metrics(tmp_path / "run")[0]
+
+    return call
+
+
+def test_accumulation_is_the_large_batch_also_across_buckets(gradients, pictures):
+    """Equal to 1e-5 of the largest component: sums of float32 in another order, through the whole network."""
+    shapes = [(p.width, p.height) for p in data.scan(pictures)[0]]
+    a, b = [i for i, shape in enumerate(shapes) if shape == (72, 72)][:2]
+    c, d = [i for i, shape in enumerate(shapes) if shape == (104, 72)][:2]
+
+    def draws(*indices, total=None):
+        return [Draw(0, i, float(k < (total or 9)), k, total or len(indices)) for k, i in enumerate(indices)]
+
+    def assert_equal(one, other):
+        (grads, row), (others, other_row) = one, other
+        scale = max(g.abs().max() for g in grads)
+        assert max((g - o).abs().max() for g, o in zip(grads, others, strict=True)) < 1e-5 * scale
+        assert row["loss"] == pytest.approx(other_row["loss"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(other_row["grad_norm"], rel=1e-5)
+
+    large = gradients([draws(a, b)], 2)
+    assert_equal(large, gradients([draws(a), draws(b)], 1))
+    # Two buckets, the second batch incomplete: every picture counts alike, not every batch.
+    three = gradients([draws(a, b), draws(c)], 2)
+    assert_equal(three, gradients([draws(a), draws(b), draws(c)], 1))
+    # What only fills up a batch, so that all processes have as many, counts nothing.
+    assert_equal(three, gradients([draws(a, b), draws(c, d, total=1)], 2))
+    alone = [gradients([draws(a)], 1)[0], gradients([draws(b)], 1)[0]]
+    assert not torch.allclose(alone[0][0], large[0][0])  # or all of this would prove nothing
+    assert not torch.allclose(alone[1][0], large[0][0])
+
+
+def test_pictures_held_out_are_never_trained_on_and_stay_the_same():
+    many = [Picture(Path(f"{k}.png"), f"{k}.png", 64, 64, "mark") for k in range(100)]
+    settings = train.Settings(hr_root=Path(), val_count=8)
+    training, held = train.split_validation(settings, many, [(64, 64)])
+    assert len(held) == 8 and len(training) == 92 and not {p.name for p in held} & {p.name for p in training}
+    _, later = train.split_validation(settings, many[:50] + many[51:], [(64, 64)])
+    assert len({p.name for p in held} & {p.name for p in later}) >= 7  # another folder holds out nearly the same
+    training, held = train.split_validation(settings, many[:7], [(64, 64)])
+    assert (len(training), len(held)) == (7, 0)  # seven are too few to give one away
+
+
+def test_validation_pictures_of_their_own_folder(pictures, tmp_path):
+    settings = train.Settings(hr_root=Path(), val_count=3, val_root=pictures)
+    training, held = train.split_validation(settings, [], data.buckets(64, 8))
+    assert training == [] and len(held) == 3
+    training, held = train.split_validation(settings, [], data.buckets(512, 8))
+    assert held == []  # too small, and not blown up
+
+
+@pytest.mark.slow
+def test_the_loop_takes_under_five_percent_for_itself():
+    total, spent, _ = loop_overhead.measure(
+        ["--hr-root", str(loop_overhead.ROOT / "tests/photos"), *loop_overhead.FLAGS.split()]
+    )
+    assert (total - spent.total()) / total < 0.05
+
+
+# ----------------------------------------------------------------------------------------------------------- sample.py
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input", "{here}/nowhere.jpg"], "nowhere.jpg"),
+        (["--input", "{here}/text.jpg"], "text.jpg: not a picture"),
+        (["--input", "{here}/cut.jpg"], "cut.jpg"),
+        (["--weights", "{here}/nowhere"], "no such file or folder"),
+        (["--vae", "{flux}"], "It looks like the Flux transformer"),
+        (["--vae", "{here}/text.jpg"], "not a safetensors file"),
+        (["--lora", "{here}/nowhere.safetensors"], "no such LoRA file"),
+        (["--lora", "{here}/text.jpg"], "text.jpg"),
+        (["--lora", "{flux}"], "not kohya names"),
+        (["--output", "{here}/nowhere/out.png"], "no such folder"),
+        (["--output", "{here}/text.jpg/out.png"], "text.jpg"),
+        (["--output", "{here}/out.xyz"], "unknown picture format"),
+        (["--steps", "0"], "steps"),
+        (["--degrade", "blurr=2"], "blurr"),
+        (["--device", "gpu"], "gpu"),
+    ],
+)
+def test_bad_input_of_sample_is_one_clear_line(small_bundle, pictures, tmp_path, capsys, flags, message):
+    (tmp_path / "text.jpg").write_text("this is no picture")
+    photo = (Path(__file__).parent / "photos" / "bowl.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(photo[: len(photo) // 3])
+    flux = small_bundle / "transformer" / "diffusion_pytorch_model.safetensors"
+    argv = ["--input", str(pictures / "00.png"), "--output", str(tmp_path / "out.png"), "--weights", str(small_bundle)]
+    code = sample.main([*argv, *(f.format(here=tmp_path, flux=flux) for f in flags)])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.startswith("sample.py: ") and error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("program", [train, sample])
+def test_unknown_flags_and_bad_values_are_named(program, capsys):
+    for argv, message in ((["--colour"], "--colour"), (["--seed", "many"], "invalid int value: 'many'")):
+        required = ["--hr-root", "x"] if program is train else ["--input", "x", "--output", "y"]
+        with pytest.raises(SystemExit) as stopped:
+            program.main([*required, *argv])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
