@@ -6,7 +6,7 @@
 The runs use a 256x256 picture and --stream; with int8, 12 GB more are written to FOLDER/cache. Each prints its peak of
 resident memory (ru_maxrss of its own process: what VmHWM says), time per block and bytes read. One pass through the
 transformer is 13 TFLOP: minutes on a CPU. Shapes are those of the layout sheets; values are normal, with deviation
-1 / sqrt(inputs), so that nothing overflows. The tokenizers are the small ones of weights/tiny; prompts have 512 tokens.
+1 / sqrt(inputs), so that nothing overflows. The tokenizers are the small ones of weights/tiny.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def write_file(path: Path, tensors: dict[str, list[int]], normal: np.ndarray) ->
                 count -= PERIOD
 
 
-def write_weights(folder: Path) -> None:
+def write_weights(folder: Path, text_tokens: int) -> None:
     """The hub folder, part by part; a part that is there already is left as it is."""
     normal = np.random.default_rng(0).standard_normal(PERIOD, dtype=np.float32)
     for part, sheet in SHEETS.items():
@@ -122,7 +122,7 @@ def write_weights(folder: Path) -> None:
         print(f"{part}: {total / 1e9:.1f} GB in {time.monotonic() - began:.0f} s", flush=True)
     for part in ("tokenizer", "tokenizer_2"):
         shutil.copytree(TINY / part, folder / part, dirs_exist_ok=True)
-    (folder / "tokenizer_2" / "tokenizer_config.json").unlink(missing_ok=True)  # then prompts have 512 tokens
+    (folder / "tokenizer_2" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": text_tokens}))
 
 
 def run(name: str, command: list[str]) -> None:
@@ -142,9 +142,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", choices=("write", "sample", "train", "sample-int8", "train-int8"))
+    parser.add_argument("--text-tokens", type=int, default=512, help="length of the prompt; fewer are faster")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
-    write_weights(folder / "weights")
+    write_weights(folder / "weights", arguments.text_tokens)
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
     photo = Image.open(sorted((TESTS / "photos").glob("*.jpg"))[0]).convert("RGB")
