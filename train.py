@@ -33,7 +33,7 @@ from kontext_min.flags import flag, parse, to_json
 from kontext_min.flow import Objective
 from kontext_min.latents import CachedPairs, LatentCache, fill
 from kontext_min.lora import add_lora
-from kontext_min.lora_files import save_lora
+from kontext_min.lora_files import FORMATS, init_lora, outside_of_blocks, save_lora
 from kontext_min.report import write_report
 from kontext_min.validation import validate
 
@@ -65,6 +65,8 @@ class Settings:
     rank: int = flag(16, "rank of the LoRA", "model")
     alpha: float | None = flag(None, "the correction counts alpha / rank; else alpha = rank", "model")
     lora_targets: str = flag("attention-mlp", "attention, attention-mlp, all, or a pattern of module names", "model")
+    lora_format: str = flag("kohya", "names in the LoRA file: see kontext_min/lora_files.py", "model", FORMATS)
+    init_lora: Path | None = flag(None, "start from this LoRA; its rank may be lower than --rank", "model")
     full: bool = flag(False, "train all weights of the transformer instead of a LoRA", "model")
 
     objective: str = flag("bridge", "what the velocity leads from", "method", ("bridge", "kontext"))
@@ -182,6 +184,9 @@ def check(settings: Settings) -> None:
     except ValueError:
         raise ValueError(f"--start-time: got {settings.start_time!r}, expected auto or a number up to 1.") from None
     Objective(settings.objective, settings.context, settings.source_noise, start_time)
+    if settings.full and settings.init_lora:
+        merging = "merge it into the base first: python -m kontext_min.lora_files merge"
+        raise ValueError(f"--init-lora {settings.init_lora}: with --full no LoRA trains; {merging}.")
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -240,6 +245,10 @@ def train(settings: Settings) -> int:
         flux.requires_grad_(True)
     else:
         add_lora(flux, settings.rank, settings.alpha, settings.lora_targets, seed=settings.seed)
+        if settings.init_lora and not checkpoint_path:
+            init_lora(flux, settings.init_lora)
+        if settings.lora_format == "kohya" and (outside := outside_of_blocks(flux)):
+            say(f"note: diffusers drops {', '.join(outside)} from kohya files; --lora-format peft keeps them")
     if settings.gradient_checkpointing:
         checkpoint_blocks(flux)
     if settings.compile:
@@ -301,7 +310,8 @@ def train(settings: Settings) -> int:
     objective = Objective(settings.objective, settings.context, settings.source_noise, float(start_time))
 
     base = written["fingerprint"]["transformer"]
-    header = {"kontext_min": json.dumps(trained_for(settings, objective, prompt, base))}
+    about = trained_for(settings, objective, prompt, base) | {"pictures_a_batch": written["pictures_a_batch"]}
+    header = {"kontext_min": json.dumps(about)}
 
     def gather(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Weights or averages by name; whole, so if they are sharded every process must ask."""
@@ -312,7 +322,7 @@ def train(settings: Settings) -> int:
         if settings.full:
             save_flux(flux, where / "transformer", header, values)
         else:
-            save_lora(flux, where / "lora.safetensors", metadata=header, tensors=values)
+            save_lora(flux, where / "lora.safetensors", settings.lora_format, header, values)
 
     board = runs.open_tensorboard(folder, state["step"]) if first and settings.tensorboard else None
     if first:
@@ -423,16 +433,14 @@ def train(settings: Settings) -> int:
 
 def trained_for(settings: Settings, objective: Objective, prompt: str, base: str) -> dict[str, Any]:
     """What a LoRA was trained for, kept in its header; sample.py takes its defaults from here."""
-    return {
+    names = ["degrade", "resolution", "guidance", "rank", "alpha", "lora_targets"]
+    names += ["steps", "lr", "lr_schedule", "warmup", "accumulate", "ema", "seed", "sigma", "weighting"]
+    return {name: getattr(settings, name) for name in names} | {
         "objective": objective.name,
         "context": objective.context,
         "source_noise": objective.source_noise,
         "start_time": objective.start_time,
-        "guidance": settings.guidance,
         "prompt": prompt,
-        "degrade": settings.degrade,
-        "resolution": settings.resolution,
-        "steps": settings.steps,
         "base": base,
     }
 

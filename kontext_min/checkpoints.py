@@ -261,11 +261,11 @@ def likely(headers: Headers, part: str) -> str:
 
 # -------------------------------------------------------------------------------------------------- reading the tensors
 
-WIDENED = ("F8_E4M3", "F8_E5M2")
+WIDENED = ("F8_E4M3", "F8_E5M2", "I8")  # I8: what lora_files.py merge --quantize int8 writes
 
 
 class TensorReader:
-    """Opens each file once and hands out its tensors, memory-mapped; fp8 comes out as float32, times its scale."""
+    """Opens each file once and hands out its tensors, memory-mapped; codes come out as float32, times their scale."""
 
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
