@@ -45,7 +45,7 @@ from kontext_min.lora_formats import FORMATS, Factors, Sizes, emit, parse
 from kontext_min.names import flux_modules
 from kontext_min.quantize import QuantizedLinear, dequantize, storage
 
-BRIDGE_ONLY = "a bridge LoRA: only sample.py follows its path; other programs start from noise, where it knows nothing"
+BRIDGE_ONLY = "made for a bridge: only sample.py follows its path; other programs start from noise, where it is lost"
 
 # -------------------------------------------------------------------------------------------------- files and headers
 
@@ -397,7 +397,7 @@ def merge_files(
     for lora in loras:
         load_lora(flux, *strength_of(lora))
     rounding = merge(flux, quantize)
-    metadata = {"kontext_min_merged": json.dumps([Path(lora).name for lora in loras])}
+    metadata = {"kontext_min": json.dumps(purpose(loras) | {"merged": [Path(lora).name for lora in loras]})}
     if layout == "hub":
         save_flux(flux, output, metadata)
     else:
@@ -435,6 +435,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype = dtypes.get(args.dtype)
             rounding = merge_files(args.weights, args.lora, args.output, args.layout, dtype, args.quantize)
             print(f"{args.output}: {args.layout}, {' + '.join(args.lora)} merged; {rounding}")
+            if purpose(args.lora).get("objective") == "bridge":
+                print(f"{args.output}: {BRIDGE_ONLY}")
     except (ValueError, OSError) as error:
         print(f"lora_files: {error}", file=sys.stderr)
         return 2

@@ -47,6 +47,8 @@ def test_targets():
     assert lora_layers_of(r"double_blocks\.0\.img_attn\.qkv") == ["double_blocks.0.img_attn.qkv"]
     with pytest.raises(ValueError, match="matches no Linear"):
         lora_layers_of("nothing")
+    with pytest.raises(ValueError, match="'\\(' is no regular expression"):
+        lora_layers_of("(")
     with pytest.raises(ValueError, match="rank: got 0"):
         add_lora(random_flux(), 0)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -728,6 +729,17 @@ def test_merging_into_a_base_that_is_quantised_already(base, kind):
         # int8 modulations under every kind but "stored"
         assert ((m.dequantize() - exact).abs() <= steps[kind] * bound + 1e-7).all(), name
     assert 0 < rounding.lost < rounding.entries
+
+
+def test_merging_a_bridge_says_so(base, tmp_path, capsys):
+    flux = with_lora(load_flux(TINY, dtype=torch.float32), 1, 1, "single_blocks.0.linear2")
+    about = {"objective": "bridge", "prompt": "Restore."}
+    save_lora(flux, tmp_path / "a.safetensors", metadata={"kontext_min": json.dumps(about)})
+    args = ["merge", str(tmp_path / "out"), "--weights", str(base / "base.safetensors")]
+    assert lora_files.main([*args, "--lora", str(tmp_path / "a.safetensors")]) == 0
+    assert "only sample.py follows its path" in capsys.readouterr().out
+    with safe_open(tmp_path / "out" / "diffusion_pytorch_model.safetensors", "pt") as f:
+        assert trained_with(f.metadata()) == about | {"merged": ["a.safetensors"]}
 
 
 def test_merging_says_what_is_wrong(base, tmp_path, capsys):
