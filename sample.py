@@ -3,7 +3,8 @@
     python sample.py --input old.jpg --output restored.png --lora runs/mine/lora.safetensors
 
 Without --weights the small embedded model runs. Prompt, objective, guidance and source noise are those that the LoRA
-was trained with, unless a flag says otherwise. To try it on a clean photo, degrade it first and compare:
+was trained with, unless a flag says otherwise; several --lora add up. A LoRA trained for a bridge is followed by this
+program alone, one trained for kontext by the stock pipelines too. To try it on a clean photo, degrade it first:
 
     python sample.py --input photo.jpg --output three.png --lora ... --degrade blur=1.5,noise=0.05 --compare
 """

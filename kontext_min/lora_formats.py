@@ -168,7 +168,7 @@ def parse(
         if (place, kind) in names:
             raise ValueError(f"{where}: {name} and {names[place, kind]} are the same; expected one of them.")
         names[place, kind] = name
-        groups.setdefault(place, {})[kind] = tensor
+        groups.setdefault(place, {})[kind] = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8 can't add
     if unknown:
         others = [model for pattern, model in OTHERS if any(re.search(pattern, name) for name in unknown)]
         is_lora = any(SPLIT.fullmatch(name) for name in tensors)
@@ -186,11 +186,13 @@ def parse(
         if missing:
             raise ValueError(f"{where}: {name} has no {' and no '.join(missing)} matrix beside it; it is not whole.")
         down, up = group["down"], group["up"]
-        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down) or not len(down):
             raise ValueError(
                 f"{where}: {name} and its partner have shapes {list(down.shape)} and {list(up.shape)}, expected "
                 "[rank, in] and [out, rank] of one rank."
             )
+        if "alpha" in group and group["alpha"].numel() != 1:
+            raise ValueError(f"{where}: {names[place, 'alpha']} has {group['alpha'].numel()} values, expected one.")
         bad = [names[place, kind] for kind, x in group.items() if not torch.isfinite(x).all()]
         if bad:
             raise ValueError(f"{where}: values that are not finite in {_some(bad)}; the training that wrote it failed.")
@@ -222,14 +224,14 @@ def _alphas_of_header(metadata: Mapping[str, str], where: object) -> Callable[[s
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         config = {key.removeprefix("transformer."): value for key, value in config.items()}
-        patterns = dict(config.get("alpha_pattern") or {})
-    except (ValueError, AttributeError, TypeError):
+        patterns = {re.compile(rf"(.*\.)?({p})$"): float(a) for p, a in (config.get("alpha_pattern") or {}).items()}
+        stated = None if config.get("lora_alpha") is None else float(config["lora_alpha"])
+    except (ValueError, AttributeError, TypeError, re.error):
         raise ValueError(f"{where}: its header's lora_adapter_metadata is not that of peft; write it again.") from None
 
     def alpha(path: str, rank: int) -> float | None:
-        fitting = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)]
-        value = fitting[0] if fitting else config.get("lora_alpha")
-        return None if value is None else float(value) * (math.sqrt(rank) if config.get("use_rslora") else 1)
+        value = next((a for pattern, a in patterns.items() if pattern.match(path)), stated)
+        return None if value is None else value * (math.sqrt(rank) if config.get("use_rslora") else 1)
 
     return alpha
 
@@ -259,6 +261,8 @@ def _join(pieces: Mapping[Place, Factors], theirs: list[str], where: object, siz
     if len(order) == 1 and order[0].last - order[0].first == parts:
         return _swapped(pieces[order[0]]) if module == SWAPPED and theirs[0] == order[0].path else pieces[order[0]]
 
+    if len({x.dtype for f in pieces.values() for x in (f.down, f.up)}) > 1:
+        pieces = {place: f._replace(down=f.down.float(), up=f.up.float()) for place, f in pieces.items()}
     scales = {place: pieces[place].scale for place in order}
     first = pieces[order[0]].down
     shared = all(pieces[p].down.shape == first.shape and torch.equal(pieces[p].down, first) for p in order)

@@ -130,6 +130,18 @@ def test_diffusers_reads_linear1_of_kohya_at_the_official_width(tmp_path, rank):
     close(got / expected.abs().max(), expected / expected.abs().max())
 
 
+def test_what_diffusers_drops_from_kohya_files_is_known(pair, tmp_path):
+    """A LoRA outside of the blocks does nothing there; outside_of_blocks names it and train.py says so."""
+    flux = with_lora(pair[0], 4, 4, "img_in|final_layer.linear")
+    assert lora_files.outside_of_blocks(flux) == ["img_in", "final_layer.linear"]
+    assert not lora_files.outside_of_blocks(with_lora(pair[0], 4, 4, BLOCKS))
+    save_lora(flux, tmp_path / "a.safetensors", "kohya")
+    theirs = copy.deepcopy(pair[1])
+    pipeline(theirs).load_lora_weights(tmp_path / "a.safetensors")
+    assert torch.equal(theirs_of(theirs), theirs_of(pair[1]))
+    assert (ours_of(flux) - ours_of(pair[0])).abs().max() > 0.01
+
+
 # ComfyUI's map for Flux, as of October 2025: comfy/lora.py lines 175-266, `model_lora_keys_unet` (any BFL name with
 # `lora_unet_` and underscores; diffusers' names with `transformer.`), and comfy/utils.py line 568, `flux_to_diffusers`.
 # Theirs -> (BFL, first row, rows), in units of the hidden size; no rows: all of them. The rows of norm_out are swapped.
@@ -338,7 +350,7 @@ BFL_FORMATS = {  # prefix, dots, names of down and up, alpha
 
 
 @pytest.mark.parametrize("format", BFL_FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_files_in_bfls_names(pair, tmp_path, format, dtype):
     prefix, dot, a, b, has_alpha = BFL_FORMATS[format]
     tensors, deltas = {}, {}
@@ -571,6 +583,9 @@ BAD = {
     "whole and part": (more(**{f"{PEFT_Q}.lora_A.weight": (4, 48), f"{PEFT_Q}.lora_B.weight": (48, 4)}),
                        "img_attn.qkv is there as a whole and in parts"),
     "twice": (more(**{"double_blocks.0.img_attn.qkv.lora_A.weight": (4, 48)}), "are the same; expected one of them"),
+    "rank 0": (lambda good: {k: v[:0] if "down" in k else v[:, :0] for k, v in good.items() if "_proj.lora" in k},
+               "[0, 48] and [48, 0], expected"),
+    "many alphas": (more(**{f"{KOHYA}.alpha": (4,)}), f"{KOHYA}.alpha has 4 values, expected one"),
     "NaN": (spoilt(lambda up: up * torch.nan), f"not finite in {KOHYA}.lora_up.weight"),
     "endless alpha": (lambda good: good | {f"{KOHYA}.alpha": torch.tensor(torch.inf)}, f"not finite in {KOHYA}.alpha"),
 }  # fmt: skip
@@ -602,6 +617,12 @@ def test_files_that_are_none(pair, tmp_path, capsys):
         assert error.count("\n") == 1
         assert message in error
         assert not (tmp_path / "out").exists()
+    for text in ("[]", "{", '{"alpha_pattern": {"(": 1}}', '{"lora_alpha": "much"}'):
+        save_file(
+            {f"{PEFT_Q}.lora_A.weight": torch.ones(4, 48)}, tmp_path / "h", metadata={"lora_adapter_metadata": text}
+        )
+        with pytest.raises(ValueError, match="lora_adapter_metadata is not that of peft"):
+            load_lora(copy.deepcopy(pair[0]), tmp_path / "h")
     contradiction = {f"{PEFT_Q}.lora_A.weight": torch.ones(4, 48), f"{PEFT_Q}.lora_B.weight": torch.ones(48, 4)}
     contradiction[f"{PEFT_Q}.alpha"] = torch.tensor(4.0)
     header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
