@@ -3,18 +3,17 @@
     python sample.py --input old.jpg --output restored.png --lora runs/mine/lora.safetensors
 
 Without --weights the small embedded model runs. Prompt, objective, guidance and source noise are those that the LoRA
-was trained with, unless a flag says otherwise. To try it on a clean photo, degrade it first and compare:
+was trained with, unless a flag says otherwise; several --lora add up. A LoRA trained for a bridge is followed by this
+program alone, one trained for kontext by the stock pipelines too. To try it on a clean photo, degrade it first:
 
     python sample.py --input photo.jpg --output three.png --lora ... --degrade blur=1.5,noise=0.05 --compare
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, load
 from kontext_min.data import open_picture
 from kontext_min.flags import flag, parse
 from kontext_min.flow import SOLVERS, Objective
-from kontext_min.lora_files import load_lora, read_lora, strength_of
+from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of
 from kontext_min.metrics import psnr, ssim
 from kontext_min.prompts import batch, encode
 from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
@@ -47,7 +46,7 @@ class Settings:
     vae: Path | None = flag(None, "file of the autoencoder, likewise", "model")
     clip: Path | None = flag(None, "file of the CLIP text encoder, likewise", "model")
     t5: Path | None = flag(None, "file of the T5 encoder, likewise", "model")
-    lora: str | None = flag(None, "LoRA file, =0.8 behind it sets its strength", "model")
+    lora: tuple[str, ...] = flag((), "LoRA file, =0.8 behind it sets its strength; may be repeated", "model")
     quantize: str | None = flag(None, "keep the weights in 8 or 4 bits", "model", QUANTIZED)
     prompt: str | None = flag(None, "what to do; else the LoRA's, else the guide preset's", "method")
     objective: str | None = flag(None, "else the LoRA's, else bridge", "method", ("bridge", "kontext"))
@@ -62,15 +61,6 @@ class Settings:
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
     dtype: str = flag("auto", "of the computation; auto: bfloat16 where the hardware multiplies it", "machine", DTYPES)
     stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
-
-
-def trained_with(metadata: dict[str, str]) -> dict[str, Any]:
-    """What train.py wrote into the LoRA's header; empty for LoRAs of other trainers."""
-    try:
-        known = json.loads(metadata.get("kontext_min", "{}"))
-    except ValueError:
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def sample(settings: Settings) -> None:
@@ -88,18 +78,16 @@ def sample(settings: Settings) -> None:
     if settings.degrade:
         picture = degrade.parse(settings.degrade)(clean, np.random.default_rng(settings.seed))
 
-    lora = trained_with(read_lora(strength_of(settings.lora)[0])[1]) if settings.lora else {}
+    lora, loras = purpose(settings.lora), " + ".join(settings.lora)
     text = settings.prompt or lora.get("prompt") or degrade.PROMPTS["guide"]
     guidance = settings.guidance if settings.guidance is not None else lora.get("guidance", 1.5)
     name = settings.objective or lora.get("objective", "bridge")
     if name != lora.get("objective", name):
-        raise ValueError(
-            f"--objective {name}: {settings.lora} was trained for {lora['objective']}; leave the flag out."
-        )
+        raise ValueError(f"--objective {name}: {loras} was trained for {lora['objective']}; leave the flag out.")
     objective = Objective(name, **{k: lora[k] for k in ("context", "source_noise", "start_time") if k in lora})
     steps = settings.steps if settings.steps is not None else 28 if name == "kontext" else 4
     if lora.get("base", base := fingerprint(weights.path("transformer"), "transformer")) != base:
-        print(f"note: {settings.lora} was trained on another base model than --weights", file=sys.stderr)
+        print(f"note: {loras} was trained on another base model than --weights", file=sys.stderr)
 
     encoded = encode([text], weights, settings.cache_dir / "prompts", dtype, device, settings.stream)  # then T5 is gone
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
@@ -110,8 +98,10 @@ def sample(settings: Settings) -> None:
     else:
         kind = settings.quantize or "stored"
         flux = load_flux(weights.path("transformer"), dtype=dtype, device=device, kind=kind)
-    if settings.lora:
-        load_lora(flux, *strength_of(settings.lora))
+    for each in settings.lora:
+        load_lora(flux, *strength_of(each))
+    if lora.get("objective") == "bridge":
+        print(f"{loras}: {BRIDGE_ONLY}")
 
     began = time.monotonic()
     restored = restore(

@@ -63,12 +63,15 @@ def add_lora(
         The parameters that train: A and B of every chosen Linear, in the order of the modules.
 
     Raises:
-        ValueError: a rank below 1, or targets that match no Linear.
+        ValueError: a rank below 1, or targets that are no pattern or match no Linear.
     """
     if rank < 1:
         raise ValueError(f"LoRA rank: got {rank}, expected at least 1.")
     model.requires_grad_(False)
-    pattern = re.compile(TARGETS.get(targets, targets))
+    try:
+        pattern = re.compile(TARGETS.get(targets, targets))
+    except re.error as error:
+        raise ValueError(f"LoRA targets: {targets!r} is no regular expression ({error}).") from None
     chosen = [n for n in linears(model) if pattern.fullmatch(n)]
     if not chosen:
         raise ValueError(

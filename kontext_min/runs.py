@@ -73,7 +73,7 @@ def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, accept: bo
 MAY_CHANGE = (  # settings that change no result, but for rounding
     *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions"),
     *("checkpoint_every", "keep", "max_skips", "tensorboard", "validate_every_epochs", "validate_every_steps"),
-    *("device", "shard", "gradient_checkpointing", "compile"),
+    *("device", "shard", "gradient_checkpointing", "compile", "lora_format"),
     "batch_size",  # what counts is its product with the number of processes
 )
 
