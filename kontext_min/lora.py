@@ -36,9 +36,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of the base's output."""
-        y = self.base(x)
-        correction = F.linear(F.linear(x.float(), self.lora_A), self.lora_B)
-        return y + (self.scale * correction).to(y.dtype)
+        low = self.scale * F.linear(x.float(), self.lora_A)  # (..., rank), scaled where it is small
+        return self.base(x).add_(F.linear(low, self.lora_B))  # added in float32, rounded once, no copy of the output
 
 
 def add_lora(

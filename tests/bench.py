@@ -15,12 +15,10 @@ which a restoration reads the velocity of the picture tokens alone.
 
 import argparse
 import gc
-import json
 import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,13 +30,15 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
+from kontext_min.flux import Flux, FluxParams  # noqa: E402
+
 SIZES = {  # sizes of the network, and numbers of tokens: text, picture, reference
     "82M": (
-        dict(hidden_size=768, num_heads=6, depth=2, depth_single_blocks=4, context_in_dim=512, vec_in_dim=256),
+        FluxParams(hidden_size=768, num_heads=6, depth=2, depth_single_blocks=4, context_in_dim=512, vec_in_dim=256),
         (512, 1024, 1024),
     ),
     "tiny": (
-        dict(
+        FluxParams(
             hidden_size=192, num_heads=6, depth=1, depth_single_blocks=6, context_in_dim=96, vec_in_dim=64,
             axes_dim=(4, 14, 14),
         ),
@@ -87,12 +87,6 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> N
 # --------------------------------------------------------------------------------------------------- the transformer
 
 
-def flux_sizes(size: str):  # noqa: ANN201
-    from kontext_min.flux import FluxParams
-
-    return FluxParams(**SIZES[size][0])
-
-
 def inputs(size: str) -> tuple:
     """The seven inputs of Flux.forward and the number of tokens that are read out."""
     from kontext_min.flow import token_ids
@@ -103,30 +97,28 @@ def inputs(size: str) -> tuple:
     return (
         torch.randn(1, image + reference, 64, generator=generator),
         ids,
-        torch.randn(1, text, params["context_in_dim"], generator=generator),
+        torch.randn(1, text, params.context_in_dim, generator=generator),
         torch.zeros(1, text, 3),
         torch.tensor([0.6]),
-        torch.randn(1, params["vec_in_dim"], generator=generator),
+        torch.randn(1, params.vec_in_dim, generator=generator),
         torch.tensor([1.5]),
         image,
     )
 
 
-def our_flux(size: str):  # noqa: ANN201
-    from kontext_min.flux import Flux
-
+def our_flux(size: str):
     torch.manual_seed(0)
-    flux = Flux(flux_sizes(size)).requires_grad_(False)
-    for name, p in flux.named_parameters():
+    flux = Flux(SIZES[size][0]).requires_grad_(False)
+    for p in flux.parameters():
         if p.ndim == 2:
             p.normal_(std=p.shape[1] ** -0.5)
     return flux
 
 
-def their_flux(size: str):  # noqa: ANN201
+def their_flux(size: str):
     from diffusers import FluxTransformer2DModel
 
-    p = flux_sizes(size)
+    p = SIZES[size][0]
     return FluxTransformer2DModel(
         in_channels=64, num_layers=p.depth, num_single_layers=p.depth_single_blocks, num_attention_heads=p.num_heads,
         attention_head_dim=p.hidden_size // p.num_heads, joint_attention_dim=p.context_in_dim,
@@ -134,7 +126,7 @@ def their_flux(size: str):  # noqa: ANN201
     ).requires_grad_(False)  # fmt: skip
 
 
-def our_lora(flux) -> None:  # noqa: ANN001
+def our_lora(flux) -> None:
     from kontext_min.lora import add_lora, lora_layers
 
     add_lora(flux, rank=16)
@@ -143,7 +135,7 @@ def our_lora(flux) -> None:  # noqa: ANN001
         torch.nn.init.normal_(layer.lora_B, std=0.02)
 
 
-def their_lora(theirs, names: list[str]) -> None:  # noqa: ANN001
+def their_lora(theirs, names: list[str]) -> None:
     from peft import LoraConfig
 
     theirs.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=names))
@@ -155,10 +147,10 @@ def target_names(size: str) -> dict[str, list[str]]:
     from kontext_min.lora import TARGETS
 
     pattern = re.compile(TARGETS["attention-mlp"])
-    return {ours: theirs for ours, theirs in flux_modules(flux_sizes(size)).items() if pattern.fullmatch(ours)}
+    return {ours: theirs for ours, theirs in flux_modules(SIZES[size][0]).items() if pattern.fullmatch(ours)}
 
 
-def their_call(model, x: tuple) -> torch.Tensor:  # noqa: ANN001
+def their_call(model, x: tuple) -> torch.Tensor:
     img, ids, txt, txt_ids, t, y, guidance, read = x
     return model(
         hidden_states=img, img_ids=ids[0], encoder_hidden_states=txt, txt_ids=txt_ids[0], timestep=t,
@@ -166,16 +158,16 @@ def their_call(model, x: tuple) -> torch.Tensor:  # noqa: ANN001
     )[0][:, :read]  # fmt: skip
 
 
-def our_call(model, x: tuple) -> torch.Tensor:  # noqa: ANN001
-    return model(*x[:7])[:, : x[7]]
+def our_call(model, x: tuple) -> torch.Tensor:
+    return model(*x)
 
 
-def forward(call, model, x: tuple) -> torch.Tensor:  # noqa: ANN001
+def forward(call, model, x: tuple) -> torch.Tensor:
     with torch.no_grad():
         return call(model, x)
 
 
-def step(call, model, x: tuple) -> None:  # noqa: ANN001
+def step(call, model, x: tuple) -> None:
     """Forward and backward to the gradients of the LoRA."""
     model.zero_grad(set_to_none=True)
     F.mse_loss(call(model, x), x[0][:, : x[7]]).backward()
