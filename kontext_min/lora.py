@@ -9,6 +9,7 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", se
 in +-1/sqrt(in) as in the authors' code (kaiming_uniform with a = sqrt(5)) and in peft.
 """
 
+import itertools
 import math
 import re
 
@@ -26,11 +27,11 @@ TARGETS = {  # patterns of module names, matched whole
 class LoRALinear(nn.Module):
     """A Linear with its correction; `base` is any module with in_features and out_features, and stays frozen."""
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float) -> None:
+    def __init__(self, base: nn.Module, rank: int, alpha: float, device: torch.device | None = None) -> None:
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        device = next(base.parameters()).device
+        device = device or next(itertools.chain(base.parameters(), base.buffers())).device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
 
@@ -38,6 +39,11 @@ class LoRALinear(nn.Module):
         """(..., in) -> (..., out) in the dtype of the base's output."""
         low = self.scale * F.linear(x.float(), self.lora_A)  # (..., rank), scaled where it is small
         return self.base(x).add_(F.linear(low, self.lora_B))  # added in float32, rounded once, no copy of the output
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that can carry a LoRA by its module name: the Linears, quantised ones included (quantize.py)."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "in_features")}
 
 
 def add_lora(
@@ -62,15 +68,16 @@ def add_lora(
         raise ValueError(f"LoRA rank: got {rank}, expected at least 1.")
     model.requires_grad_(False)
     pattern = re.compile(TARGETS.get(targets, targets))
-    chosen = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and pattern.fullmatch(n)]
+    chosen = [n for n in linears(model) if pattern.fullmatch(n)]
     if not chosen:
         raise ValueError(
             f"LoRA targets: {targets!r} matches no Linear; use {', '.join(TARGETS)} or a pattern of names."
         )
     generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device  # of the model's first layer: streamed blocks are on meta
     params = []
     for name in chosen:
-        layer = LoRALinear(model.get_submodule(name), rank, rank if alpha is None else alpha)
+        layer = LoRALinear(model.get_submodule(name), rank, rank if alpha is None else alpha, device)
         bound = 1 / math.sqrt(layer.base.in_features)
         with torch.no_grad():  # drawn on the CPU, so that every device starts alike
             layer.lora_A.copy_(torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator))

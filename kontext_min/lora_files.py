@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kontext_min.lora import LoRALinear, lora_layers
+from kontext_min.lora import LoRALinear, linears, lora_layers
 
 FORMATS = ("kohya",)
 PREFIX = "lora_unet_"
@@ -120,7 +120,7 @@ def load_lora(model: nn.Module, path: str | Path, strength: float = 1.0) -> dict
         FileNotFoundError, ValueError: no such file; other names; shapes that do not fit the model.
     """
     tensors, metadata = read_lora(path)
-    modules = {PREFIX + n.replace(".", "_"): n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    modules = {PREFIX + n.replace(".", "_"): n for n in linears(model)}
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         key, _, leaf = name.partition(".")
@@ -148,7 +148,7 @@ def load_lora(model: nn.Module, path: str | Path, strength: float = 1.0) -> dict
     for key, leaves in groups.items():
         rank = leaves["lora_down.weight"].shape[0]
         alpha = float(leaves.get("alpha", torch.tensor(float(rank))))
-        layer = LoRALinear(model.get_submodule(modules[key]), rank, alpha * strength)
+        layer = LoRALinear(model.get_submodule(modules[key]), rank, alpha * strength, next(model.parameters()).device)
         with torch.no_grad():
             layer.lora_A.copy_(leaves["lora_down.weight"])
             layer.lora_B.copy_(leaves["lora_up.weight"])
