@@ -38,7 +38,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of the base's output."""
         low = self.scale * F.linear(x.float(), self.lora_A)  # (..., rank), scaled where it is small
-        return self.base(x).add_(F.linear(low, self.lora_B))  # added in float32, rounded once, no copy of the output
+        y = self.base(x)
+        return F.linear(low, self.lora_B).add_(y).to(y.dtype)  # added in float32, rounded once; in float32 no copies
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
