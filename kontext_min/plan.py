@@ -283,9 +283,7 @@ def pictures(setting: Setting, sizes: Sizes) -> tuple[float, float]:
             (autoencoder.encode, torch.empty(count, 3, height, width)),
             (
                 autoencoder.decode,
-                torch.empty(
-                    1, sizes.autoencoder.z_channels, height // autoencoder.factor, width // autoencoder.factor
-                ),
+                torch.empty(1, sizes.autoencoder.z_channels, height // autoencoder.factor, width // autoencoder.factor),
             ),
         ):
             tally = Tally(autoencoder.parameters())
@@ -339,7 +337,7 @@ def measure(setting: Setting, sizes: Sizes) -> Plan:
 
 
 def budget_bytes(text: str) -> float:
-    """"16G" -> 16e9.
+    """ "16G" -> 16e9.
 
     Raises:
         ValueError: not a number with an optional M, G or T behind it.
@@ -377,7 +375,10 @@ def show(asked: Setting, sizes: Sizes, budget: float, small: tuple[int, int]) ->
     lines = [f"{asked.size[0]}x{asked.size[1]} pixels, batch {asked.batch}, in GB:"]
     lines += [f"  {name:24} {value / GB:8.2f}" for name, value in plan.parts.items()]
     lines += [f"  peak, {name:18} {value / GB:8.2f}" for name, value in plan.phases.items()]
-    lines += [f"  {device + ', peak':24} {plan.device / GB:8.2f}", f"  {'host, streamed from':24} {plan.host / GB:8.2f}"]
+    lines += [
+        f"  {device + ', peak':24} {plan.device / GB:8.2f}",
+        f"  {'host, streamed from':24} {plan.host / GB:8.2f}",
+    ]
     lines += [f"  {plan.flops / 1e12:.2f} TFLOP for a {'batch, forward and backward' if asked.train else 'step'}", ""]
     best = None
     for flags, setting in choices(asked, small).items():
