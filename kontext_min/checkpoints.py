@@ -321,6 +321,15 @@ def read_at(file: BinaryIO, offset: int, data: Tensor) -> None:
         view = view[got:]
 
 
+def scales_of(read: TensorReader, names: Sequence[str]) -> Tensor | None:
+    """Scales of the rows of a weight that some stored tensors make: (out, 1) float32, or None if it has none."""
+    found = [read.scale(n) for n in names]
+    if all(s is None for s in found):
+        return None
+    rows = [read.headers[n].shape[0] for n in names]
+    return torch.cat([(torch.ones(1, 1) if s is None else s).expand(r, 1) for s, r in zip(found, rows, strict=True)])
+
+
 def narrow(
     read: TensorReader, names: Sequence[str], kind: str, device: str | torch.device
 ) -> tuple[Tensor, Tensor | None]:
@@ -329,13 +338,9 @@ def narrow(
     What a file holds in fp8 stays so unless 4 bits are asked for: a second rounding would add its error, save nothing.
     """
     if kind == "stored" or (kind != "nf4" and all(read.headers[n].dtype in WIDENED for n in names)):
-        scales = [read.scale(n) for n in names]
         codes = torch.cat([read.raw(n) for n in names]) if len(names) > 1 else read.raw(names[0])
-        if all(s is None for s in scales):
-            return codes.to(device), None
-        rows = [read.headers[n].shape[0] for n in names]
-        scales = [(torch.ones(1, 1) if s is None else s).expand(r, 1) for s, r in zip(scales, rows, strict=True)]
-        return codes.to(device), torch.cat(scales).to(device)
+        scales = scales_of(read, names)
+        return codes.to(device), None if scales is None else scales.to(device)
     return quantize(torch.cat([read(n).to(device) for n in names]), kind)
 
 
