@@ -128,6 +128,7 @@ def velocity(flux: Network, x: Tensor, sigma: Tensor, control: Tensor, prompt: P
         t,
         prompt.y,
         prompt.guidance,
+        generated,  # what the network need not compute beyond these, it does not
     )
     return -objective.start_time * unpack(out[:, :generated].float(), h, w)
 
