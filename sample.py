@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from kontext_min.flow import SOLVERS, Objective
 from kontext_min.lora_files import load_lora, read_lora, strength_of
 from kontext_min.prompts import batch, encode
 from kontext_min.restore import STEPS, passes, restore, to_image, working_size
-from kontext_min.runs import Progress
+from kontext_min.runs import Progress, finite
 from kontext_min.validation import grid
 
 
@@ -115,32 +115,6 @@ def trained_with(metadata: dict[str, str]) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def load(job: pictures.Job, settings: Settings, degradation: Callable | None) -> tuple[Any, Image.Image, Any]:
-    """What the file holds, the picture to restore, and the clean one if there is one; of one size.
-
-    Raises:
-        ValueError: a file can't be read, or the clean picture has another size.
-    """
-    photo = pictures.read(job.path)
-    if photo.rgb.size != job.size:
-        raise ValueError(f"{job.path}: has changed since the start.")
-    for note in photo.notes:
-        print(f"note: {job.name}: {note}", file=sys.stderr)
-    if degradation:
-        return photo, degradation(photo.rgb, data.generator(settings.seed, "degrade", 0, job.name)), photo.rgb
-    if not settings.reference:
-        return photo, photo.rgb, None
-    file = pictures.reference_of(job, settings.reference)
-    if file is None:
-        print(f"note: {job.name}: no such picture in --reference, so no scores", file=sys.stderr)
-        return photo, photo.rgb, None
-    clean = pictures.read(file).rgb
-    if clean.size != job.size:
-        sizes = f"{clean.width}x{clean.height}, the input {job.size[0]}x{job.size[1]}"
-        raise ValueError(f"--reference {file}: is {sizes}; expected one size.")
-    return photo, photo.rgb, clean
-
-
 def sample(settings: Settings) -> int:
     """Restore a picture, or all of a folder, as the settings say; returns the exit code."""
     check(settings)
@@ -154,6 +128,11 @@ def sample(settings: Settings) -> int:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
     there = [j for j in jobs if folder and not settings.overwrite and all(file.exists() for file in j.outputs)]
     jobs = [job for job in jobs if job not in there]
+    if not jobs and there:
+        print(f"{settings.output}: all {len(there)} pictures are there already; --overwrite restores them again")
+        return 1 if failed else 0
+    if not jobs:
+        raise ValueError(f"--input {settings.input}: none of its {len(failed)} pictures can be read.")
 
     lora = trained_with(read_lora(strength_of(settings.lora)[0])[1]) if settings.lora else {}
     text = settings.prompt or lora.get("prompt") or degrade.PROMPTS["guide"]
@@ -193,21 +172,21 @@ def sample(settings: Settings) -> int:
         passed += 1
         progress.show(passed, total, f"tiles, {label}")
 
+    began, progress, restored, rows, figures = time.monotonic(), Progress(), 0, [], []
     groups = pictures.batches(jobs, settings.batch_size)
     sizes = {j.size: working_size(*j.size, settings.resolution, settings.max_side) for j in jobs}
     cost = {s: settings.samples * passes(*sizes[s], autoencoder, tile, steps, settings.solver) for s in sizes}
     passed, total, label = 0, sum(cost[group[0].size] for group in groups), ""
-    began, progress, restored, pixels, rows, figures = time.monotonic(), Progress(), 0, 0, [], []
     for group in groups:
-        loaded, size, label = [], group[0].size, group[0].name
+        photos, size, label = [], group[0].size, group[0].name
         for job in group:
             with spared(job):
-                loaded.append((job, *load(job, settings, degradation)))
-        if not loaded:
+                photos.append(pictures.load(job, degradation, settings.reference, settings.seed))
+        if not photos:
             passed += cost[size]
             continue
-        small = [p if size == sizes[size] else p.resize(sizes[size], Image.LANCZOS) for _, _, p, _ in loaded]
-        image = torch.stack([data.to_tensor(p) for p in small])  # (B, 3, H, W) bytes
+        small = [p.degraded if size == sizes[size] else p.degraded.resize(sizes[size], Image.LANCZOS) for p in photos]
+        image = torch.stack([data.to_tensor(picture) for picture in small])  # (B, 3, H, W) bytes
         for k in range(settings.samples):
             results = restore(
                 image,
@@ -223,21 +202,20 @@ def sample(settings: Settings) -> int:
                 fidelity=settings.fidelity,
                 report=tick,
             )
-            for (job, photo, picture, clean), tensor, degraded in zip(loaded, results, small, strict=True):
+            for photo, degraded, tensor in zip(photos, small, results, strict=True):
                 result = COLOUR_FIXES[settings.color_fix](to_image(tensor), degraded)
                 result = result if result.size == size else result.resize(size, Image.LANCZOS)
-                shown = result
-                if settings.compare:
-                    shown = grid([[picture, result, clean] if clean else [picture, result]])
-                with spared(job):
-                    pictures.write(job.outputs[k], shown, photo, settings.quality)
-                    restored, pixels = restored + 1, pixels + size[0] * size[1]
-                    name_k = job.name if settings.samples == 1 else f"{job.name} #{k + 1}"
-                    before, after = (metrics.scores(p, clean) if clean else {} for p in (picture, result))
-                    rows += [{"name": name_k, "input": before, "restored": after}] if clean else []
+                before_after = [photo.degraded, result, *([photo.clean] if photo.clean else [])]
+                with spared(photo.job):
+                    shown = grid([before_after]) if settings.compare else result
+                    pictures.write(photo.job.outputs[k], shown, photo.file, settings.quality)
+                    restored += 1
+                    title, score = photo.job.name + (f" #{k + 1}" if settings.samples > 1 else ""), ""
+                    if photo.clean:
+                        rows.append(metrics.row(title, *before_after))
+                        score = report.from_to(rows[-1]["input"]["psnr"], rows[-1]["restored"]["psnr"])
                     if settings.report and len(figures) < report.RESTORED:
-                        score = f"{before['psnr']:.2f} → {after['psnr']:.2f} dB" if clean else ""
-                        figures.append(report.slider(name_k, picture, result, clean, score, report.RESTORED_SIDE))
+                        figures.append(report.slider(title, *before_after, score=score, side=report.RESTORED_SIDE))
 
     seconds = time.monotonic() - began
     evaluations = math.ceil(steps / SOLVERS[settings.solver]) * SOLVERS[settings.solver]
@@ -250,7 +228,7 @@ def sample(settings: Settings) -> int:
         rows.append(metrics.mean_row(rows))
         print(metrics.table(rows))
     if settings.json:
-        settings.json.write_text(json.dumps(rows, indent=1))
+        settings.json.write_text(json.dumps(finite(rows), indent=1) + "\n", encoding="utf-8")
     if settings.report and figures:
         print(report.write_restored_report(settings.output, figures, restored, rows[-1] if rows else None))
     if not (restored or there):

@@ -62,6 +62,11 @@ def scores(a: Picture, clean: Picture) -> dict[str, float]:
     return {"psnr": psnr(a, clean), "psnr_y": psnr_y(a, clean), "ssim": ssim(a, clean), "texture": texture(a, clean)}
 
 
+def row(name: str, degraded: Picture, restored: Picture, clean: Picture) -> Row:
+    """The scores of a picture before and after. ValueError as in `ssim`."""
+    return {"name": name, "input": scores(degraded, clean), "restored": scores(restored, clean)}
+
+
 def mean_row(rows: Sequence[Row]) -> Row:
     """The mean of the scores of some pictures."""
     row: Row = {"name": "mean"}

@@ -9,14 +9,15 @@ picture (the result is RGB), transparency where the format has none.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image
 
-from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
+from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, generator, open_picture, scan
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LAYOUT = {  # TIFF tags that say how the old file's pixels lie: nothing of a photograph
@@ -36,13 +37,23 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Photo:
+class File:
     """What a file holds."""
 
     rgb: Image.Image  # upright; on white where it is fully transparent
-    alpha: Image.Image | None = None
-    keep: dict[str, Any] = field(default_factory=dict)  # EXIF, profile, dpi as Pillow's save() takes them
-    notes: tuple[str, ...] = ()  # what is not kept, in words
+    alpha: Image.Image | None
+    keep: dict[str, Any]  # EXIF, profile, dpi as Pillow's save() takes them
+    notes: tuple[str, ...]  # what is not kept, in words
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A job's pictures in memory, all of one size."""
+
+    job: Job
+    file: File
+    degraded: Image.Image  # what is to be restored
+    clean: Image.Image | None
 
 
 # ----------------------------------------------------------------------------------------------------------- which ones
@@ -115,7 +126,42 @@ def reference_of(job: Job, folder_or_file: Path) -> Path | None:
 # ------------------------------------------------------------------------------------------------------ one in, one out
 
 
-def read(path: Path) -> Photo:
+def load(job: Job, degradation: Callable | None, reference: Path | None, seed: int) -> Photo:
+    """The pictures of a job. What will be lost, and that there is no clean picture, is printed.
+
+    Args:
+        job: from `find`.
+        degradation: from degrade.parse: makes the input from the file, which then is the clean picture; its random
+            numbers depend on (seed, name) alone.
+        reference: the clean picture, or a folder of them.
+        seed: of the degradation.
+
+    Raises:
+        ValueError: a file can't be read, or the clean picture has another size.
+    """
+    file = read(job.path)
+    notes, degraded, clean = list(file.notes), file.rgb, None
+    if file.rgb.size != job.size:
+        raise UnreadableError(f"{job.path}: has changed since the start.")
+    if degradation:
+        degraded, clean = degradation(file.rgb, generator(seed, "degrade", 0, job.name)), file.rgb
+    elif reference:
+        if path := reference_of(job, reference):
+            clean = read(path).rgb
+            if clean.size != job.size:
+                sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
+                raise ValueError(f"{job.path}: {sizes}; expected one size.")
+        else:
+            notes.append("no such picture in --reference, so no scores")
+    if clean and min(clean.size) < 11:
+        notes.append("scores need 11 pixels a side")
+        clean = None
+    for note in notes:
+        print(f"note: {job.name}: {note}", file=sys.stderr)
+    return Photo(job, file, degraded, clean)
+
+
+def read(path: Path) -> File:
     """A file with all that can be kept of it. Raises UnreadableError, a ValueError that names the file."""
     rgb = open_picture(path)
     try:
@@ -145,7 +191,7 @@ def read(path: Path) -> Photo:
                 keep["exif"] = keep_exif
     except Exception as error:  # see data._read_header: Pillow's parsers raise anything
         raise UnreadableError(f"{path}: {error}") from error
-    return Photo(rgb, alpha, keep, tuple(notes))
+    return File(rgb, alpha, keep, tuple(notes))
 
 
 def _plain(exif: Image.Exif) -> bytes | None:
@@ -158,32 +204,32 @@ def _plain(exif: Image.Exif) -> bytes | None:
     return exif.tobytes()
 
 
-def write(path: Path, rgb: Image.Image, photo: Photo, quality: int) -> None:
+def write(path: Path, rgb: Image.Image, file: File, quality: int) -> None:
     """Save a restored picture with what its file held, aside and renamed.
 
     Args:
         path: its ending chooses the format; folders are made.
-        rgb: of the size of photo.rgb; a sheet of another size gets no transparency.
-        photo: whence EXIF and so on come.
+        rgb: of the size of file.rgb; a sheet of another size gets no transparency.
+        file: whence EXIF and so on come.
         quality: 1 to 100, of JPEG and WebP.
 
     Raises:
         OSError, ValueError: it can't be written; an older file is still there.
     """
     kind = KINDS[path.suffix.lower()]
-    if photo.alpha and rgb.size == photo.alpha.size:
+    if file.alpha and rgb.size == file.alpha.size:
         if kind == "JPEG":
-            rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), photo.alpha)
+            rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), file.alpha)
         else:
             rgb = rgb.copy()
-            rgb.putalpha(photo.alpha)
+            rgb.putalpha(file.alpha)
     options = {"quality": quality} if kind in ("JPEG", "WEBP") else {}
     if kind == "JPEG" and quality >= 90:
         options["subsampling"] = 0  # colour at full resolution: halved, it shows on red edges
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        rgb.save(aside, kind, **options, **photo.keep)
+        rgb.save(aside, kind, **options, **file.keep)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -78,7 +78,7 @@ def write_restored_report(folder: Path, figures: Sequence[str], count: int, mean
     if mean:
         before, after = mean["input"], mean["restored"]
         gain = f"{after['psnr'] - before['psnr']:+.2f} dB".replace("-", "−")
-        facts.insert(0, ("Gain in PSNR", gain, f"{before['psnr']:.2f} → {after['psnr']:.2f} dB, mean"))
+        facts.insert(0, ("Gain in PSNR", gain, "mean " + from_to(before["psnr"], after["psnr"])))
         facts.insert(1, ("SSIM", f"{after['ssim']:.3f}", f"before {before['ssim']:.3f}"))
         facts.insert(2, ("Texture, clean = 1", f"{after['texture']:.2f}", f"before {before['texture']:.2f}"))
     note = "" if len(figures) == count else f"{len(figures)} of {count:,} pictures are shown. "
@@ -107,7 +107,7 @@ def headline(training: Sequence[Row], validations: Sequence[Row], settings: Row)
     facts = []
     if top := best(validations):
         before, after = top["psnr_degraded"], top["psnr"]
-        facts.append(("Gain in PSNR", f"{after - before:+.2f} dB".replace("-", "−"), f"{before:.2f} → {after:.2f} dB"))
+        facts.append(("Gain in PSNR", f"{after - before:+.2f} dB".replace("-", "−"), from_to(before, after)))
         facts.append(("SSIM", f"{top['ssim']:.3f}", f"degraded {top['ssim_degraded']:.3f}"))
         facts.append(("Best step", f"{top['step']:,}", "by PSNR"))
     if training:
@@ -118,6 +118,11 @@ def headline(training: Sequence[Row], validations: Sequence[Row], settings: Row)
         seconds = sum(y for _, y in spent + series(validations, "seconds"))
         facts.append(("Time", clock(seconds), "validation included"))
     return fact_list(facts) if facts else "<p>Nothing has been measured yet.</p>"
+
+
+def from_to(before: float, after: float) -> str:
+    """PSNR of a picture before and after."""
+    return f"{before:.2f} → {after:.2f} dB"
 
 
 def fact_list(facts: Sequence[tuple[str, str, str]]) -> str:
@@ -136,7 +141,7 @@ def before_after(folder: Path, validations: Sequence[Row]) -> str:
             triples = slices(folder / "validation" / f"step-{step:06d}.png", infos)
         except (OSError, Image.DecompressionBombError):  # not there, cut short, or too large to be opened
             continue
-        scores = [f"{p['psnr_degraded']:.2f} → {p['psnr']:.2f} dB" for p in infos]
+        scores = [from_to(p["psnr_degraded"], p["psnr"]) for p in infos]
         views[step] = [(embed(restored), score) for (_, restored, _), score in zip(triples, scores, strict=True)]
     if not views:
         return ""
@@ -155,8 +160,8 @@ def slider(
     name: str,
     degraded: Image.Image,
     restored: Image.Image,
-    clean: Image.Image | None,
-    score: str,
+    clean: Image.Image | None = None,
+    score: str = "",
     side: int = SIDE,
 ) -> str:
     """A picture before and after, one over the other; pictures of one shape.

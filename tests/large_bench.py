@@ -3,7 +3,7 @@
     python tests/large_bench.py [MEGAPIXELS ...] [--tile N] [--out FOLDER]        1 6 24 unless others are given
 
 Each size is a JPEG of 3:2 made from one photograph, restored in one network evaluation by weights/tiny, in a process of
-its own. `above` is the peak above that of the first size, for each megapixel more: the picture is 3 bytes a pixel as
+its own. `+` is the peak above that of the first size, for each megapixel more: the picture is 3 bytes a pixel as
 bytes and 4 in Pillow, the latent of weights/tiny is 4 and is there up to five times while a step is taken.
 """
 
@@ -44,11 +44,11 @@ def main() -> None:
         picture = Image.open(PHOTO).convert("RGB").resize((width, round(width / 1.5)), Image.Resampling.BICUBIC)
         picture.save(folder / f"in-{mp:g}.jpg", quality=90)
         del picture
-        rows.append((mp, *measure(folder / f"in-{mp:g}.jpg", folder / f"out-{mp:g}.jpg", args.tile)))
-        done = Image.open(folder / f"out-{mp:g}.jpg")
-        assert done.size == (width, round(width / 1.5))
-        above = (rows[-1][2] - rows[0][2]) / (mp - rows[0][0]) if mp != rows[0][0] else 0
-        print(f"{mp:5g} MP  {rows[-1][1]:7.1f} s  {rows[-1][1] / mp:6.1f} s/MP  {rows[-1][2]:7.0f} MB  {above:5.1f} MB/MP above", flush=True)
+        seconds, peak = measure(folder / f"in-{mp:g}.jpg", folder / f"out-{mp:g}.jpg", args.tile)
+        assert Image.open(folder / f"out-{mp:g}.jpg").size == (width, round(width / 1.5))
+        rows.append((mp, peak))
+        above = (peak - rows[0][1]) / (mp - rows[0][0]) if len(rows) > 1 else 0
+        print(f"{mp:4g} MP {seconds:7.1f} s, {seconds / mp:.1f} s/MP {peak:7.0f} MB, +{above:.1f} MB/MP", flush=True)
 
 
 if __name__ == "__main__":
