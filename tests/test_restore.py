@@ -142,7 +142,7 @@ def test_strength_starts_part_way_along_the_path(objective):
     """x at s0 = 1 - S is (1 - s0) source + s0 control, the network is first asked at t = T S, and 0 changes nothing."""
     times, first = [], []
 
-    def flux(img, img_ids, txt, txt_ids, t, y, guidance):
+    def flux(img, img_ids, txt, txt_ids, t, y, guidance, read):
         times.append(t.item())
         first.append(img.clone())
         return img * 0
