@@ -27,11 +27,11 @@ import torch
 from PIL import Image
 
 from kontext_min import data, degrade, metrics, parallel, pictures, report
-from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, load_flux
+from kontext_min.checkpoints import Weights, find, fingerprint, load_autoencoder, load_flux, metadata
 from kontext_min.colour import COLOUR_FIXES
 from kontext_min.flags import flag, parse
 from kontext_min.flow import SOLVERS, Objective
-from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of
+from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of, trained_with
 from kontext_min.prompts import batch, encode
 from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
 from kontext_min.restore import STEPS, passes, restore, to_image, working_size
@@ -93,6 +93,8 @@ def check(settings: Settings) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1.")
     if not 1 <= settings.quality <= 100:
         raise ValueError(f"--quality: got {settings.quality}, expected 1 to 100.")
+    if settings.seed < 0:
+        raise ValueError(f"--seed: got {settings.seed}, expected at least 0.")
     if not 0 < settings.strength <= 1:
         raise ValueError(f"--strength: got {settings.strength}, expected more than 0 and at most 1.")
     if not 0 <= settings.fidelity <= 1:
@@ -130,18 +132,19 @@ def sample(settings: Settings) -> int:
     if not jobs:
         raise ValueError(f"--input {settings.input}: none of its {len(failed)} pictures can be read.")
 
-    lora, loras = purpose(settings.lora), " + ".join(settings.lora)
+    about = trained_with(metadata(find(weights.path("transformer"), "transformer")[0]))  # by train.py --full
+    lora, model = {**about, "base": None, **purpose(settings.lora)}, " + ".join(settings.lora) or settings.weights
     text = settings.prompt or lora.get("prompt") or degrade.PROMPTS["guide"]
     guidance = settings.guidance if settings.guidance is not None else lora.get("guidance", 1.5)
     name = settings.objective or lora.get("objective", "bridge")
     if name != lora.get("objective", name):
-        raise ValueError(f"--objective {name}: {loras} was trained for {lora['objective']}; leave the flag out.")
+        raise ValueError(f"--objective {name}: {model} was trained for {lora['objective']}; leave the flag out.")
     objective = Objective(name, **{k: lora[k] for k in ("context", "source_noise", "start_time") if k in lora})
     if settings.samples > 1 and not (name == "kontext" or objective.source_noise):
         raise ValueError(f"--samples {settings.samples}: a bridge without source noise has one result; leave it out.")
     steps = settings.steps or STEPS[name]
-    if lora.get("base", base := fingerprint(weights.path("transformer"), "transformer")) != base:
-        print(f"note: {loras} was trained on another base model than --weights", file=sys.stderr)
+    if lora["base"] not in (None, fingerprint(weights.path("transformer"), "transformer")):
+        print(f"note: {model} was trained on another base model than --weights", file=sys.stderr)
 
     encoded = encode([text], weights, settings.cache_dir / "prompts", dtype, device, settings.stream)  # then T5 is gone
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
@@ -154,8 +157,8 @@ def sample(settings: Settings) -> int:
         flux = load_flux(weights.path("transformer"), dtype=dtype, device=device, kind=kind)
     for each in settings.lora:
         load_lora(flux, *strength_of(each))
-    if lora.get("objective") == "bridge":
-        print(f"{loras}: {BRIDGE_ONLY}")
+    if settings.lora and lora.get("objective") == "bridge":
+        print(f"{model}: {BRIDGE_ONLY}")
     tile = settings.tile or lora.get("resolution", 128 * autoencoder.factor)  # 64 x 64 tokens
 
     @contextmanager

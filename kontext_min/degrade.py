@@ -540,4 +540,8 @@ def main(photos: list[str], sheet: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit("usage: python -m kontext_min.degrade PHOTO... SHEET.jpg")
-    main(sys.argv[1:-1], sys.argv[-1])
+    try:
+        main(sys.argv[1:-1], sys.argv[-1])
+    except (OSError, ValueError) as error:
+        print(f"degrade: {error}", file=sys.stderr)
+        sys.exit(2)

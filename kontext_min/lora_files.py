@@ -35,10 +35,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kontext_min.checkpoints import load_flux, read_headers, save_flux
+from kontext_min.checkpoints import load_flux, read_headers, save_file, save_flux
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import LoRALinear, linears, lora_layers
 from kontext_min.lora_formats import FORMATS, Factors, Sizes, emit, parse
@@ -146,7 +145,7 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def strength_of(text: str) -> tuple[Path, float]:
     """`file.safetensors=0.8` -> (file.safetensors, 0.8); the strength is 1 where none is given."""
-    match = re.fullmatch(r"(.+)=([-+]?[0-9.]+)", text)
+    match = re.fullmatch(r"(.+)=([-+]?(\d+\.?\d*|\.\d+))", text)
     return (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
 
 
