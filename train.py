@@ -34,7 +34,7 @@ from kontext_min.flags import flag, parse, to_json
 from kontext_min.flow import Objective
 from kontext_min.latents import CachedPairs, LatentCache, fill
 from kontext_min.lora import add_lora
-from kontext_min.lora_files import save_lora
+from kontext_min.lora_files import FORMATS, init_lora, outside_of_blocks, save_lora
 from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
 from kontext_min.report import write_report
 from kontext_min.stream import load_streamed
@@ -68,6 +68,8 @@ class Settings:
     rank: int = flag(16, "rank of the LoRA", "model")
     alpha: float | None = flag(None, "the correction counts alpha / rank; else alpha = rank", "model")
     lora_targets: str = flag("attention-mlp", "attention, attention-mlp, all, or a pattern of module names", "model")
+    lora_format: str = flag("kohya", "names in the LoRA file: see kontext_min/lora_files.py", "model", FORMATS)
+    init_lora: Path | None = flag(None, "start from this LoRA; its rank may be lower than --rank", "model")
     full: bool = flag(False, "train all weights of the transformer instead of a LoRA", "model")
     quantize: str | None = flag(None, "keep the frozen weights in 8 or 4 bits", "model", QUANTIZED)
 
@@ -201,6 +203,9 @@ def check(settings: Settings) -> None:
                 raise ValueError(f"--{part} can't be used with --{whole}; leave one of them out.")
     if settings.offload_activations and not (settings.gradient_checkpointing or settings.stream):
         raise ValueError("--offload-activations: add --gradient-checkpointing, whose block inputs it moves.")
+    if settings.full and settings.init_lora:
+        merging = "merge it into the base first: python -m kontext_min.lora_files merge"
+        raise ValueError(f"--init-lora {settings.init_lora}: with --full no LoRA trains; {merging}.")
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -267,6 +272,10 @@ def train(settings: Settings) -> int:
         flux.requires_grad_(True)
     else:
         add_lora(flux, settings.rank, settings.alpha, settings.lora_targets, seed=settings.seed)
+        if settings.init_lora and not checkpoint_path:
+            init_lora(flux, settings.init_lora)
+        if settings.lora_format == "kohya" and (outside := outside_of_blocks(flux)):
+            say(f"note: diffusers drops {', '.join(outside)} from kohya files; --lora-format peft keeps them")
     if settings.compile:
         for block in (*flux.double_blocks, *flux.single_blocks):
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
@@ -330,7 +339,8 @@ def train(settings: Settings) -> int:
     objective = Objective(settings.objective, settings.context, settings.source_noise, float(start_time))
 
     base = written["fingerprint"]["transformer"]
-    header = {"kontext_min": json.dumps(trained_for(settings, objective, prompt, base))}
+    about = trained_for(settings, objective, prompt, base) | {"pictures_a_batch": written["pictures_a_batch"]}
+    header = {"kontext_min": json.dumps(about)}
 
     def gather(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Weights or averages by name; whole, so if they are sharded every process must ask."""
@@ -341,7 +351,7 @@ def train(settings: Settings) -> int:
         if settings.full:
             save_flux(flux, where / "transformer", header, values)
         else:
-            save_lora(flux, where / "lora.safetensors", metadata=header, tensors=values)
+            save_lora(flux, where / "lora.safetensors", settings.lora_format, header, values)
 
     board = runs.open_tensorboard(folder, state["step"]) if first and settings.tensorboard else None
     if first:
@@ -454,16 +464,14 @@ def train(settings: Settings) -> int:
 
 def trained_for(settings: Settings, objective: Objective, prompt: str, base: str) -> dict[str, Any]:
     """What a LoRA was trained for, kept in its header; sample.py takes its defaults from here."""
-    return {
+    names = ["degrade", "resolution", "guidance", "rank", "alpha", "lora_targets"]
+    names += ["steps", "lr", "lr_schedule", "warmup", "accumulate", "ema", "seed", "sigma", "weighting"]
+    return {name: getattr(settings, name) for name in names} | {
         "objective": objective.name,
         "context": objective.context,
         "source_noise": objective.source_noise,
         "start_time": objective.start_time,
-        "guidance": settings.guidance,
         "prompt": prompt,
-        "degrade": settings.degrade,
-        "resolution": settings.resolution,
-        "steps": settings.steps,
         "base": base,
     }
 

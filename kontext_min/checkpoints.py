@@ -271,11 +271,11 @@ DTYPES = {  # safetensors' spelling of what weights are stored in
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8},
 }
-WIDENED = ("F8_E4M3", "F8_E5M2")
+WIDENED = ("F8_E4M3", "F8_E5M2", "I8")  # I8: what lora_files.py merge --quantize int8 writes
 
 
 class TensorReader:
-    """Opens each file once and hands out its tensors, memory-mapped; fp8 comes out as float32, times its scale."""
+    """Opens each file once and hands out its tensors, memory-mapped; codes come out as float32, times their scale."""
 
     def __init__(self, headers: Headers, mapped: bool = True) -> None:
         self.headers, self.mapped = headers, mapped

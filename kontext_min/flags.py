@@ -30,7 +30,7 @@ def parse(settings: type[T], argv: Sequence[str] | None, description: str, epilo
     """Fill a settings dataclass from the command line.
 
     Args:
-        settings: a dataclass whose fields were made by `flag`; `list[str]` fields are flags that may be repeated.
+        settings: a dataclass whose fields were made by `flag`; `tuple[str, ...]` fields are flags that may be repeated.
         argv: the arguments, or None for those of the process.
         description: first lines of --help.
         epilog: last lines of --help.
@@ -52,6 +52,7 @@ def parse(settings: type[T], argv: Sequence[str] | None, description: str, epilo
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
             options |= {"action": "append", "type": typing.get_args(kind)[0], "metavar": field.name.upper()}
+            options["default"] = list(options["default"] or ())  # argparse appends to a copy of it
         else:
             options |= {"type": kind, "choices": field.metadata["choices"]}
             options["metavar"] = None if options["choices"] else field.name.upper()

@@ -318,7 +318,7 @@ def test_the_loop_takes_under_five_percent_for_itself():
         (["--vae", "{here}/text.jpg"], "not a safetensors file"),
         (["--lora", "{here}/nowhere.safetensors"], "no such LoRA file"),
         (["--lora", "{here}/text.jpg"], "text.jpg"),
-        (["--lora", "{flux}"], "not kohya names"),
+        (["--lora", "{flux}"], "it is no LoRA"),
         (["--output", "{here}/nowhere/out.png"], "no such folder"),
         (["--output", "{here}/text.jpg/out.png"], "text.jpg"),
         (["--output", "{here}/out.xyz"], "unknown picture format"),

@@ -1,0 +1,906 @@
+"""A LoRA gives the same picture everywhere: diffusers and peft run live, ComfyUI's map of names is data below."""
+
+import copy
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline, FluxTransformer2DModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import sample
+import train
+from kontext_min import flow, lora_files, prompts
+from kontext_min.checkpoints import Weights, load_autoencoder, load_flux
+from kontext_min.flux import FluxParams
+from kontext_min.lora import TARGETS, add_lora, lora_layers, merge_lora
+from kontext_min.lora_files import init_lora, load_lora, merge, purpose, read_lora, save_lora, trained_with
+from kontext_min.lora_formats import FORMATS, Factors, emit, parse
+from kontext_min.names import flux_modules
+from kontext_min.quantize import QuantizedLinear, quantize_
+from test_flux import random_pair
+from test_lora import ARGS
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "weights" / "tiny"
+HIDDEN = 48
+SIZE = (HIDDEN, 2, (4, 10, 10), 1, 2, 20, 12, True)
+BLOCKS = r"double_blocks\.\d+\..*|single_blocks\.\d+\..*"
+LORAS = {  # rank, alpha, targets
+    "default": (4, 4, "attention-mlp"),
+    "half": (4, 2, "attention"),
+    "rank 1": (1, 3, r"single_blocks\.\d+\.linear[12]"),
+    "odd": (7, 5, BLOCKS),
+    "everything": (16, 1, "all"),
+    "few": (3, 24, r"double_blocks\.0\.img_attn\.qkv|single_blocks\.1\.linear1|double_blocks\.0\.txt_mlp\.2"),
+}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return random_pair(*SIZE)
+
+
+def pipeline(transformer):
+    """FluxKontextPipeline around a transformer alone, for load_lora_weights."""
+    parts = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    return FluxKontextPipeline(transformer=transformer, **dict.fromkeys(parts))
+
+
+@torch.no_grad()
+def ours_of(flux):
+    img, ids, txt, txt_ids, t, y, g = ARGS
+    return flux(img, ids[:1].expand(2, -1, -1), txt, txt_ids, t, y, g)
+
+
+@torch.no_grad()
+def theirs_of(transformer):
+    img, ids, txt, txt_ids, t, y, g = ARGS
+    return transformer(
+        hidden_states=img, encoder_hidden_states=txt, pooled_projections=y, timestep=t, img_ids=ids[0],
+        txt_ids=txt_ids[0], guidance=g, return_dict=False,
+    )[0]  # fmt: skip
+
+
+def with_lora(flux, rank, alpha, targets, seed=1, size=0.1):
+    """A copy of the model with a random LoRA on it."""
+    flux = copy.deepcopy(flux)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in add_lora(flux, rank, alpha, targets):
+            p.copy_(size * torch.randn(p.shape, generator=generator))
+    return flux
+
+
+def scaled(flux, strength):
+    flux = copy.deepcopy(flux)
+    for layer in lora_layers(flux).values():
+        layer.scale *= strength
+    return flux
+
+
+def close(a, b, tolerance=1e-5):
+    """To 1e-5 of the largest value, which is about 1 here."""
+    difference = (a - b).abs().max() / max(1, b.abs().max())
+    assert difference <= tolerance, f"{difference:.1e}"
+
+
+# ----------------------------------------------------------------------------------- what is written, in other programs
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", LORAS)
+def test_diffusers_gives_our_output(pair, tmp_path, name, format):
+    rank, alpha, targets = LORAS[name]
+    if format == "kohya":  # what diffusers reads of it at this width: see the next test and outside_of_blocks
+        known = [n for n in lora_layers(with_lora(pair[0], rank, alpha, targets)) if re.fullmatch(BLOCKS, n)]
+        targets = "|".join(re.escape(n) for n in known if not n.endswith("linear1"))
+    flux = with_lora(pair[0], rank, alpha, targets)
+    base, expected = ours_of(pair[0]), ours_of(flux)
+    assert (expected - base).abs().max() > 0.01  # the LoRA does something
+    save_lora(flux, tmp_path / "a.safetensors", format)
+    theirs = copy.deepcopy(pair[1])
+    pipe = pipeline(theirs)
+    pipe.load_lora_weights(tmp_path / "a.safetensors", adapter_name="a")
+    close(theirs_of(theirs), expected)
+    pipe.set_adapters("a", 0.5)
+    close(theirs_of(theirs), ours_of(scaled(flux, 0.5)))
+
+
+@pytest.mark.parametrize("rank", [4, 7])  # of 4 diffusers looks whether it is a block diagonal
+def test_diffusers_reads_linear1_of_kohya_at_the_official_width(tmp_path, rank):
+    """Its rows, 3 x 3072 and 12288, are written into diffusers' kohya reader; what it makes of the file is applied."""
+    torch.manual_seed(0)
+    down, up, x = torch.randn(rank, 3072), torch.randn(7 * 3072, rank), torch.randn(3072)
+    lora = {"single_blocks.3.linear1": Factors(down, up, 3.0)}
+    lora_files.write_lora(tmp_path / "a.safetensors", lora, "kohya", {})
+    state = FluxKontextPipeline.lora_state_dict(tmp_path / "a.safetensors")
+    parts = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    names = [f"transformer.single_transformer_blocks.3.{part}" for part in parts]
+    assert len(state) == 8
+    got = torch.cat([state[f"{n}.lora_B.weight"] @ (state[f"{n}.lora_A.weight"] @ x) for n in names])
+    expected = 3 / rank * up @ (down @ x)
+    close(got / expected.abs().max(), expected / expected.abs().max())
+
+
+def test_what_diffusers_drops_from_kohya_files_is_known(pair, tmp_path):
+    """A LoRA outside of the blocks does nothing there; outside_of_blocks names it and train.py says so."""
+    flux = with_lora(pair[0], 4, 4, "img_in|final_layer.linear")
+    assert lora_files.outside_of_blocks(flux) == ["img_in", "final_layer.linear"]
+    assert not lora_files.outside_of_blocks(with_lora(pair[0], 4, 4, BLOCKS))
+    save_lora(flux, tmp_path / "a.safetensors", "kohya")
+    theirs = copy.deepcopy(pair[1])
+    pipeline(theirs).load_lora_weights(tmp_path / "a.safetensors")
+    assert torch.equal(theirs_of(theirs), theirs_of(pair[1]))
+    assert (ours_of(flux) - ours_of(pair[0])).abs().max() > 0.01
+
+
+# ComfyUI's map for Flux, as of October 2025: comfy/lora.py lines 175-266, `model_lora_keys_unet` (any BFL name with
+# `lora_unet_` and underscores; diffusers' names with `transformer.`), and comfy/utils.py line 568, `flux_to_diffusers`.
+# Theirs -> (BFL, first row, rows), in units of the hidden size; no rows: all of them. The rows of norm_out are swapped.
+COMFYUI_DOUBLE = {
+    "attn.to_q": ("img_attn.qkv", 0, 1), "attn.to_k": ("img_attn.qkv", 1, 1), "attn.to_v": ("img_attn.qkv", 2, 1),
+    "attn.add_q_proj": ("txt_attn.qkv", 0, 1), "attn.add_k_proj": ("txt_attn.qkv", 1, 1),
+    "attn.add_v_proj": ("txt_attn.qkv", 2, 1),
+    "attn.to_out.0": ("img_attn.proj",), "attn.to_add_out": ("txt_attn.proj",), "norm1.linear": ("img_mod.lin",),
+    "norm1_context.linear": ("txt_mod.lin",), "ff.net.0.proj": ("img_mlp.0",),
+    "ff.net.2": ("img_mlp.2",), "ff_context.net.0.proj": ("txt_mlp.0",), "ff_context.net.2": ("txt_mlp.2",),
+}  # fmt: skip
+COMFYUI_SINGLE = {
+    "attn.to_q": ("linear1", 0, 1), "attn.to_k": ("linear1", 1, 1), "attn.to_v": ("linear1", 2, 1),
+    "proj_mlp": ("linear1", 3, 4), "proj_out": ("linear2",), "norm.linear": ("modulation.lin",),
+}  # fmt: skip
+COMFYUI_REST = {
+    "proj_out": ("final_layer.linear",), "norm_out.linear": ("final_layer.adaLN_modulation.1",),
+    "x_embedder": ("img_in",), "context_embedder": ("txt_in",),
+    "time_text_embed.timestep_embedder.linear_1": ("time_in.in_layer",),
+    "time_text_embed.timestep_embedder.linear_2": ("time_in.out_layer",),
+    "time_text_embed.text_embedder.linear_1": ("vector_in.in_layer",),
+    "time_text_embed.text_embedder.linear_2": ("vector_in.out_layer",),
+    "time_text_embed.guidance_embedder.linear_1": ("guidance_in.in_layer",),
+    "time_text_embed.guidance_embedder.linear_2": ("guidance_in.out_layer",),
+}  # fmt: skip
+
+
+def comfyui_map(doubles, singles):
+    """Name in a file, without its leaf -> (BFL module, first row, rows)."""
+    table = {f"transformer.{theirs}": place for theirs, place in COMFYUI_REST.items()}
+    for i in range(doubles):
+        prefix = f"transformer.transformer_blocks.{i}."
+        table |= {prefix + t: (f"double_blocks.{i}.{p[0]}", *p[1:]) for t, p in COMFYUI_DOUBLE.items()}
+    for i in range(singles):
+        prefix = f"transformer.single_transformer_blocks.{i}."
+        table |= {prefix + t: (f"single_blocks.{i}.{p[0]}", *p[1:]) for t, p in COMFYUI_SINGLE.items()}
+    bfl = {place[0] for place in table.values()}
+    return table | {f"lora_unet_{name.replace('.', '_')}": (name,) for name in bfl}
+
+
+def comfyui_reads(path, doubles, singles, shapes):
+    """The corrections that ComfyUI would add to the weights: alpha / rank * up @ down at the rows of its map."""
+    tensors, table, deltas = load_file(path), comfyui_map(doubles, singles), {}
+    for key in sorted({re.sub(r"\.(lora_(A|B|up|down)\.weight|alpha)$", "", k) for k in tensors}):
+        module, *rows = table[key]
+        kohya = f"{key}.lora_down.weight" in tensors
+        down = tensors.pop(f"{key}.lora_down.weight" if kohya else f"{key}.lora_A.weight")
+        up = tensors.pop(f"{key}.lora_up.weight" if kohya else f"{key}.lora_B.weight")
+        delta = tensors.pop(f"{key}.alpha", torch.tensor(len(down))).item() / len(down) * up @ down
+        if key.endswith(".norm_out.linear"):
+            delta = torch.cat(delta.chunk(2)[::-1])
+        whole = deltas.setdefault(module, torch.zeros(shapes[module]))
+        first, count = ((rows[0] * HIDDEN, rows[1] * HIDDEN)) if rows else (0, len(whole))
+        assert len(delta) == count
+        whole[first : first + count] += delta
+    assert not tensors  # every key was known
+    return deltas
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", LORAS)
+def test_comfyuis_map_gives_our_corrections(pair, tmp_path, name, format):
+    flux = with_lora(pair[0], *LORAS[name])
+    save_lora(flux, tmp_path / "a.safetensors", format)
+    layers = lora_layers(flux)
+    shapes = {n: (m.base.out_features, m.base.in_features) for n, m in layers.items()}
+    deltas = comfyui_reads(tmp_path / "a.safetensors", 1, 2, shapes)
+    assert deltas.keys() == layers.keys()
+    for n, layer in layers.items():
+        close(deltas[n], (layer.scale * layer.lora_B @ layer.lora_A).detach(), 1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_names_and_shapes_of_the_official_depth_are_in_comfyuis_map(format):
+    """Shapes in units of the hidden size H and the rank r, from the same source."""
+    h, r = 8, 3
+    modules, table = flux_modules(FluxParams()), comfyui_map(19, 38)
+    shape = {"qkv": (3, 1), "linear1": (7, 1), "linear2": (1, 5), "0": (4, 1), "2": (1, 4), "proj": (1, 1)}
+    lora = {}
+    for name in modules:
+        if re.fullmatch(TARGETS["attention-mlp"], name):
+            out, columns = shape[name.split(".")[-1]]
+            lora[name] = Factors(torch.ones(r, columns * h), torch.ones(out * h, r), 2)
+    assert len(lora) == 19 * 8 + 38 * 2
+    tensors = emit(lora, modules, format)
+    kohya = format == "kohya"
+    leaves = ("lora_down.weight", "lora_up.weight", "alpha") if kohya else ("lora_A.weight", "lora_B.weight")
+    stems = {name.removesuffix("." + leaf) for name in tensors for leaf in leaves if name.endswith("." + leaf)}
+    assert len(tensors) == len(leaves) * len(stems)
+    assert stems == {k for k, place in table.items() if place[0] in lora and k.startswith("lora_unet_") == kohya}
+    for stem in stems:
+        module, *rows = table[stem]
+        out, columns = shape[module.split(".")[-1]]
+        assert tensors[f"{stem}.{leaves[0]}"].shape == (r, columns * h)
+        assert tensors[f"{stem}.{leaves[1]}"].shape == ((rows[1] if rows else out) * h, r)
+
+
+# --------------------------------------------------------------------------------------------- what others have written
+
+
+def merged_by_hand(flux, deltas):
+    """A copy of the model with corrections added to its weights, by our module names."""
+    flux = copy.deepcopy(flux)
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            flux.get_submodule(name).weight += delta
+    return flux
+
+
+def put_peft_lora_on(theirs, pattern, rank, alpha, **more):
+    """peft's own adapter, random, on a copy of diffusers' model; its output is the oracle."""
+    from peft import LoraConfig
+
+    theirs = copy.deepcopy(theirs)
+    theirs.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, **more))
+    randomise(theirs)
+    return theirs
+
+
+def randomise(module, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(module.named_parameters()):
+            if "lora_" in name:
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+
+
+PEFT_TARGETS = (
+    r".*(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_v_proj|to_add_out)|ff\.net\.0\.proj|proj_mlp|norm_out\.linear)"
+)
+PEFT = {  # different ranks of q, k and v; of k in one stream alone; alpha by pattern; rsLoRA
+    "alpha is rank": {"rank": 4, "alpha": 4},
+    "alpha": {"rank": 4, "alpha": 2},
+    "patterns": {
+        "rank": 4, "alpha": 3, "rank_pattern": {"to_q": 2, "to_v": 5, "proj_mlp": 6}, "alpha_pattern": {"to_q": 7},
+    },
+    "rslora": {"rank": 4, "alpha": 2, "use_rslora": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PEFT)
+@pytest.mark.parametrize("writer", ["pipeline", "model", "peft", "alpha tensors"])
+def test_files_of_diffusers_and_peft(pair, tmp_path, case, writer):
+    """pipeline: `transformer.` and metadata; model: no prefix; peft: adapter_config.json; alpha tensors, as kohya."""
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import get_peft_model_state_dict
+
+    if writer == "peft":
+        more = dict(PEFT[case])
+        config = LoraConfig(r=more.pop("rank"), lora_alpha=more.pop("alpha"), target_modules=PEFT_TARGETS, **more)
+        model = get_peft_model(copy.deepcopy(pair[1]), config)
+        randomise(model)
+        model.save_pretrained(tmp_path)
+        theirs, file = model.base_model.model, tmp_path / "adapter_model.safetensors"
+    else:
+        theirs = put_peft_lora_on(pair[1], PEFT_TARGETS, **PEFT[case])
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+        state = get_peft_model_state_dict(theirs)
+        if writer == "pipeline":
+            metadata = {"transformer_lora_adapter_metadata": theirs.peft_config["default"].to_dict()}
+            FluxKontextPipeline.save_lora_weights(tmp_path, transformer_lora_layers=state, **metadata)
+        elif writer == "model":
+            theirs.save_lora_adapter(tmp_path, weight_name=file.name)
+        else:
+            scaling = {n: m.scaling["default"] for n, m in theirs.named_modules() if hasattr(m, "scaling")}
+            state |= {f"{n}.alpha": torch.tensor(s * len(state[f"{n}.lora_A.weight"])) for n, s in scaling.items()}
+            save_file({f"transformer.{k}": v.contiguous() for k, v in state.items()}, file)
+    expected = theirs_of(theirs)
+    assert (expected - theirs_of(pair[1])).abs().max() > 0.01
+    flux = copy.deepcopy(pair[0])
+    load_lora(flux, file)
+    close(ours_of(flux), expected)
+    if case == "patterns":
+        ranks = {name: len(layer.lora_A) for name, layer in lora_layers(flux).items()}
+        assert ranks["double_blocks.0.img_attn.qkv"] == 2 + 4 + 5  # of q, k and v, joined
+        assert ranks["single_blocks.0.linear1"] == 2 + 4 + 5 + 6
+        assert ranks["double_blocks.0.txt_attn.qkv"] == 2 * 4
+        merge_lora(flux)
+        close(ours_of(flux), expected)
+
+
+def factors(shapes, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: [0.1 * torch.randn(s, generator=generator) for s in ((rank, columns), (out, rank))]
+        for name, (out, columns) in shapes.items()
+    }
+
+
+H = HIDDEN
+BFL_SHAPES = {  # some of each kind
+    "double_blocks.0.img_attn.qkv": (3 * H, H), "double_blocks.0.txt_attn.qkv": (3 * H, H), "img_in": (H, 16),
+    "double_blocks.0.img_attn.proj": (H, H), "double_blocks.0.txt_attn.proj": (H, H), "final_layer.linear": (16, H),
+    "double_blocks.0.img_mlp.0": (4 * H, H), "double_blocks.0.txt_mod.lin": (6 * H, H), "txt_in": (H, 20),
+    "single_blocks.1.linear1": (7 * H, H), "single_blocks.0.linear2": (H, 5 * H), "single_blocks.0.linear1": (7 * H, H),
+    "single_blocks.1.modulation.lin": (3 * H, H), "final_layer.adaLN_modulation.1": (2 * H, H),
+}  # fmt: skip
+BFL_FORMATS = {  # prefix, dots, names of down and up, alpha
+    "kohya": ("lora_unet_", "_", "lora_down.weight", "lora_up.weight", True),
+    "diffusion_model, down/up": ("diffusion_model.", ".", "lora_down.weight", "lora_up.weight", True),
+    "diffusion_model, A/B": ("diffusion_model.", ".", "lora_A.weight", "lora_B.weight", False),
+    "bare": ("", ".", "lora_A.weight", "lora_B.weight", False),
+    "bare, alpha": ("", ".", "lora_A.weight", "lora_B.weight", True),
+    "fal": ("base_model.model.", ".", "lora_A.weight", "lora_B.weight", False),
+}
+
+
+@pytest.mark.parametrize("format", BFL_FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_files_in_bfls_names(pair, tmp_path, format, dtype):
+    prefix, dot, a, b, has_alpha = BFL_FORMATS[format]
+    tensors, deltas = {}, {}
+    for name, (down, up) in factors(BFL_SHAPES, 4, 5).items():
+        key, down, up = prefix + name.replace(".", dot), down.to(dtype), up.to(dtype)
+        tensors |= {f"{key}.{a}": down, f"{key}.{b}": up}
+        if has_alpha:
+            tensors[f"{key}.alpha"] = torch.tensor(6.0).to(dtype)
+        deltas[name] = (1.5 if has_alpha else 1) * up.float() @ down.float()
+    save_file(tensors, tmp_path / "a.safetensors")
+    flux = copy.deepcopy(pair[0])
+    load_lora(flux, tmp_path / "a.safetensors")
+    close(ours_of(flux), ours_of(merged_by_hand(pair[0], deltas)))
+
+
+def test_files_of_onetrainer(pair, tmp_path):
+    """Names as documented; of these diffusers reads attention alone, and agrees."""
+    theirs = put_peft_lora_on(pair[1], r".*attn\.(to_q|to_k|to_v|add_k_proj)", 4, 2)
+    tensors = {}
+    for name, module in theirs.named_modules():
+        if hasattr(module, "scaling"):
+            key = f"lora_transformer_{name.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"] = module.lora_A["default"].weight.detach()
+            tensors[f"{key}.lora_up.weight"] = module.lora_B["default"].weight.detach()
+            tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "a.safetensors")
+    flux, again = copy.deepcopy(pair[0]), copy.deepcopy(pair[1])
+    load_lora(flux, tmp_path / "a.safetensors")
+    close(ours_of(flux), theirs_of(theirs))
+    pipeline(again).load_lora_weights(tmp_path / "a.safetensors")
+    close(ours_of(flux), theirs_of(again))
+
+
+def test_files_of_xlabs(pair, tmp_path):
+    kinds = [(f"{kind}{i}", rows) for kind, rows in (("qkv_lora", 3), ("proj_lora", 1)) for i in (1, 2)]
+    shapes = {f"double_blocks.0.processor.{kind}": (rows * H, H) for kind, rows in kinds}
+    shapes |= {"single_blocks.1.processor.qkv_lora": (3 * H, H), "single_blocks.1.processor.proj_lora": (H, 5 * H)}
+    tensors = {}
+    for name, (down, up) in factors(shapes, 4, 6).items():
+        tensors |= {f"{name}.down.weight": down, f"{name}.up.weight": up}
+    save_file(tensors, tmp_path / "a.safetensors")
+    flux, theirs = copy.deepcopy(pair[0]), copy.deepcopy(pair[1])
+    load_lora(flux, tmp_path / "a.safetensors")
+    pipeline(theirs).load_lora_weights(tmp_path / "a.safetensors")
+    assert (ours_of(flux) - ours_of(pair[0])).abs().max() > 0.01
+    close(ours_of(flux), theirs_of(theirs))
+
+
+# ---------------------------------------------------------------------------------------------------------- round trips
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert torch.equal(a[name], b[name]), name
+
+
+def convert(*argv):
+    assert lora_files.main(["convert", *map(str, argv)]) == 0
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_round_trip_over_peft(pair, tmp_path, name):
+    """The correction comes back bit for bit if alpha / rank is a power of two, else within one rounding of float32."""
+    rank, alpha, targets = LORAS[name]
+    flux = with_lora(pair[0], rank, alpha, targets)
+    files = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    save_lora(flux, files[0], "kohya", {"kontext_min": json.dumps({"objective": "kontext"})})
+    convert(files[0], files[1], "--format", "peft")
+    convert(files[1], files[2])
+    convert(files[2], files[3], "--format", "peft")
+    same(load_file(files[1]), load_file(files[3]))
+    first, last = (parse(load_file(f), {}, flux_modules(pair[0].params), f) for f in (files[0], files[2]))
+    assert first.keys() == last.keys()
+    exact = np.log2(alpha / rank) % 1 == 0
+    for module, before in first.items():
+        after = last[module]
+        assert after.rank == rank == after.alpha
+        assert torch.equal(after.down, before.down)
+        close(after.up, before.scale * before.up, 0 if exact else 1e-7)
+    for file, header_alpha in zip(files, (alpha, rank, rank, rank), strict=True):
+        _, metadata = read_lora(file)
+        assert trained_with(metadata) == {"objective": "kontext"}  # what it was trained for is not lost on the way
+        assert metadata["ss_network_alpha"] == str(float(header_alpha))
+
+
+def test_round_trip_of_different_ranks(pair, tmp_path):
+    """peft -> one fused kohya entry, a block diagonal -> the same peft file again, with its parts and their ranks."""
+    theirs = put_peft_lora_on(
+        pair[1], r".*(to_q|to_v|proj_mlp|add_k_proj|norm_out\.linear)", 4, 4, rank_pattern={"to_q": 2, "proj_mlp": 3}
+    )
+    from peft.utils import get_peft_model_state_dict
+
+    state = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(theirs).items()}
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    save_file(state, files[0])
+    convert(files[0], files[1], "--format", "kohya")
+    convert(files[1], files[2], "--format", "peft")
+    assert load_file(files[1])["lora_unet_single_blocks_0_linear1.lora_down.weight"].shape == (2 + 4 + 3, H)
+    same(load_file(files[2]), state)
+    assert read_lora(files[1])[1]["ss_network_dim"] == "Dynamic"
+
+
+def test_tensors_may_be_left_out_by_name(pair, tmp_path, capsys):
+    save_lora(with_lora(pair[0], 4, 4, "attention"), tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    extra = {f"lora_te1_text_model_encoder_layers_0_mlp_fc1.{x}": torch.ones(1, 1) for x in ("lora_up.weight", "alpha")}
+    save_file(tensors | extra, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"text encoder.*--drop"):
+        load_lora(copy.deepcopy(pair[0]), tmp_path / "b.safetensors")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "--drop", "lora_te1_")
+    assert "2 tensors left out" in capsys.readouterr().out
+    same(load_file(tmp_path / "c.safetensors"), tensors)
+
+
+# ------------------------------------------------------------------------------------------------ several, and starting
+
+
+def test_several_loras_add_up(pair, tmp_path):
+    """Overlapping modules, different ranks, a negative strength; in either order, and on a quantised base."""
+    loras = [with_lora(pair[0], 4, 2, "attention", 1), with_lora(pair[0], 3, 9, BLOCKS, 2)]
+    strengths, deltas = (0.8, -0.4), {}
+    for i, (lora, strength) in enumerate(zip(loras, strengths, strict=True)):
+        save_lora(lora, tmp_path / f"{i}.safetensors")
+        for name, layer in lora_layers(lora).items():
+            deltas[name] = deltas.get(name, 0) + (strength * layer.scale * layer.lora_B @ layer.lora_A).detach()
+    expected = ours_of(merged_by_hand(pair[0], deltas))
+    for order in ((0, 1), (1, 0)):
+        flux = copy.deepcopy(pair[0])
+        for i in order:
+            load_lora(flux, tmp_path / f"{i}.safetensors", strengths[i])
+        assert not any(p.requires_grad for p in flux.parameters())
+        close(ours_of(flux), expected)
+    quantised = quantize_(copy.deepcopy(pair[0]), "int8")
+    widened = copy.deepcopy(pair[0])
+    for name, m in quantised.named_modules():
+        if isinstance(m, QuantizedLinear):
+            widened.get_submodule(name).weight.data = m.dequantize()
+    for i in (0, 1):
+        load_lora(quantised, tmp_path / f"{i}.safetensors", strengths[i])
+    close(ours_of(quantised), ours_of(merged_by_hand(widened, deltas)))
+
+
+def test_purpose_of_several(tmp_path, pair):
+    about = [
+        {"objective": "bridge", "source_noise": 0.1, "prompt": "first", "guidance": 2},
+        {"objective": "bridge", "source_noise": 0.1, "prompt": "second", "degrade": "guide"},
+        {"objective": "kontext"},
+        {},
+    ]
+    lora = with_lora(pair[0], 1, 1, "attention")
+    names = []
+    for i, a in enumerate(about):
+        names.append(f"{tmp_path / f'{i}.safetensors'}={0.5 + i / 4}")
+        save_lora(lora, tmp_path / f"{i}.safetensors", metadata={"kontext_min": json.dumps(a)} if a else None)
+    assert purpose([names[3], names[0], names[1]]) == about[1] | about[0]
+    assert purpose([]) == {}
+    with pytest.raises(ValueError, match="objective kontext, the one before it with bridge"):
+        purpose([names[0], names[2]])
+
+
+def test_a_training_starts_from_a_lora(pair, tmp_path):
+    trained = with_lora(pair[0], 4, 6, "attention")
+    save_lora(trained, tmp_path / "a.safetensors", "peft")
+    for rank, alpha, targets in ((4, 6, "attention"), (4, 4, "attention-mlp"), (9, 3, "all")):
+        flux = copy.deepcopy(pair[0])
+        params = add_lora(flux, rank, alpha, targets)
+        start = {n: layer.lora_A.detach().clone() for n, layer in lora_layers(flux).items()}
+        init_lora(flux, tmp_path / "a.safetensors")
+        close(ours_of(flux), ours_of(trained))
+        assert all(p.requires_grad for p in params)
+        for n, layer in lora_layers(flux).items():  # what the file does not set starts as ever
+            new = 4 if n in lora_layers(trained) else 0
+            assert torch.equal(layer.lora_A[new:], start[n][new:])
+            assert not layer.lora_B[:, new:].any()
+    flux = copy.deepcopy(pair[0])
+    add_lora(flux, 3, 3, "attention")
+    with pytest.raises(ValueError, match="rank is 4, the one to train 3"):
+        init_lora(flux, tmp_path / "a.safetensors")
+    flux = copy.deepcopy(pair[0])
+    add_lora(flux, 4, 4, r"img_in")
+    with pytest.raises(ValueError, match="do not train here; choose other --lora-targets"):
+        init_lora(flux, tmp_path / "a.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------------ bad files
+
+
+def more(**tensors):
+    """The good file with tensors more, by name and shape, all ones."""
+    return lambda good: good | {name: torch.ones(shape) for name, shape in tensors.items()}
+
+
+def only(*names, shape=(4, 4)):
+    return lambda good: {name: torch.ones(shape) for name in names}
+
+
+def spoilt(change):
+    """The good file with another up of one module."""
+    return lambda good: good | {f"{KOHYA}.lora_up.weight": change(good[f"{KOHYA}.lora_up.weight"]).contiguous()}
+
+
+KOHYA = "lora_unet_double_blocks_0_img_attn_qkv"
+SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+WAN = "diffusion_model.blocks.0.self_attn.q"
+PEFT_Q = "transformer.transformer_blocks.0.attn.to_q"
+CLIP = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+BAD = {
+    "LoKr": (only("lycoris_transformer_blocks_0_attn_to_q.lokr_w1"), "a LoKr (Kronecker products), which is not read"),
+    "LoHa": (more(**{f"{KOHYA}.hada_w1_a": (4, 4)}), "a LoHa (Hadamard products), which is not read here"),
+    "DoRA": (more(**{f"{KOHYA}.dora_scale": (4, 1)}), "a DoRA (directions and magnitudes)"),
+    "DoRA of peft": (only(f"{PEFT_Q}.lora_magnitude_vector"), "a DoRA (directions and magnitudes)"),
+    "OFT": (only(f"{KOHYA}.oft_blocks"), "an OFT (rotations)"),
+    "Tucker": (more(**{f"{KOHYA}.lora_mid.weight": (4, 4)}), "a core tensor (Tucker)"),
+    "diff": (more(**{f"{KOHYA}.diff_b": (4,)}), f"whole weights or biases, which is not read here ({KOHYA}.diff_b)"),
+    "bias": (more(**{f"{PEFT_Q}.lora_B.bias": (4,)}), "differences of whole weights or biases"),
+    "control": (more(**{"transformer.transformer_blocks.0.attn.norm_q.weight": (4,)}), "it looks like a control LoRA"),
+    "text encoder": (more(**{f"{CLIP}.lora_A.weight": (4, 4)}), "a LoRA on a text encoder"),
+    "SDXL": (only(f"{SDXL}.lora_down.weight", f"{SDXL}.lora_up.weight"), "it looks like a LoRA of Stable Diffusion"),
+    "Wan": (only(f"{WAN}.lora_A.weight", f"{WAN}.lora_B.weight"), "it looks like a LoRA of Wan"),
+    "deeper": (more(lora_unet_double_blocks_7_img_attn_proj=(4,)), "1 of 37 tensors belong to no Linear of this model"),
+    "weights": (only("single_blocks.0.linear1.weight"), "it is no LoRA"),
+    "empty": (lambda good: {}, "no tensors in it"),
+    "wrong rank": (spoilt(lambda up: up[:, :3]), "[4, 48] and [144, 3], expected [rank, in] and [out, rank] of one"),
+    "other width": (spoilt(lambda up: up.repeat(2, 1)), "[288, 4], expected [rank, 48] and [144, rank]"),
+    "half of qkv": (spoilt(lambda up: up[:72]), "(double_blocks.0.img_attn.qkv) has shapes [4, 48] and [72, 4]"),
+    "half of q": (only(f"{PEFT_Q}.lora_A.weight", shape=(4, 48)), "to_q.lora_A.weight has no up matrix beside it"),
+    "alpha alone": (only(f"{KOHYA}.alpha", shape=()), f"{KOHYA}.alpha has no down and no up matrix beside it"),
+    "whole and part": (more(**{f"{PEFT_Q}.lora_A.weight": (4, 48), f"{PEFT_Q}.lora_B.weight": (48, 4)}),
+                       "img_attn.qkv is there as a whole and in parts"),
+    "twice": (more(**{"double_blocks.0.img_attn.qkv.lora_A.weight": (4, 48)}), "are the same; expected one of them"),
+    "rank 0": (lambda good: {k: v[:0] if "down" in k else v[:, :0] for k, v in good.items() if "_proj.lora" in k},
+               "[0, 48] and [48, 0], expected"),
+    "many alphas": (more(**{f"{KOHYA}.alpha": (4,)}), f"{KOHYA}.alpha has 4 values, expected one"),
+    "NaN": (spoilt(lambda up: up * torch.nan), f"not finite in {KOHYA}.lora_up.weight"),
+    "endless alpha": (lambda good: good | {f"{KOHYA}.alpha": torch.tensor(torch.inf)}, f"not finite in {KOHYA}.alpha"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_one_clear_line_and_change_nothing(pair, tmp_path, capsys, case):
+    spoil, message = BAD[case]
+    save_lora(with_lora(pair[0], 4, 2, "attention-mlp"), tmp_path / "good.safetensors")
+    save_file(spoil(load_file(tmp_path / "good.safetensors")), tmp_path / "bad.safetensors")
+    flux = copy.deepcopy(pair[0])
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_lora(flux, tmp_path / "bad.safetensors")
+    assert str(error.value).startswith(f"{tmp_path / 'bad.safetensors'}: ")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+    assert not lora_layers(flux)
+
+
+def test_files_that_are_none(pair, tmp_path, capsys):
+    save_lora(with_lora(pair[0], 4, 2, "attention-mlp"), tmp_path / "good.safetensors")
+    whole = (tmp_path / "good.safetensors").read_bytes()
+    files = {"cut": whole[:-9], "header": whole[:100], "text": b"hello, I am no tensor"}
+    for name, data in files.items():
+        message = "truncated" if name == "cut" else "not a safetensors file"
+        (tmp_path / name).write_bytes(data)
+        assert lora_files.main(["convert", str(tmp_path / name), str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+        assert not (tmp_path / "out").exists()
+    for text in ("[]", "{", '{"alpha_pattern": {"(": 1}}', '{"lora_alpha": "much"}'):
+        save_file(
+            {f"{PEFT_Q}.lora_A.weight": torch.ones(4, 48)}, tmp_path / "h", metadata={"lora_adapter_metadata": text}
+        )
+        with pytest.raises(ValueError, match="lora_adapter_metadata is not that of peft"):
+            load_lora(copy.deepcopy(pair[0]), tmp_path / "h")
+    contradiction = {f"{PEFT_Q}.lora_A.weight": torch.ones(4, 48), f"{PEFT_Q}.lora_B.weight": torch.ones(48, 4)}
+    contradiction[f"{PEFT_Q}.alpha"] = torch.tensor(4.0)
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
+    save_file(contradiction, tmp_path / "two.safetensors", metadata=header)
+    with pytest.raises(ValueError, match="alpha is 4, but the header says 2"):
+        load_lora(copy.deepcopy(pair[0]), tmp_path / "two.safetensors")
+
+
+# -------------------------------------------------------------------------------------------------------------- merging
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """weights/tiny's transformer in bfloat16, as the official file is, and a LoRA of the size that training gives."""
+    folder = tmp_path_factory.mktemp("merge")
+    flux = load_flux(TINY, dtype=torch.bfloat16)
+    lora_files.save_bfl(flux, folder / "base.safetensors")
+    save_lora(with_lora(load_flux(TINY, dtype=torch.float32), 8, 8, BLOCKS, size=0.02), folder / "a.safetensors")
+    return folder
+
+
+def exact_weights(base, strength=1.0):
+    """Ours names -> W + correction in float64, and the correction."""
+    flux = load_flux(base / "base.safetensors", dtype=torch.float32)
+    load_lora(flux, base / "a.safetensors", strength)
+    deltas = {n: layer.scale * layer.lora_B.double() @ layer.lora_A.double() for n, layer in lora_layers(flux).items()}
+    return {n: flux.get_submodule(n).base.weight.double() + delta for n, delta in deltas.items()}, deltas
+
+
+@pytest.mark.parametrize("layout", ["hub", "bfl"])
+def test_merged_file_is_the_model_with_its_lora(base, tmp_path, layout, capsys):
+    out = tmp_path / ("hub" if layout == "hub" else "merged.safetensors")
+    flags = ["--weights", base / "base.safetensors", "--lora", f"{base / 'a.safetensors'}=0.5", "--layout", layout]
+    assert lora_files.main(["merge", str(out), *map(str, flags), "--dtype", "float32"]) == 0
+    assert "0.00 % of" in capsys.readouterr().out
+    flux = load_flux(base / "base.safetensors", dtype=torch.float32)
+    load_lora(flux, base / "a.safetensors", 0.5)
+    merged = load_flux(out)
+    args = tiny_args()
+    assert (merged(*args) - load_flux(base / "base.safetensors", dtype=torch.float32)(*args)).abs().max() > 3e-4
+    close(merged(*args), flux(*args))
+    if layout == "hub":
+        theirs = FluxTransformer2DModel.from_pretrained(out)
+        img, ids, txt, txt_ids, t, y, g = args
+        with torch.no_grad():
+            expected = theirs(img, txt, y, t, ids[0], txt_ids[0], g, return_dict=False)[0]
+        close(flux(*args), expected)
+
+
+def tiny_args():
+    torch.manual_seed(0)
+    return (
+        torch.randn(1, 6, 64), torch.rand(1, 6, 3).round(), torch.randn(1, 5, 96), torch.zeros(1, 5, 3),
+        torch.tensor([0.4]), torch.randn(1, 64), torch.tensor([2.0]),
+    )  # fmt: skip
+
+
+def test_what_bfloat16_loses_is_counted(base, tmp_path, capsys):
+    """The count against its definition: weights with a correction whose bfloat16 value is the same as without."""
+    flags = ["--weights", base / "base.safetensors", "--lora", base / "a.safetensors"]
+    assert lora_files.main(["merge", str(tmp_path / "out"), *map(str, flags)]) == 0
+    line = capsys.readouterr().out
+    stored = load_flux(base / "base.safetensors")
+    merged, (exact, deltas) = load_flux(tmp_path / "out"), exact_weights(base)
+    lost = total = error = size = 0
+    for name, weight in exact.items():
+        after, before = merged.get_submodule(name).weight, stored.get_submodule(name).weight
+        assert after.dtype == torch.bfloat16
+        assert ((after - weight).abs() <= (2**-8 + 1e-6) * weight.abs()).all()  # rounded once: half a step at most
+        lost += (after == before).sum().item()
+        total += weight.numel()
+        error += (after.double() - weight).square().sum().item()
+        size += deltas[name].square().sum().item()
+    assert 0.01 < lost / total < 0.5  # the case is one where something is lost
+    assert f"{100 * lost / total:.2f} % of {total:,} corrected weights" in line
+    assert f"errors are {100 * (error / size) ** 0.5:.3g} %" in line
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_straight_to_codes_is_more_exact_than_over_bfloat16(base, tmp_path, kind, capsys):
+    """Merged weights as codes: from the float32 sum, and from the sum rounded to bfloat16 first."""
+    exact, _ = exact_weights(base)
+    over = load_flux(base / "base.safetensors")
+    load_lora(over, base / "a.safetensors")
+    merge(over)
+    quantize_(over, kind)
+    flags = ["--weights", base / "base.safetensors", "--lora", base / "a.safetensors", "--layout", "bfl"]
+    assert lora_files.main(["merge", str(tmp_path / "out"), *map(str, flags), "--quantize", kind]) == 0
+    straight = load_flux(tmp_path / "out", dtype=torch.float32)
+    errors = [
+        sum((weight(flux.get_submodule(name)) - w).square().sum().item() for name, w in exact.items())
+        for flux in (straight, over)
+    ]
+    print(f"{kind}: squared error straight / over bfloat16 = {errors[0] / errors[1]:.4f}")
+    assert errors[0] < errors[1]
+    # The file holds the very codes of a model merged and quantised in memory.
+    flux = load_flux(base / "base.safetensors")
+    load_lora(flux, base / "a.safetensors")
+    merge(flux, kind)
+    for name, m in flux.named_modules():
+        if isinstance(m, QuantizedLinear):
+            assert torch.equal(m.dequantize(), straight.get_submodule(name).weight), name
+
+
+def weight(linear):
+    return linear.dequantize() if isinstance(linear, QuantizedLinear) else linear.weight
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4", "stored"])
+def test_merging_into_a_base_that_is_quantised_already(base, kind):
+    flux = quantize_(load_flux(base / "base.safetensors"), kind)
+    load_lora(flux, base / "a.safetensors")
+    before = {n: layer.base.dequantize() for n, layer in lora_layers(flux).items()}
+    _, deltas = exact_weights(base)
+    rounding = merge(flux)
+    assert not lora_layers(flux)
+    steps = {"int8": 1 / 255, "fp8": 1 / 16, "nf4": 0.16, "stored": 1 / 256}  # at most, of the largest weight of a row
+    for name, b in before.items():
+        m = flux.get_submodule(name)
+        assert isinstance(m, QuantizedLinear)
+        exact = (b + deltas[name]).float()
+        bound = exact.abs().amax(1, keepdim=True) * (1.02 if kind != "nf4" else 1)
+        if kind == "nf4":
+            bound = bound.max()
+        # int8 modulations under every kind but "stored"
+        assert ((m.dequantize() - exact).abs() <= steps[kind] * bound + 1e-7).all(), name
+    assert 0 < rounding.lost < rounding.entries
+
+
+def test_merging_a_bridge_says_so(base, tmp_path, capsys):
+    flux = with_lora(load_flux(TINY, dtype=torch.float32), 1, 1, "single_blocks.0.linear2")
+    about = {"objective": "bridge", "prompt": "Restore."}
+    save_lora(flux, tmp_path / "a.safetensors", metadata={"kontext_min": json.dumps(about)})
+    args = ["merge", str(tmp_path / "out"), "--weights", str(base / "base.safetensors")]
+    assert lora_files.main([*args, "--lora", str(tmp_path / "a.safetensors")]) == 0
+    assert "only sample.py follows its path" in capsys.readouterr().out
+    with safe_open(tmp_path / "out" / "diffusion_pytorch_model.safetensors", "pt") as f:
+        assert trained_with(f.metadata()) == about | {"merged": ["a.safetensors"]}
+
+
+def test_merging_says_what_is_wrong(base, tmp_path, capsys):
+    args = ["merge", str(tmp_path / "out"), "--weights", str(base / "base.safetensors")]
+    for flags, message in (
+        (["--lora", str(base / "a.safetensors"), "--quantize", "int8"], "use --layout bfl"),
+        (["--lora", str(tmp_path / "nowhere")], "no such LoRA file"),
+        (["--lora", str(base / "base.safetensors")], "it is no LoRA"),
+    ):
+        assert lora_files.main([*args, *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lora_files", "convert", str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("kontext_min.lora_files", run_name="__main__")
+    assert done.value.code == 2
+    assert capsys.readouterr().err.startswith(f"lora_files: {tmp_path / 'nowhere'}: no such LoRA file; train one")
+
+
+# -------------------------------------------------------------------------------------------- from training to pictures
+
+
+def run_training(folder, output, *more):
+    """train.py on weights/tiny, small and short; returns its exit code."""
+    flags = ["--hr-root", ROOT / "tests" / "photos", "--output-dir", output, "--cache-dir", folder / "cache"]
+    flags += ["--objective", "kontext", "--resolution", 64, "--accumulate", 1, "--warmup", 0, "--workers", 0]
+    return train.main([str(f) for f in [*flags, "--val-count", 0, *more]])
+
+
+@pytest.fixture(scope="module")
+def kontext_run(tmp_path_factory):
+    """A few steps of a kontext LoRA on weights/tiny, in the format that diffusers reads at this width."""
+    folder = tmp_path_factory.mktemp("kontext")
+    flags = ["--lora-format", "peft", "--steps", 3, "--lr", 0.1, "--guidance", 2.5, "--rank", 4, "--alpha", 8]
+    assert run_training(folder, folder / "run", *flags) == 0
+    return folder
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_flux_kontext_pipeline_draws_the_picture_of_sample_py(kontext_run, tmp_path, strength, capsys):
+    lora, seed, steps, size = kontext_run / "run" / "lora.safetensors", 7, 3, (96, 64)
+    image = Image.open(ROOT / "tests" / "photos" / "bowl.jpg").convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    image.save(tmp_path / "in.png")
+    flags = ["--input", tmp_path / "in.png", "--cache-dir", kontext_run / "cache", "--seed", seed, "--steps", steps]
+    assert sample.main([str(f) for f in [*flags, "--output", tmp_path / "a.png", "--lora", f"{lora}={strength}"]]) == 0
+    assert f"kontext, {steps} euler steps" in capsys.readouterr().out
+    about = trained_with(read_lora(lora)[1])
+    ours = np.asarray(Image.open(tmp_path / "a.png"), dtype=int)
+
+    pipe = FluxKontextPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    factor = load_autoencoder(TINY).factor
+    shape = (1, pipe.vae.config.latent_channels, size[1] // factor, size[0] // factor)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def edit():
+        return np.asarray(
+            pipe(
+                image=image, prompt=about["prompt"], height=size[1], width=size[0], max_area=size[0] * size[1],
+                _auto_resize=False, num_inference_steps=steps, guidance_scale=about["guidance"],
+                latents=flow.pack(noise), output_type="pil", max_sequence_length=prompts.max_length(Weights(TINY)),
+            ).images[0],
+            dtype=int,
+        )  # fmt: skip
+
+    without = edit()
+    pipe.load_lora_weights(lora, adapter_name="a")
+    pipe.set_adapters("a", strength)
+    assert np.abs(edit() - ours).max() <= 1
+    assert np.abs(without - ours).max() > 3  # the LoRA is seen in the picture
+
+
+def test_header_says_what_it_was_trained_for(kontext_run):
+    _, metadata = read_lora(kontext_run / "run" / "lora.safetensors")
+    about = json.loads(metadata["kontext_min"])
+    assert about["objective"] == "kontext"
+    expected = {"guidance": 2.5, "source_noise": 0.0, "degrade": "guide", "rank": 4, "alpha": 8.0, "lr": 0.1}
+    assert {k: about[k] for k in expected} == expected
+    assert re.fullmatch(r"[0-9a-f]{16}", about["base"])
+    for key, value in {
+        "ss_network_dim": "4", "ss_network_alpha": "4.0", "ss_base_model_version": "flux1", "ss_learning_rate": "0.1",
+        "modelspec.architecture": "flux-1-dev/lora", "modelspec.resolution": "64x64",
+        "modelspec.trigger_phrase": about["prompt"],
+    }.items():  # fmt: skip
+        assert metadata[key] == value
+    assert "lora_adapter_metadata" not in metadata  # ComfyUI would not heed it
+
+
+def test_training_goes_on_from_a_lora(kontext_run, tmp_path):
+    """With a learning rate of 0 the new run ends where the old one did, though its rank is higher and it is kohya."""
+    lora, outputs = kontext_run / "run" / "lora.safetensors", []
+    assert run_training(kontext_run, tmp_path / "run", "--steps", 1, "--lr", 0, "--rank", 6, "--init-lora", lora) == 0
+    for file in (lora, tmp_path / "run" / "lora.safetensors"):
+        flux = load_flux(TINY, dtype=torch.float32)
+        load_lora(flux, file)
+        outputs.append(flux(*tiny_args()))
+    close(outputs[1], outputs[0])
+    assert read_lora(tmp_path / "run" / "lora.safetensors")[1]["ss_network_dim"] == "6"
+
+
+def test_bad_starts_are_one_clear_line(kontext_run, tmp_path, capsys):
+    lora = kontext_run / "run" / "lora.safetensors"
+    for more, message in (
+        (["--init-lora", lora, "--rank", 2], "its rank is 4, the one to train 2; expected --rank 4 or more"),
+        (["--init-lora", tmp_path / "nowhere"], "no such LoRA file"),
+        (["--init-lora", lora, "--full"], "merge it into the base first"),
+    ):
+        assert run_training(kontext_run, tmp_path / "run", *more) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_two_loras_and_the_note_of_a_bridge(tmp_path, capsys):
+    flux = with_lora(load_flux(TINY, dtype=torch.float32), 2, 2, "attention", size=0.3)
+    for name, objective in (("a", "bridge"), ("b", "bridge"), ("c", "kontext")):
+        about = {"kontext_min": json.dumps({"objective": objective})}
+        save_lora(flux, tmp_path / f"{name}.safetensors", metadata=about)
+    hint = read_lora(tmp_path / "a.safetensors")[1]["modelspec.usage_hint"]
+    assert "only sample.py follows its path" in hint
+    Image.open(ROOT / "tests" / "photos" / "bowl.jpg").convert("RGB").crop((0, 0, 64, 48)).save(tmp_path / "in.png")
+    flags = ["--input", tmp_path / "in.png", "--cache-dir", tmp_path, "--steps", 1]
+
+    def run(output, *loras):
+        more = [x for lora in loras for x in ("--lora", lora)]
+        code = sample.main([str(f) for f in [*flags, "--output", tmp_path / output, *more]])
+        return code, capsys.readouterr()
+
+    a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
+    code, said = run("1.png", f"{a}=0.75", f"{b}=0.25")
+    assert code == 0
+    assert f"{a}=0.75 + {b}=0.25: {hint}" in said.out
+    assert run("2.png", a)[0] == 0
+    pictures = [np.asarray(Image.open(tmp_path / f"{i}.png"), dtype=int) for i in (1, 2)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1  # 0.75 + 0.25 of the same LoRA
+    assert run("3.png")[0] == 0
+    assert np.abs(np.asarray(Image.open(tmp_path / "3.png"), dtype=int) - pictures[0]).max() > 3
+    code, said = run("4.png", a, c)
+    assert code == 2
+    assert "must follow one path" in said.err
