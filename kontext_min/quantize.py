@@ -117,7 +117,7 @@ class _WidenedLinear(torch.autograd.Function):
 class QuantizedLinear(nn.Module):
     """A frozen Linear whose weight is stored narrow: `codes`, `scales` and `bias` are buffers, nothing can train."""
 
-    def __init__(self, linear: nn.Linear, codes: Tensor, scales: Tensor | None) -> None:
+    def __init__(self, linear: nn.Linear, codes: Tensor | None, scales: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("codes", codes)

@@ -54,7 +54,9 @@ ALIGN = 64  # codes start at multiples of so many bytes in a slot
 class Codes:
     """The codes of one Linear: the stored tensors whose bytes they are, one after the other, and their place."""
 
-    layer: QuantizedLinear
+    layer: QuantizedLinear  # whose codes are None while the block does not run
+    dtype: torch.dtype
+    shape: torch.Size
     parts: tuple[Stored, ...]
     start: int  # in the slot
     stop: int
@@ -115,12 +117,12 @@ class Stream:
             self._ask(following)
 
         for c in self.codes[i]:
-            c.layer.codes = self.slots[slot][c.start : c.stop].view(c.layer.codes.dtype).view(c.layer.codes.shape)
+            c.layer.codes = self.slots[slot][c.start : c.stop].view(c.dtype).view(c.shape)
         try:
             yield
         finally:
             for c in self.codes[i]:
-                c.layer.codes = c.layer.codes.to("meta")
+                c.layer.codes = None
 
     def _ask(self, i: int) -> None:
         """Start to bring block i into the slot whose block ran before the last one."""
@@ -238,11 +240,11 @@ def load_streamed(
                 scales, shape = scales_of(read, sources[f"{name}.weight"]), linear.weight.shape
             if len({p.dtype for p in parts}) > 1:
                 raise ValueError(f"{parts[0].file}: {name} is stored in several dtypes, which --stream can't join.")
-            empty = torch.empty(shape, dtype=DTYPES[parts[0].dtype], device="meta")
-            layer = QuantizedLinear(linear, empty, None if scales is None else scales.to(device))
+            layer = QuantizedLinear(linear, None, None if scales is None else scales.to(device))
             model.set_submodule(name, layer)
-            codes.append(Codes(layer, parts, start, start + empty.nbytes))
-            start += -(-empty.nbytes // ALIGN) * ALIGN
+            stop = start + sum(p.nbytes for p in parts)
+            codes.append(Codes(layer, DTYPES[parts[0].dtype], torch.Size(shape), parts, start, stop))
+            start = -(-stop // ALIGN) * ALIGN
         placed.append(codes)
     return model, Stream(blocks, placed, device)
 

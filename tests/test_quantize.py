@@ -4,6 +4,7 @@ python tests/test_quantize.py        prints the table of errors that stands in d
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from kontext_min.quantize import NF4, QUANTIZED, QuantizedLinear, compute_dtype,
 from test_checkpoints import random_flux, to_diffusers
 from test_lora import ARGS, randomise
 
-WEIGHTS = "weights/tiny"
+WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 
 
 def normal(*shape, seed=0, scale=0.02):
