@@ -636,7 +636,7 @@ def test_files_that_are_none(pair, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """weights/tiny's transformer in bfloat16, as the official file is, and a LoRA of the size that training gives."""
+    """weights/tiny's transformer, in bfloat16 as the official one, and a LoRA of the size that training gives."""
     folder = tmp_path_factory.mktemp("merge")
     flux = load_flux(TINY, dtype=torch.bfloat16)
     lora_files.save_bfl(flux, folder / "base.safetensors")
@@ -761,6 +761,19 @@ def test_merging_a_bridge_says_so(base, tmp_path, capsys):
     assert "only sample.py follows its path" in capsys.readouterr().out
     with safe_open(tmp_path / "out" / "diffusion_pytorch_model.safetensors", "pt") as f:
         assert trained_with(f.metadata()) == about | {"merged": ["a.safetensors"]}
+
+
+def test_a_wider_base_is_rounded_once(pair, tmp_path):
+    """A float32 base written in bfloat16: the merged weights are the rounded sums, the others are rounded."""
+    lora_files.save_bfl(pair[0], tmp_path / "base.safetensors")
+    flux = with_lora(pair[0], 4, 2, "attention-mlp")
+    save_lora(flux, tmp_path / "a.safetensors")
+    args = ["merge", tmp_path / "out", "--weights", tmp_path / "base.safetensors", "--lora", tmp_path / "a.safetensors"]
+    assert lora_files.main([*map(str, args), "--dtype", "bfloat16"]) == 0
+    merge_lora(flux)
+    merged = load_flux(tmp_path / "out").state_dict()
+    for name, p in flux.state_dict().items():
+        assert torch.equal(merged[name], p.bfloat16()), name
 
 
 def test_merging_says_what_is_wrong(base, tmp_path, capsys):
