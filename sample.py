@@ -27,7 +27,9 @@ from kontext_min.flow import SOLVERS, Objective
 from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of
 from kontext_min.metrics import psnr, ssim
 from kontext_min.prompts import batch, encode
+from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
 from kontext_min.restore import restore, to_image, to_tensor
+from kontext_min.stream import load_streamed
 from kontext_min.validation import grid
 
 
@@ -45,6 +47,7 @@ class Settings:
     clip: Path | None = flag(None, "file of the CLIP text encoder, likewise", "model")
     t5: Path | None = flag(None, "file of the T5 encoder, likewise", "model")
     lora: tuple[str, ...] = flag((), "LoRA file, =0.8 behind it sets its strength; may be repeated", "model")
+    quantize: str | None = flag(None, "keep the weights in 8 or 4 bits", "model", QUANTIZED)
     prompt: str | None = flag(None, "what to do; else the LoRA's, else the guide preset's", "method")
     objective: str | None = flag(None, "else the LoRA's, else bridge", "method", ("bridge", "kontext"))
     guidance: float | None = flag(None, "distilled guidance; else the LoRA's, else 1.5", "method")
@@ -56,12 +59,14 @@ class Settings:
     )
     cache_dir: Path = flag(Path("runs/cache"), "where encoded prompts are kept", "machine")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
+    dtype: str = flag("auto", "of the computation; auto: bfloat16 where the hardware multiplies it", "machine", DTYPES)
+    stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
 
 
 def sample(settings: Settings) -> None:
     """Restore one picture as the settings say."""
     device = parallel.start(settings.device).device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = compute_dtype(settings.dtype, device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     if not settings.output.parent.is_dir():
         raise FileNotFoundError(f"{settings.output.parent}: no such folder for --output; make it first.")
@@ -84,9 +89,15 @@ def sample(settings: Settings) -> None:
     if lora.get("base", base := fingerprint(weights.path("transformer"), "transformer")) != base:
         print(f"note: {loras} was trained on another base model than --weights", file=sys.stderr)
 
-    encoded = encode([text], weights, settings.cache_dir / "prompts", dtype, device)  # then T5 is gone
+    encoded = encode([text], weights, settings.cache_dir / "prompts", dtype, device, settings.stream)  # then T5 is gone
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
-    flux = load_flux(weights.path("transformer"), dtype=dtype, device=device)
+    if settings.stream:
+        made = settings.cache_dir / "quantized"
+        flux, stream = load_streamed("transformer", weights.path("transformer"), dtype, device, settings.quantize, made)
+        stream.wrap()
+    else:
+        kind = settings.quantize or "stored"
+        flux = load_flux(weights.path("transformer"), dtype=dtype, device=device, kind=kind)
     for each in settings.lora:
         load_lora(flux, *strength_of(each))
     if lora.get("objective") == "bridge":
@@ -112,6 +123,8 @@ def sample(settings: Settings) -> None:
     print(
         f"{settings.output}: {result.width}x{result.height}, {name}, {steps} {settings.solver} steps, {seconds:.1f} s"
     )
+    if settings.stream:
+        print(stream.report())
     if settings.degrade:
         before, after = (f"{psnr(p, clean):.2f} dB / {ssim(p, clean):.3f}" for p in (picture, result))
         print(f"PSNR / SSIM against the clean input: degraded {before}, restored {after}")

@@ -15,8 +15,8 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from kontext_min import __version__, data, degrade, flow, parallel, prompts, runs
@@ -34,7 +35,9 @@ from kontext_min.flow import Objective
 from kontext_min.latents import CachedPairs, LatentCache, fill
 from kontext_min.lora import add_lora
 from kontext_min.lora_files import FORMATS, init_lora, outside_of_blocks, save_lora
+from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
 from kontext_min.report import write_report
+from kontext_min.stream import load_streamed
 from kontext_min.validation import validate
 
 INTERVALS = 5  # of sigma, for which losses are logged apart
@@ -68,6 +71,7 @@ class Settings:
     lora_format: str = flag("kohya", "names in the LoRA file: see kontext_min/lora_files.py", "model", FORMATS)
     init_lora: Path | None = flag(None, "start from this LoRA; its rank may be lower than --rank", "model")
     full: bool = flag(False, "train all weights of the transformer instead of a LoRA", "model")
+    quantize: str | None = flag(None, "keep the frozen weights in 8 or 4 bits", "model", QUANTIZED)
 
     objective: str = flag("bridge", "what the velocity leads from", "method", ("bridge", "kontext"))
     context: bool = flag(False, "bridge: show the degraded picture as reference tokens too", "method")
@@ -107,7 +111,10 @@ class Settings:
 
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
     shard: bool = flag(False, "spread the weights over the processes (FSDP2)", "machine")
+    dtype: str = flag("auto", "of the computation; auto: bfloat16 where the hardware multiplies it", "machine", DTYPES)
+    stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
     gradient_checkpointing: bool = flag(False, "recompute each block in the backward pass: less memory", "machine")
+    offload_activations: bool = flag(False, "with it or --stream: block inputs wait in the host's memory", "machine")
     compile: bool = flag(False, "torch.compile, block by block", "machine")
 
 
@@ -123,11 +130,17 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.lr * shapes[settings.lr_schedule]
 
 
-def checkpoint_blocks(flux: nn.Module) -> None:
-    """Keep only each block's input; its inside is computed again in the backward pass (Chen et al. 2016)."""
+def checkpoint_blocks(flux: nn.Module, offload: bool = False) -> None:
+    """Keep only each block's input, with `offload` in the host's memory; its inside is computed again in the backward
+    pass (Chen et al. 2016).
+    """
+
+    def run(*args: Tensor, forward: Callable[..., Any]) -> Any:
+        with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
+            return checkpoint(forward, *args, use_reentrant=False)
+
     for block in (*flux.double_blocks, *flux.single_blocks):
-        forward = block.forward
-        block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+        block.forward = partial(run, forward=block.forward)
 
 
 @contextmanager
@@ -187,6 +200,12 @@ def check(settings: Settings) -> None:
     if settings.full and settings.init_lora:
         merging = "merge it into the base first: python -m kontext_min.lora_files merge"
         raise ValueError(f"--init-lora {settings.init_lora}: with --full no LoRA trains; {merging}.")
+    for whole in ("full", "shard"):  # these need the weights themselves, in memory
+        for part in ("quantize", "stream"):
+            if getattr(settings, whole) and getattr(settings, part):
+                raise ValueError(f"--{part} can't be used with --{whole}; leave one of them out.")
+    if settings.offload_activations and not (settings.gradient_checkpointing or settings.stream):
+        raise ValueError("--offload-activations: add --gradient-checkpointing, whose block inputs it moves.")
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -198,7 +217,7 @@ def train(settings: Settings) -> int:
     me = parallel.start(settings.device)
     first = me.rank == 0  # the one that writes and speaks
     say = partial(print, flush=True) if first else lambda *_: None
-    dtype = torch.bfloat16 if me.device.type == "cuda" else torch.float32
+    dtype = compute_dtype(settings.dtype, me.device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     prompt = settings.prompt or degrade.PROMPTS.get(settings.degrade, degrade.PROMPTS["guide"])
     validation_prompt = settings.validation_prompt or prompt
@@ -239,8 +258,16 @@ def train(settings: Settings) -> int:
     # Prompts, then the text encoders are gone; then the transformer, frozen but for its LoRA.
     with parallel.first_goes_ahead(me):
         texts = {*pairs.prompts, validation_prompt}
-        encoded = prompts.encode(texts, weights, settings.cache_dir / "prompts", dtype, me.device)
-    flux = load_flux(weights.path("transformer"), dtype=torch.float32 if settings.full else dtype, device=me.device)
+        encoded = prompts.encode(texts, weights, settings.cache_dir / "prompts", dtype, me.device, settings.stream)
+    base, stream = weights.path("transformer"), None
+    if settings.stream:
+        with parallel.first_goes_ahead(me):
+            made = settings.cache_dir / "quantized"
+            flux, stream = load_streamed("transformer", base, dtype, me.device, settings.quantize, made)
+    elif settings.full or settings.shard:
+        flux = load_flux(base, dtype=torch.float32 if settings.full else dtype, device=me.device)
+    else:
+        flux = load_flux(base, dtype=dtype, device=me.device, kind=settings.quantize or "stored")
     if settings.full:
         flux.requires_grad_(True)
     else:
@@ -249,17 +276,19 @@ def train(settings: Settings) -> int:
             init_lora(flux, settings.init_lora)
         if settings.lora_format == "kohya" and (outside := outside_of_blocks(flux)):
             say(f"note: diffusers drops {', '.join(outside)} from kohya files; --lora-format peft keeps them")
-    if settings.gradient_checkpointing:
-        checkpoint_blocks(flux)
     if settings.compile:
         for block in (*flux.double_blocks, *flux.single_blocks):
-            block.compile(fullgraph=True, dynamic=True)
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+    if stream:
+        stream.wrap()
+    if settings.gradient_checkpointing or stream:
+        checkpoint_blocks(flux, settings.offload_activations)
     model = parallel.spread(flux, me, settings.shard)
     trained = {name: p for name, p in flux.named_parameters() if p.requires_grad}
     params = list(trained.values())
     ema = [p.detach().clone() for p in params] if settings.ema else []
     optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
-    say(f"{sum(p.numel() for p in params):,} of {sum(p.numel() for p in flux.parameters()):,} parameters train")
+    say(f"{sum(p.numel() for p in params):,} parameters train")
 
     state: dict[str, Any] = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "best_psnr": None, "best_step": None}
     if checkpoint_path:
@@ -427,6 +456,8 @@ def train(settings: Settings) -> int:
         if first:
             save_result(folder, result)
             write_report(folder)
+        if stream:
+            say(stream.report())
         say(f"done: {folder / ('transformer' if settings.full else 'lora.safetensors')}")
         return 0
 

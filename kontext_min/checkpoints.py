@@ -20,10 +20,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +34,7 @@ from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.clip import ClipParams, ClipTextEncoder
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.names import SWAPPED, autoencoder_modules, flux_modules, split_rows
+from kontext_min.quantize import QUANTIZED, QuantizedLinear, quantize, storage
 from kontext_min.t5 import T5Encoder, T5Params
 
 # ------------------------------------------------------------------------------------------------- files and headers
@@ -47,6 +48,8 @@ class Stored:
     dtype: str  # safetensors' spelling: F32, BF16, F16, F8_E4M3, ...
     file: Path | None = None
     name: str = ""  # in the file, before any prefix was taken off
+    offset: int = 0  # of its first byte in the file
+    nbytes: int = 0
 
 
 Headers = dict[str, Stored]
@@ -135,7 +138,10 @@ def read_headers(files: Iterable[Path]) -> Headers:
                 entries = json.loads(f.read(length))
                 entries.pop("__metadata__", None)
                 end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-                new = {n: Stored(tuple(e["shape"]), e["dtype"], file, n) for n, e in entries.items()}
+                new = {}
+                for name, e in entries.items():
+                    start, stop = e["data_offsets"]
+                    new[name] = Stored(tuple(e["shape"]), e["dtype"], file, name, 8 + length + start, stop - start)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{file}: broken safetensors header; download it again.") from None
         if end > size:
@@ -261,19 +267,28 @@ def likely(headers: Headers, part: str) -> str:
 
 # -------------------------------------------------------------------------------------------------- reading the tensors
 
+DTYPES = {  # safetensors' spelling of what weights are stored in
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8},
+}
 WIDENED = ("F8_E4M3", "F8_E5M2", "I8")  # I8: what lora_files.py merge --quantize int8 writes
 
 
 class TensorReader:
     """Opens each file once and hands out its tensors, memory-mapped; codes come out as float32, times their scale."""
 
-    def __init__(self, headers: Headers) -> None:
-        self.headers = headers
+    def __init__(self, headers: Headers, mapped: bool = True) -> None:
+        self.headers, self.mapped = headers, mapped
         self.files: dict[Path, Any] = {}
 
     def raw(self, name: str) -> Tensor:
-        """The tensor as stored."""
+        """The tensor as stored; with `mapped` false in memory of its own, since mapped pages that were read stay."""
         stored = self.headers[name]
+        if not self.mapped:
+            data = torch.empty(stored.nbytes, dtype=torch.uint8)
+            with stored.file.open("rb", buffering=0) as f:
+                read_at(f, stored.offset, data)
+            return data.view(DTYPES[stored.dtype]).view(stored.shape)
         if stored.file not in self.files:
             try:
                 self.files[stored.file] = safe_open(stored.file, framework="pt")
@@ -281,18 +296,52 @@ class TensorReader:
                 raise ValueError(f"{stored.file}: broken safetensors file ({error}); download it again.") from None
         return self.files[stored.file].get_tensor(stored.name)
 
+    def scale(self, name: str) -> Tensor | None:
+        """What an fp8 weight is multiplied by: (1, 1), or (out, 1), or None."""
+        names = [f"{name.removesuffix('.weight')}.{spelling}" for spelling in SCALES]
+        return next((self.raw(n).float().reshape(-1, 1) for n in names if n in self.headers), None)
+
     def __call__(self, name: str) -> Tensor:
         """The tensor, dequantised."""
         tensor = self.raw(name)
         if self.headers[name].dtype not in WIDENED:
             return tensor
-        tensor = tensor.float()
-        for spelling in SCALES:
-            scale = f"{name.removesuffix('.weight')}.{spelling}"
-            if scale in self.headers:
-                value = self.raw(scale).float()
-                tensor = tensor * value.reshape(-1, *[1] * (tensor.ndim - 1))  # one for all rows, or one a row
-        return tensor
+        tensor, scale = tensor.float(), self.scale(name)
+        return tensor if scale is None else tensor * scale.reshape(-1, *[1] * (tensor.ndim - 1))
+
+
+def read_at(file: BinaryIO, offset: int, data: Tensor) -> None:
+    """Fill a flat uint8 CPU tensor from a place in a file, which is opened without a buffer."""
+    file.seek(offset)
+    view = memoryview(data.numpy())
+    while view:  # one read gives 2 GB at most
+        got = file.readinto(view)
+        if not got:
+            raise ValueError(f"{file.name}: ends too early; download it again.")
+        view = view[got:]
+
+
+def scales_of(read: TensorReader, names: Sequence[str]) -> Tensor | None:
+    """Scales of the rows of a weight that some stored tensors make: (out, 1) float32, or None if it has none."""
+    found = [read.scale(n) for n in names]
+    if all(s is None for s in found):
+        return None
+    rows = [read.headers[n].shape[0] for n in names]
+    return torch.cat([(torch.ones(1, 1) if s is None else s).expand(r, 1) for s, r in zip(found, rows, strict=True)])
+
+
+def narrow(
+    read: TensorReader, names: Sequence[str], kind: str, device: str | torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """The weight that some stored tensors make, joined along the rows, as codes and scales of quantize.py.
+
+    What a file holds in fp8 stays so unless 4 bits are asked for: a second rounding would add its error, save nothing.
+    """
+    if kind == "stored" or (kind != "nf4" and all(read.headers[n].dtype in WIDENED for n in names)):
+        codes = torch.cat([read.raw(n) for n in names]) if len(names) > 1 else read.raw(names[0])
+        scales = scales_of(read, names)
+        return codes.to(device), None if scales is None else scales.to(device)
+    return quantize(torch.cat([read(n).to(device) for n in names]), kind)
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -304,19 +353,42 @@ def assemble(
     sources: Mapping[str, list[str]],
     dtype: torch.dtype | None,
     device: str | torch.device,
+    kind: str | None = None,
+    leave: Container[str] = (),
 ) -> Model:
-    """Fill a network on meta from its files, parameter by parameter; returned frozen and in eval mode."""
+    """Fill a network on meta from its files, parameter by parameter; returned frozen and in eval mode.
+
+    Args:
+        model: on meta.
+        headers: of its files.
+        sources: parameter name -> names of the stored tensors whose rows it consists of.
+        dtype: to convert to; else as stored.
+        device: where to put it.
+        kind: how the Linears of the blocks are kept, see quantize.py; "stored" where the file is narrower than dtype.
+        leave: parameters that stay on meta.
+    """
     if dtype is None and any(s.dtype in WIDENED for s in headers.values()):
         dtype = torch.bfloat16  # an fp8 file holds the rest in several dtypes: one for all
-    read = TensorReader(headers)
+    read = TensorReader(headers, mapped=kind not in QUANTIZED)
     state = {}
     for name, parameter in model.state_dict().items():
+        if name in leave:
+            continue
+        module, _, leaf = name.rpartition(".")
+        store = storage(module, kind) if kind and leaf == "weight" else None
+        if store == "stored" and (not dtype or DTYPES[headers[sources[name][0]].dtype].itemsize >= dtype.itemsize):
+            store = None
+        if store:
+            codes, scales = narrow(read, sources[name], store, device)
+            state |= {f"{module}.codes": codes} | ({} if scales is None else {f"{module}.scales": scales})
+            model.set_submodule(module, QuantizedLinear(model.get_submodule(module), codes, scales))
+            continue
         parts = [read(source) for source in sources[name]]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if name.startswith(SWAPPED) and sources[name] != [name]:
             tensor = torch.cat(tensor.chunk(2)[::-1])
         state[name] = tensor.reshape(parameter.shape).to(device=device, dtype=dtype)
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(state, strict=not leave, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -468,7 +540,8 @@ _NETWORKS = {  # part: (class, params from headers and config, a key of its conf
 }
 
 
-def _load(part: str, path: str | Path, params: Any, dtype: torch.dtype | None, device: str | torch.device) -> Any:
+def outline(part: str, path: str | Path, params: Any = None) -> tuple[Any, Headers, dict[str, list[str]]]:
+    """A network on meta, what its files hold, and which stored tensors make each of its parameters."""
     network, infer, key, modules = _NETWORKS[part]
     files = find(path, part)
     headers = strip_prefix(read_headers(files), part)
@@ -479,7 +552,7 @@ def _load(part: str, path: str | Path, params: Any, dtype: torch.dtype | None, d
             raise ValueError(f"{files[0]}: no {NOUNS[part]}. {likely(headers, part)}") from None
     with torch.device("meta"):
         model = network(params)
-    return assemble(model, headers, plan(model, headers, modules(params) if modules else {}, part), dtype, device)
+    return model, headers, plan(model, headers, modules(params) if modules else {}, part)
 
 
 def load_flux(
@@ -487,6 +560,7 @@ def load_flux(
     params: FluxParams | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    kind: str | None = None,
 ) -> Flux:
     """The transformer, frozen, from any official layout.
 
@@ -495,11 +569,13 @@ def load_flux(
         params: sizes; else from config.json, else from the metadata key `config`, else from the shapes.
         dtype: to convert to; else as stored (fp8 becomes bfloat16).
         device: where to put it; on the CPU the memory stays mapped to the file.
+        kind: int8, fp8 or nf4 narrows the Linears of the blocks as they are read; "stored" leaves them as the file has
+            them and widens them to `dtype` one at a time when they are used (quantize.py).
 
     Raises:
         FileNotFoundError: no such file. ValueError: not a whole Flux, with what is missing, unexpected, misshapen.
     """
-    return _load("transformer", path, params, dtype, device)
+    return assemble(*outline("transformer", path, params), dtype, device, kind)
 
 
 def load_autoencoder(
@@ -509,7 +585,7 @@ def load_autoencoder(
     device: str | torch.device = "cpu",
 ) -> Autoencoder:
     """The autoencoder; arguments and errors as for load_flux."""
-    return _load("vae", path, params, dtype, device)
+    return assemble(*outline("vae", path, params), dtype, device)
 
 
 def load_clip(
@@ -519,7 +595,7 @@ def load_clip(
     device: str | torch.device = "cpu",
 ) -> ClipTextEncoder:
     """The CLIP text encoder, with or without `text_model.` in its names; arguments and errors as for load_flux."""
-    return _load("clip", path, params, dtype, device)
+    return assemble(*outline("clip", path, params), dtype, device)
 
 
 def load_t5(
@@ -527,9 +603,10 @@ def load_t5(
     params: T5Params | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    kind: str | None = None,
 ) -> T5Encoder:
     """The T5 encoder; arguments and errors as for load_flux. Plain float16 overflows in it: ask for another dtype."""
-    return _load("t5", path, params, dtype, device)
+    return assemble(*outline("t5", path, params), dtype, device, kind)
 
 
 def save_flux(

@@ -322,16 +322,18 @@ PRESETS: dict[str, str] = {
     "denoise": "(noise=0.02:0.2@0.7|poisson=0.05:0.25)",
     "deblur": "(blur=1:4|motion-blur=7:25/0:180|defocus=2:6),noise=0.002:0.02,jpeg=80:95@0.5",
     "super-resolution": f"downsample=2:6/{_ANY},noise=0:0.01,jpeg=75:95@0.5",
-    "real-esrgan": ",".join((
-        _BLUR.format(s="0.2:3"),
-        f"(resize=1:1.5/{_ANY}@0.2|resize=0.15:1/{_ANY}@0.7)",
-        _NOISE.format(n="0.0039:0.1176", p="0.0031:0.1875"),
-        "jpeg=30:95",
-        _BLUR.format(s="0.2:1.5") + "@0.8",
-        f"(resize=0.25:0.3/{_ANY}@0.3|resize=0.075:0.25/{_ANY}@0.4|resize=0.25/{_ANY})",
-        _NOISE.format(n="0.0039:0.098", p="0.0031:0.1563"),
-        f"(({_LAST},jpeg=30:95)|(jpeg=30:95,{_LAST}))",
-    )),
+    "real-esrgan": ",".join(
+        (
+            _BLUR.format(s="0.2:3"),
+            f"(resize=1:1.5/{_ANY}@0.2|resize=0.15:1/{_ANY}@0.7)",
+            _NOISE.format(n="0.0039:0.1176", p="0.0031:0.1875"),
+            "jpeg=30:95",
+            _BLUR.format(s="0.2:1.5") + "@0.8",
+            f"(resize=0.25:0.3/{_ANY}@0.3|resize=0.075:0.25/{_ANY}@0.4|resize=0.25/{_ANY})",
+            _NOISE.format(n="0.0039:0.098", p="0.0031:0.1563"),
+            f"(({_LAST},jpeg=30:95)|(jpeg=30:95,{_LAST}))",
+        )
+    ),
     "old-photo": "blur=0.8:2,noise=0.02:0.08/grey,fade=0.5:0.75/0.15:0.3/0:0.6,sepia=0.3:1@0.8,"
     "scratches=3:12/1:3/0.5:1,dust=20:200/2:6/0.5:1,jpeg=60:95",
     "low-light": "underexpose=2:4/200:2000/2:8,jpeg=70:95",

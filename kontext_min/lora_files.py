@@ -299,7 +299,8 @@ def _weight(linear: nn.Module) -> Tensor:
 def _codes(linear: nn.Module) -> Tensor:
     """(out, in) float32: the value that each weight is stored as, before the scale, which follows a correction."""
     if isinstance(linear, QuantizedLinear) and linear.scales is not None:
-        return dequantize(linear.codes, torch.ones_like(linear.scales), (linear.out_features, linear.in_features))
+        shape = linear.out_features, linear.in_features
+        return dequantize(linear.codes, torch.ones_like(linear.scales), shape, torch.float32)
     return _weight(linear)
 
 

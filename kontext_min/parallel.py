@@ -73,8 +73,9 @@ def spread(model: nn.Module, processes: Processes, shard: bool) -> nn.Module:
         return fully_shard(model, mesh=mesh, reshard_after_forward=True)
     if processes.world > 1:
         devices = [processes.device] if processes.device.type == "cuda" else None
-        # The weights come from the same file and A from the same seed, so nothing need be sent around at the start.
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, init_sync=False)
+        # The weights come from the same file and A from the same seed, so nothing need be sent around at the start;
+        # nor later: the buffers are frozen weights (quantize.py).
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, init_sync=False, broadcast_buffers=False)
     return model
 
 

@@ -8,6 +8,7 @@ Source: black-forest-labs/flux at 802fb47, src/flux/modules/conditioner.py: the 
 NO attention mask is used, neither here nor in the transformer; the pooled vector alone is taken from CLIP.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from torch import Tensor
 from kontext_min.checkpoints import Weights, fingerprint, load_clip, load_t5
 from kontext_min.clip import ClipTokenizer
 from kontext_min.flow import Prompt
+from kontext_min.stream import load_streamed
 from kontext_min.t5 import T5Tokenizer
 
 Encoded = dict[str, tuple[Tensor, Tensor]]  # text -> ((L_txt, context_in_dim), (vec_in_dim,)), on the CPU
@@ -45,7 +47,12 @@ def _key(text: str, weights: Weights, dtype: torch.dtype) -> str:
 
 @torch.no_grad()
 def encode(
-    texts: Iterable[str], weights: Weights, cache: Path | None, dtype: torch.dtype, device: str | torch.device
+    texts: Iterable[str],
+    weights: Weights,
+    cache: Path | None,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    stream: bool = False,
 ) -> Encoded:
     """Encode some prompts, loading the encoders only if one of them is not in the cache.
 
@@ -56,6 +63,7 @@ def encode(
             thousand captions of 4 MB each cost no memory.
         dtype: to compute and to keep the results in.
         device: to compute on; the results are on the CPU.
+        stream: leave the blocks of T5 in their files and bring them one by one (stream.py).
     """
     keys = {text: _key(text, weights, dtype) for text in sorted(set(texts))}
     done: Encoded = {}
@@ -73,7 +81,11 @@ def encode(
     clip = load_clip(weights.path("clip"), dtype=dtype, device=device)
     y = [clip(ids[None].to(device))[1][0].cpu() for ids in clip_ids]
     del clip
-    t5 = load_t5(weights.path("t5"), dtype=dtype, device=device)
+    if stream:
+        t5, blocks = load_streamed("t5", weights.path("t5"), dtype, device)
+        blocks.wrap()
+    else:
+        t5 = load_t5(weights.path("t5"), dtype=dtype, device=device, kind="stored")
     for text, ids, pooled in zip(new, t5_ids, y, strict=True):
         done[text] = t5(ids[None].to(device))[0].cpu(), pooled
         if cache:
@@ -82,6 +94,10 @@ def encode(
             save_file({"txt": done[text][0], "y": pooled}, aside)
             aside.replace(file)
             done[text] = _read(file)
+    if stream:
+        print(f"T5 {blocks.report()}")
+        del t5, blocks
+        gc.collect()  # blocks and their stream know each other, so nothing less frees the slots now
     return done
 
 

@@ -1,9 +1,9 @@
 """Measurements of the data pipeline, on one core; no tests.
 
-    python tests/data_bench.py speed [FOLDER] [--resolution N] [--degrade SPEC]
-        pictures per second against the plain way: open, convert, full decode, Lanczos, the same degradation, floats
-    python tests/data_bench.py files [COUNT]        first and second start on many small files, memory of the sampler
-    python tests/data_bench.py draft [FOLDER]       what decoding JPEGs at reduced size changes
+python tests/data_bench.py speed [FOLDER] [--resolution N] [--degrade SPEC]
+    pictures per second against the plain way: open, convert, full decode, Lanczos, the same degradation, floats
+python tests/data_bench.py files [COUNT]        first and second start on many small files, memory of the sampler
+python tests/data_bench.py draft [FOLDER]       what decoding JPEGs at reduced size changes
 """
 
 import argparse
