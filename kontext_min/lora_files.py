@@ -372,7 +372,7 @@ def save_bfl(model: Flux, path: str | Path, metadata: Mapping[str, str] | None =
     """Write a transformer as BFL's single file has it, its sizes in the header's `config`.
 
     Quantised Linears are stored as `weight` (codes) and `scale_weight` (one float32 a row), as ComfyUI's scaled fp8 has
-    them but for the rows: load_flux reads them, ComfyUI knows one scale a matrix only.
+    them but for the rows: load_flux reads them, with `kind` as codes; ComfyUI knows one scale a matrix only.
     """
     state = {}
     for name, x in model.state_dict().items():

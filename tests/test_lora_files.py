@@ -722,9 +722,12 @@ def test_straight_to_codes_is_more_exact_than_over_bfloat16(base, tmp_path, kind
     flux = load_flux(base / "base.safetensors")
     load_lora(flux, base / "a.safetensors")
     merge(flux, kind)
+    again = load_flux(tmp_path / "out", dtype=torch.bfloat16, kind=kind)  # and loads as them, not quantised once more
     for name, m in flux.named_modules():
         if isinstance(m, QuantizedLinear):
             assert torch.equal(m.dequantize(), straight.get_submodule(name).weight), name
+            assert again.get_submodule(name).codes.dtype == m.codes.dtype
+            assert torch.equal(again.get_submodule(name).dequantize(), m.dequantize()), name
 
 
 def weight(linear):
