@@ -755,6 +755,36 @@ def test_merging_into_a_base_that_is_quantised_already(base, kind):
     assert 0 < rounding.lost < rounding.entries
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8", "fp8 without scales"])
+def test_a_base_file_of_codes_stays_one(base, tmp_path, kind, capsys):
+    """Scales follow the sum; without scales (plain casts, as some fp8 files are) the sum is cast. Or it is widened."""
+    stored, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    if kind == "fp8 without scales":
+        tensors = load_file(base / "base.safetensors")
+        save_file({k: v.to(torch.float8_e4m3fn) if v.ndim == 2 else v for k, v in tensors.items()}, stored)
+    else:
+        lora_files.save_bfl(quantize_(load_flux(base / "base.safetensors"), kind), stored)
+    args = ["merge", str(out), "--weights", str(stored), "--lora", str(base / "a.safetensors")]
+    assert lora_files.main(args) == 2
+    assert "no 8-bit weights" in capsys.readouterr().err
+    assert lora_files.main([*args, "--layout", "bfl"]) == 0
+    before, after = (load_flux(f, dtype=torch.bfloat16, kind="stored") for f in (stored, out))
+    load_lora(before, base / "a.safetensors")
+    merge(before)
+    codes = {n: m for n, m in before.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(codes) > 20
+    for name, m in codes.items():
+        assert after.get_submodule(name).codes.dtype == m.codes.dtype
+        assert torch.equal(after.get_submodule(name).dequantize(), m.dequantize()), name
+    assert lora_files.main([*args, "--dtype", "bfloat16", "--layout", "bfl"]) == 0
+    assert {x.dtype for x in load_file(out).values()} == {torch.bfloat16}
+    widened, exact = load_flux(out), load_flux(stored, dtype=torch.float32)
+    load_lora(exact, base / "a.safetensors")
+    merge_lora(exact)
+    for name, p in exact.named_parameters():
+        assert torch.equal(widened.get_parameter(name), p.bfloat16()), name
+
+
 def test_merging_a_bridge_says_so(base, tmp_path, capsys):
     flux = with_lora(load_flux(TINY, dtype=torch.float32), 1, 1, "single_blocks.0.linear2")
     about = {"objective": "bridge", "prompt": "Restore."}
@@ -782,7 +812,7 @@ def test_a_wider_base_is_rounded_once(pair, tmp_path):
 def test_merging_says_what_is_wrong(base, tmp_path, capsys):
     args = ["merge", str(tmp_path / "out"), "--weights", str(base / "base.safetensors")]
     for flags, message in (
-        (["--lora", str(base / "a.safetensors"), "--quantize", "int8"], "use --layout bfl"),
+        (["--lora", str(base / "a.safetensors"), "--quantize", "int8"], "no 8-bit weights; use --layout bfl"),
         (["--lora", str(tmp_path / "nowhere")], "no such LoRA file"),
         (["--lora", str(base / "base.safetensors")], "it is no LoRA"),
     ):
