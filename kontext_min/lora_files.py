@@ -18,8 +18,8 @@ modelspec). A `bridge` LoRA says there, and when it is used, that only sample.py
 degraded picture, where every other program starts from noise. A `kontext` LoRA is an ordinary Kontext LoRA.
 
 Merging is done in float32 and rounded once, to the dtype of the weight or to int8 or fp8 codes, and says what was lost:
-a correction smaller than half a step of its weight leaves it as it was (docs/lora.md has figures). Beside the base, with
-`--lora`, a LoRA is never rounded.
+a correction smaller than half a step of its weight leaves it as it was (figures are in docs/lora.md). Beside the base,
+with `--lora`, a LoRA is never rounded.
 
 Sources: kohya-ss/sd-scripts 48d368f, library/sai_model_spec.py and train_network.py (metadata).
 """
