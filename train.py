@@ -197,15 +197,15 @@ def check(settings: Settings) -> None:
     except ValueError:
         raise ValueError(f"--start-time: got {settings.start_time!r}, expected auto or a number up to 1.") from None
     Objective(settings.objective, settings.context, settings.source_noise, start_time)
-    if settings.full and settings.init_lora:
-        merging = "merge it into the base first: python -m kontext_min.lora_files merge"
-        raise ValueError(f"--init-lora {settings.init_lora}: with --full no LoRA trains; {merging}.")
     for whole in ("full", "shard"):  # these need the weights themselves, in memory
         for part in ("quantize", "stream"):
             if getattr(settings, whole) and getattr(settings, part):
                 raise ValueError(f"--{part} can't be used with --{whole}; leave one of them out.")
     if settings.offload_activations and not (settings.gradient_checkpointing or settings.stream):
         raise ValueError("--offload-activations: add --gradient-checkpointing, whose block inputs it moves.")
+    if settings.full and settings.init_lora:
+        merging = "merge it into the base first: python -m kontext_min.lora_files merge"
+        raise ValueError(f"--init-lora {settings.init_lora}: with --full no LoRA trains; {merging}.")
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

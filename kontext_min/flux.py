@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class FluxParams:
@@ -71,7 +73,7 @@ def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
         theta: base of the frequencies.
 
     Returns:
-        (B, 1, L, d/2, 2, 2) float32, each 2x2 the matrix [[cos, -sin], [sin, cos]].
+        (B, 1, L, d/2, 2, 2) float32, each 2x2 the matrix [[cos, -sin], [sin, cos]]; columns lie together in memory.
     """
     angles = []
     for axis, dim in enumerate(axes_dim):
@@ -79,15 +81,15 @@ def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
         angles.append(ids[..., axis, None].double() * omega)  # (B, L, dim/2)
     angle = torch.cat(angles, dim=-1)  # (B, L, d/2)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    matrix = torch.stack([cos, -sin, sin, cos], dim=-1)
-    return rearrange(matrix, "b l p (i j) -> b 1 l p i j", i=2, j=2).float()
+    columns = torch.stack([cos, sin, -sin, cos], dim=-1)
+    return rearrange(columns, "b l p (j i) -> b 1 l p i j", i=2, j=2).float()
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotate ADJACENT components (x0, x1), (x2, x3), ... of q or k: (B, H, L, d) -> (B, H, L, d), done in float32."""
-    x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, d/2) each
-    cos, sin = pe[..., 0, 0], pe[..., 1, 0]
-    return torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], dim=-1).flatten(-2).to(x.dtype)
+    turn = torch.view_as_complex(pe[..., 0])  # cos + i sin, the first column: a view
+    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, H, L, d/2), x0 + i x1
+    return torch.view_as_real(z * turn).flatten(-2).to(x.dtype)  # one pass over memory instead of seven
 
 
 def timestep_embedding(t: Tensor, dim: int = 256, time_factor: float = 1000.0) -> Tensor:
@@ -167,12 +169,12 @@ class SelfAttention(nn.Module):
         return q, k, v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """Rotate q and k, then softmax(q k^T / sqrt(d)) v over ALL tokens: (B, H, L, d) -> (B, L, D).
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, read: slice = ALL) -> Tensor:
+    """Rotate q and k, then softmax(q k^T / sqrt(d)) v over ALL tokens, for those that are read: -> (B, L_read, D).
 
     No mask: the padding of the prompt takes part, as in the official code and in the training of Flux.
     """
-    x = F.scaled_dot_product_attention(apply_rope(q, pe), apply_rope(k, pe), v)
+    x = F.scaled_dot_product_attention(apply_rope(q[:, :, read], pe[:, :, read]), apply_rope(k, pe), v)
     return rearrange(x, "b h l d -> b l (h d)")
 
 
@@ -191,7 +193,7 @@ class Modulation(nn.Module):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights (eps 1e-6), then * (1 + scale) + shift: (B, L, D) -> (B, L, D)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)  # one pass, one rounding
 
 
 # ------------------------------------------------------------------------------------------------------- the blocks
@@ -227,11 +229,11 @@ class DoubleStreamBlock(nn.Module):
         v = torch.cat([txt_v, img_v], dim=2)
         txt_attn, img_attn = attention(q, k, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
 
-        img = img + img_gate1 * self.img_attn.proj(img_attn)
-        img = img + img_gate2 * self.img_mlp(modulated_norm(img, img_shift2, img_scale2))
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))  # img + gate * ...
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
 
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_gate2 * self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))  # txt + gate * ...
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
         return img, txt
 
 
@@ -248,13 +250,14 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.mlp_act = nn.GELU(approximate="tanh")
 
-    def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
-        """(B, L, D), (B, D), (B, 1, L, d/2, 2, 2) -> (B, L, D)."""
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, read: slice = ALL) -> Tensor:
+        """(B, L, D), (B, D), (B, 1, L, d/2, 2, 2) -> (B, L_read, D); keys and values are of all tokens."""
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.splits, dim=-1)
         q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
         q, k = self.norm(q, k, v)
-        return x + gate * self.linear2(torch.cat([attention(q, k, v, pe), self.mlp_act(mlp)], dim=-1))
+        out = torch.cat([attention(q, k, v, pe, read), self.mlp_act(mlp[:, read])], dim=-1)
+        return torch.addcmul(x[:, read], gate, self.linear2(out))
 
 
 class LastLayer(nn.Module):
@@ -304,6 +307,7 @@ class Flux(nn.Module):
         timesteps: Tensor,
         y: Tensor,
         guidance: Tensor | None = None,
+        read: int | None = None,
     ) -> Tensor:
         """Predict the official velocity dx/dt = noise - data (flow.py turns it into ours).
 
@@ -316,9 +320,10 @@ class Flux(nn.Module):
             timesteps: (B,) official time t in [0, 1], 1 = noise; float32, since bf16 rounds 1000 t to steps of 4.
             y: (B, vec_in_dim) pooled CLIP vector.
             guidance: (B,) distilled guidance scale, a raw number such as 2.5; needed when guidance_embed.
+            read: how many tokens of img the caller reads, counted from the first; the last block computes no other.
 
         Returns:
-            (B, L_img, out_channels). The caller keeps the tokens that it generates and drops the reference's.
+            (B, L_img or `read`, out_channels). The caller drops the tokens of the reference.
 
         Raises:
             ValueError: guidance is missing although the model was distilled with it.
@@ -338,6 +343,9 @@ class Flux(nn.Module):
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, pe)
         x = torch.cat([txt, img], dim=1)  # (B, L_txt + L_img, D)
-        for block in self.single_blocks:
+        for block in self.single_blocks[:-1]:
             x = block(x, vec, pe)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        if read is None:
+            return self.final_layer(self.single_blocks[-1](x, vec, pe)[:, txt.shape[1] :], vec)
+        tokens = slice(txt.shape[1], txt.shape[1] + read)  # keys and values of all tokens, queries of these alone
+        return self.final_layer(self.single_blocks[-1](x, vec, pe, tokens), vec)

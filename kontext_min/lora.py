@@ -12,16 +12,56 @@ in +-1/sqrt(in) as in the authors' code (kaiming_uniform with a = sqrt(5)) and i
 import itertools
 import math
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PIECES = 8  # of the tokens, widened to float32 one after the other
 TARGETS = {  # patterns of module names, matched whole
     "attention": r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12]",
     "attention-mlp": r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]",
     "all": r".*",
 }
+
+
+class _Correct(torch.autograd.Function):
+    """y + scale * B A x in float32, rounded once to the dtype of y.
+
+    Plain operations would keep a float32 copy of x for the gradient of A and make one of y: of a bfloat16 model that is
+    twice the block. Here x stays as it is, and is widened in pieces, in forward and in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low = torch.cat([scale * F.linear(piece.float(), a) for piece in _pieces(x)])  # (rows, rank)
+        ctx.save_for_backward(x, a, b, low)
+        ctx.scale = scale
+        out = torch.empty_like(y)
+        for to, piece, corrected in zip(_pieces(out), _pieces(low), _pieces(y), strict=True):
+            to.copy_(F.linear(piece, b).add_(corrected))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, low = ctx.saved_tensors
+        grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        to = _pieces(grad_x) if grad_x is not None else [None] * PIECES
+        for g, xs, lows, dx in zip(_pieces(grad), _pieces(x), _pieces(low), to, strict=True):
+            g = g.float()
+            grad_b.addmm_(g.t(), lows)
+            grad_low = ctx.scale * (g @ b)
+            grad_a.addmm_(grad_low.t(), xs.float())
+            if dx is not None:
+                dx.copy_(grad_low @ a)
+        return grad, grad_x, grad_a, grad_b, None
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """(..., D) -> PIECES views of its rows."""
+    return x.flatten(0, -2).tensor_split(PIECES)
 
 
 class LoRALinear(nn.Module):
@@ -37,9 +77,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of the base's output."""
-        y = self.base(x)
-        correction = F.linear(F.linear(x.float(), self.lora_A), self.lora_B)
-        return y + (self.scale * correction).to(y.dtype)
+        return _Correct.apply(self.base(x), x, self.lora_A, self.lora_B, self.scale)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -68,7 +68,7 @@ def official_euler(flux, x: torch.Tensor, timesteps: list[float]) -> torch.Tenso
 def perfect_flux(source: torch.Tensor, target: torch.Tensor, start_time: float = 1.0):
     """A network that knows the answer in Flux's own sign: (noise side - data side) / T for every token and time."""
 
-    def call(img, img_ids, txt, txt_ids, timesteps, y, guidance=None):
+    def call(img, img_ids, txt, txt_ids, timesteps, y, guidance=None, read=None):
         answer = flow.pack((source - target) / start_time)
         return torch.cat([answer, torch.full_like(img[:, answer.shape[1] :], 1e3)], dim=1)  # reference tokens: dropped
 
@@ -110,7 +110,7 @@ def test_the_degraded_end_is_sigma_zero_and_time_one():
     """What the network is told: t = T (1 - sigma); and what is returned has the opposite sign."""
     seen = []
 
-    def flux(img, img_ids, txt, txt_ids, timesteps, y, guidance=None):
+    def flux(img, img_ids, txt, txt_ids, timesteps, y, guidance=None, read=None):
         seen.append((timesteps.tolist(), img.shape[1], img_ids[0, :, 0].unique().tolist()))
         return torch.ones_like(img)
 

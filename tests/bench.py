@@ -1,0 +1,291 @@
+"""Time and memory of everything that takes time, each as a ratio against the library that does the same.
+
+    python tests/bench.py                    the whole table, in markdown; `make bench` runs it
+    python tests/bench.py transformer vae    only these parts
+
+Theirs are diffusers with peft and transformers, ours is this project: the same weights, the same inputs, in one
+process, turn by turn; medians of 5. Before anything is timed the outputs (and gradients) of both sides are compared.
+With one thread the clock is the processor time of this process, so that other work on the machine hardly counts; with
+several it is the clock on the wall. Memory is measured in processes of their own: the highest resident size (VmHWM)
+less what was resident after the imports, so weights, activations and gradients are in it.
+
+The 82M network: hidden 768, 6 heads, 2 double and 4 single blocks, 512 text, 1024 picture and 1024 reference tokens, of
+which a restoration reads the velocity of the picture tokens alone.
+"""
+
+import argparse
+import gc
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
+
+from kontext_min.flux import Flux, FluxParams  # noqa: E402
+
+SIZES = {  # sizes of the network, and numbers of tokens: text, picture, reference
+    "82M": (
+        FluxParams(hidden_size=768, num_heads=6, depth=2, depth_single_blocks=4, context_in_dim=512, vec_in_dim=256),
+        (512, 1024, 1024),
+    ),
+    "tiny": (
+        FluxParams(
+            hidden_size=192, num_heads=6, depth=1, depth_single_blocks=6, context_in_dim=96, vec_in_dim=64,
+            axes_dim=(4, 14, 14),
+        ),
+        (64, 256, 256),
+    ),
+}  # fmt: skip
+
+
+def report(name: str, theirs: float | None, ours: float, unit: str, note: str = "") -> None:
+    """One row of the table."""
+    shown = f"{theirs:.4g} {unit} | {ours:.4g} {unit} | {ours / theirs:.2f}" if theirs else f"| {ours:.4g} {unit} |"
+    print(f"| {name} | {shown} | {note} |", flush=True)
+
+
+def heading(title: str) -> None:
+    print(f"\n### {title}\n\n| what | theirs | ours | ratio | |\n|---|--:|--:|--:|---|", flush=True)
+
+
+def clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def turns(*functions: Callable[[], object], repeats: int = 5, least: float = 0.2) -> list[float]:
+    """Median seconds of each function, called in turns; fast ones are called several times a turn."""
+    began = clock()
+    for f in functions:
+        f()
+    loops = max(1, round(least * len(functions) / max(clock() - began, 1e-6)))
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for f, taken in zip(functions, seconds, strict=True):
+            gc.collect()
+            began = clock()
+            for _ in range(loops):
+                f()
+            taken.append((clock() - began) / loops)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
+    """Both sides computed the same numbers, to 1e-4 of the largest."""
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    assert error <= tolerance, f"the two sides differ by {error:.1e} of the largest number"
+
+
+# --------------------------------------------------------------------------------------------------- the transformer
+
+
+def inputs(size: str) -> tuple:
+    """The seven inputs of Flux.forward and the number of tokens that are read out."""
+    from kontext_min.flow import token_ids
+
+    (params, (text, image, reference)), generator = SIZES[size], torch.Generator().manual_seed(1)
+    side = 2 * int(image**0.5)
+    ids = torch.cat([token_ids(side, side), token_ids(side, side, 1)[:, :reference]], 1)
+    return (
+        torch.randn(1, image + reference, 64, generator=generator),
+        ids,
+        torch.randn(1, text, params.context_in_dim, generator=generator),
+        torch.zeros(1, text, 3),
+        torch.tensor([0.6]),
+        torch.randn(1, params.vec_in_dim, generator=generator),
+        torch.tensor([1.5]),
+        image,
+    )
+
+
+def our_flux(size: str):
+    torch.manual_seed(0)
+    flux = Flux(SIZES[size][0]).requires_grad_(False)
+    for p in flux.parameters():
+        if p.ndim == 2:
+            p.normal_(std=p.shape[1] ** -0.5)
+    return flux
+
+
+def their_flux(size: str):
+    from diffusers import FluxTransformer2DModel
+
+    p = SIZES[size][0]
+    return FluxTransformer2DModel(
+        in_channels=64, num_layers=p.depth, num_single_layers=p.depth_single_blocks, num_attention_heads=p.num_heads,
+        attention_head_dim=p.hidden_size // p.num_heads, joint_attention_dim=p.context_in_dim,
+        pooled_projection_dim=p.vec_in_dim, guidance_embeds=True, axes_dims_rope=p.axes_dim,
+    ).requires_grad_(False)  # fmt: skip
+
+
+def our_lora(flux) -> None:
+    from kontext_min.lora import add_lora, lora_layers
+
+    add_lora(flux, rank=16)
+    torch.manual_seed(2)
+    for layer in lora_layers(flux).values():  # B starts at zero: a comparison would see nothing of it
+        torch.nn.init.normal_(layer.lora_B, std=0.02)
+
+
+def their_lora(theirs, names: list[str]) -> None:
+    from peft import LoraConfig
+
+    theirs.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=names))
+
+
+def target_names(size: str) -> dict[str, list[str]]:
+    """Our module -> the modules of diffusers that are its rows, for the targets of the LoRA."""
+    from kontext_min.checkpoints import flux_modules
+    from kontext_min.lora import TARGETS
+
+    pattern = re.compile(TARGETS["attention-mlp"])
+    return {ours: theirs for ours, theirs in flux_modules(SIZES[size][0]).items() if pattern.fullmatch(ours)}
+
+
+def their_call(model, x: tuple) -> torch.Tensor:
+    img, ids, txt, txt_ids, t, y, guidance, read = x
+    return model(
+        hidden_states=img, img_ids=ids[0], encoder_hidden_states=txt, txt_ids=txt_ids[0], timestep=t,
+        pooled_projections=y, guidance=guidance, return_dict=False,
+    )[0][:, :read]  # fmt: skip
+
+
+def our_call(model, x: tuple) -> torch.Tensor:
+    return model(*x)
+
+
+def forward(call, model, x: tuple) -> torch.Tensor:
+    with torch.no_grad():
+        return call(model, x)
+
+
+def step(call, model, x: tuple) -> None:
+    """Forward and backward to the gradients of the LoRA."""
+    model.zero_grad(set_to_none=True)
+    F.mse_loss(call(model, x), x[0][:, : x[7]]).backward()
+
+
+def memory(size: str, side: str, what: str) -> float:
+    """Peak of one side in a process of its own, in MB."""
+    out = subprocess.run(
+        [sys.executable, __file__, "--child", size, side, what], capture_output=True, text=True, check=True
+    )
+    return float(out.stdout.splitlines()[-1])
+
+
+def status(key: str) -> float:
+    return int(re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+
+
+def child(size: str, side: str, what: str) -> None:
+    """What `memory` starts."""
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+
+    from train import checkpoint_blocks
+
+    (their_flux if side == "theirs" else our_flux)("tiny")  # so that everything lazy is imported
+    gc.collect()
+    before = status("VmRSS")
+    if side == "theirs":
+        call, model = their_call, their_flux(size)
+        if what != "forward":
+            their_lora(model, [n for names in target_names(size).values() for n in names])
+        if what == "checkpointed":
+            model.train().enable_gradient_checkpointing()
+    else:
+        call, model = our_call, our_flux(size)
+        if what != "forward":
+            our_lora(model)
+        if what == "checkpointed":
+            checkpoint_blocks(model)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    (forward if what == "forward" else step)(call, model, inputs(size))
+    print(status("VmHWM") - before)
+
+
+def transformer(size: str) -> None:
+    from test_checkpoints import to_diffusers
+    from train import checkpoint_blocks
+
+    heading(f"transformer, {size}")
+    ours, theirs, x = our_flux(size), their_flux(size), inputs(size)
+    theirs.load_state_dict(to_diffusers(ours))
+    same(forward(our_call, ours, x), forward(their_call, theirs, x))
+    flops, taken = flop_count(lambda: forward(our_call, ours, x)), None
+    taken = turns(lambda: forward(their_call, theirs, x), lambda: forward(our_call, ours, x))
+    report("forward", *taken, "s", f"{flops / 1e9:.0f} GFLOP, {share(flops, taken[1])}")
+
+    names = target_names(size)
+    our_lora(ours)
+    their_lora(theirs, [n for them in names.values() for n in them])
+    modules = dict(theirs.named_modules())
+    for name, them in names.items():
+        layer = ours.get_submodule(name)
+        sizes = [modules[n].out_features for n in them]
+        for n, b in zip(them, layer.lora_B.detach().split(sizes), strict=True):
+            modules[n].lora_A["default"].weight.data.copy_(layer.lora_A)
+            modules[n].lora_B["default"].weight.data.copy_(b)
+    for what in ("LoRA step", "LoRA step, checkpointed"):
+        if what != "LoRA step":
+            checkpoint_blocks(ours)
+            theirs.train().enable_gradient_checkpointing()
+        flops = flop_count(lambda: step(our_call, ours, x))
+        taken = turns(lambda: step(their_call, theirs, x), lambda: step(our_call, ours, x))
+        for name, them in names.items():
+            gradients = [modules[n].lora_B["default"].weight.grad for n in them]
+            if gradients[0] is not None and any(g is not None and g.abs().max() > 0 for g in gradients):
+                same(ours.get_submodule(name).lora_B.grad, torch.cat(gradients), 1e-3)
+        report(what, *taken, "s", f"{flops / 1e9:.0f} GFLOP, {share(flops, taken[1])}")
+    for what in ("forward", "step", "checkpointed"):
+        report(f"peak memory, {what}", *(memory(size, side, what) for side in ("theirs", "ours")), "MB")
+
+
+def flop_count(f: Callable[[], object]) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+PEAK: list[float] = []
+
+
+def share(flops: int, seconds: float) -> str:
+    """Part of the matmul peak of this machine that is reached."""
+    if not PEAK:
+        a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+        PEAK.append(2 * 2048**3 / turns(lambda: a @ b)[0])
+    return f"{flops / seconds / 1e9:.0f} of {PEAK[0] / 1e9:.0f} GFLOP/s"
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "transformer": lambda: transformer("82M"),
+    "tiny": lambda: transformer("tiny"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(*arguments.child)
+        return
+    for part in arguments.parts or PARTS:
+        PARTS[part]()
+
+
+if __name__ == "__main__":
+    main()

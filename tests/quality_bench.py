@@ -1,0 +1,194 @@
+"""How much better do pictures become: weights/tiny with and without a LoRA, beside the best classical ways.
+
+    python tests/quality_bench.py --work runs/make-tiny --degrade SPEC [--lora FILE] [--steps 1 2 4 8] [--tile 64]
+
+On the middle 256 pixels of every photograph kept out that is large enough (WORK/kept-out, from `make_tiny.py --stage
+photographs`). The classical ways are scikit-image's, with the settings that give the highest PSNR on crops of the
+TRAINING photographs under the same degradation: non-local means and total variation, each with and without an unsharp
+mask behind it. The ceiling is the clean picture through the autoencoder: what a perfect velocity would give.
+
+Printed are means over the sharp and the smooth photographs apart, and over all: PSNR in dB, SSIM, and the energy of the
+Laplacian relative to the clean picture's (texture).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from skimage.filters import unsharp_mask
+from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from kontext_min import checkpoints, degrade, prompts  # noqa: E402
+from kontext_min.flow import Objective  # noqa: E402
+from kontext_min.lora_files import load_lora, read_lora  # noqa: E402
+from kontext_min.metrics import psnr, ssim, texture  # noqa: E402
+from kontext_min.restore import restore, to_image, to_tensor  # noqa: E402
+
+SIDE, TUNING_CROPS = 256, 10
+UNSHARP = tuple(product((1.0, 2.0), (0.25, 0.5, 1.0, 1.5, 2.5)))  # radius in pixels, amount
+
+
+def middles(work):
+    """{sharp, smooth: [(name, clean crop)]} of the photographs kept out."""
+    found = {}
+    for split in ("sharp", "smooth"):
+        found[split] = []
+        for path in sorted((work / "kept-out" / split).glob("*.png")):
+            image = Image.open(path).convert("RGB")
+            if min(image.size) >= SIDE:
+                x, y = (image.width - SIDE) // 2, (image.height - SIDE) // 2
+                found[split].append((path.stem, image.crop((x, y, x + SIDE, y + SIDE))))
+    return found
+
+
+def pair(clean, spec, number):
+    return clean, degrade.parse(spec)(clean, np.random.default_rng([7, number]))
+
+
+def sharpened(x, radius, amount):
+    return unsharp_mask(x, radius=radius, amount=amount, channel_axis=-1)
+
+
+def noise_level(x):
+    """Deviation of the noise from the finest diagonal differences (Donoho & Johnstone 1994), as estimate_sigma does."""
+    y = x.mean(axis=2)
+    d = (y[:-1:2, :-1:2] - y[1::2, :-1:2] - y[:-1:2, 1::2] + y[1::2, 1::2]) / 2
+    return max(float(np.median(np.abs(d)) / 0.6745) * 3**0.5, 1e-3)  # the mean of three channels has less
+
+
+def non_local_means(x, factor):
+    sigma = noise_level(x)
+    return denoise_nl_means(
+        x, h=factor * sigma, sigma=sigma, patch_size=5, patch_distance=6, fast_mode=True, channel_axis=-1
+    )
+
+
+def total_variation(x, weight):
+    return denoise_tv_chambolle(x, weight=weight, channel_axis=-1)
+
+
+WAYS = {
+    "non-local means": (non_local_means, (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)),
+    "total variation": (total_variation, (0.01, 0.02, 0.04, 0.06, 0.09, 0.13)),
+}
+
+
+def to_bytes(x):
+    return np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)
+
+
+def tune(work, spec):
+    """{way: setting} with the highest mean PSNR on crops of training photographs; kept in WORK/classical.json."""
+    file = work / "classical.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if spec not in known:
+        rng = np.random.default_rng(3)
+        photos = [p for p in sorted((work / "training").glob("*.png")) if min(Image.open(p).size) >= SIDE]
+        crops = []
+        for k, index in enumerate(rng.choice(len(photos), TUNING_CROPS, replace=False)):
+            photo = Image.open(photos[index]).convert("RGB")
+            x, y = rng.integers(photo.width - SIDE + 1), rng.integers(photo.height - SIDE + 1)
+            crops.append(pair(photo.crop((x, y, x + SIDE, y + SIDE)), spec, k))
+        known[spec] = {}
+        for name, (way, settings) in WAYS.items():
+            scores = {}
+            for setting in settings:
+                results = [way(np.asarray(bad) / 255.0, setting) for _, bad in crops]
+                for mask in (None, *UNSHARP):
+                    outs = [sharpened(x, *mask) if mask else x for x in results]
+                    mean = statistics.fmean(psnr(to_bytes(x), clean) for x, (clean, _) in zip(outs, crops, strict=True))
+                    scores[setting, mask] = mean
+            masked = {k: v for k, v in scores.items() if k[1]}
+            plain = {k: v for k, v in scores.items() if not k[1]}
+            known[spec] |= {name: max(plain, key=plain.get), f"{name}, unsharp": max(masked, key=masked.get)}
+        file.write_text(json.dumps(known, indent=1))
+    return known[spec]
+
+
+def classical(bad, name, setting):
+    value, mask = setting
+    x = WAYS[name.split(",")[0]][0](np.asarray(bad) / 255.0, value)
+    return Image.fromarray(to_bytes(sharpened(x, *mask) if mask else x))
+
+
+class Model:
+    """weights/tiny, with a LoRA or without, as sample.py runs it."""
+
+    def __init__(self, weights, lora, prompt, tile):
+        where = checkpoints.Weights(weights)
+        self.autoencoder = checkpoints.load_autoencoder(where.path("vae"), dtype=torch.float32)
+        self.flux = checkpoints.load_flux(where.path("transformer"), dtype=torch.float32)
+        known = json.loads(read_lora(lora)[1]["kontext_min"]) if lora else {}
+        if lora:
+            load_lora(self.flux, lora)
+        text = prompt or known.get("prompt") or degrade.PROMPTS["guide"]
+        encoded = prompts.encode([text], where, None, torch.float32, "cpu")
+        self.prompt = prompts.batch(encoded, [text], known.get("guidance", 1.5), torch.float32, "cpu")
+        names = ("context", "source_noise", "start_time")
+        self.objective = Objective(known.get("objective", "bridge"), **{k: known[k] for k in names if k in known})
+        self.tile = tile
+
+    def __call__(self, bad, steps):
+        x = restore(to_tensor(bad), self.flux, self.autoencoder, self.prompt, self.objective, steps, tile=self.tile)
+        return to_image(x[0])
+
+    def ceiling(self, clean):
+        with torch.no_grad():
+            return to_image(self.autoencoder.decode(self.autoencoder.encode(to_tensor(clean)))[0])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/make-tiny"))
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny")
+    parser.add_argument("--degrade", required=True)
+    parser.add_argument("--lora", type=Path)
+    parser.add_argument("--prompt", help="of the base; else the preset's")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--tile", type=int, default=64, help="side in pixels, best the one that was trained")
+    parser.add_argument("--classical", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=Path, help="write the means of all rows here too")
+    args = parser.parse_args(argv)
+    prompt = args.prompt or degrade.PROMPTS.get(args.degrade, degrade.PROMPTS["guide"])
+    base = Model(args.weights, None, prompt, args.tile)
+    tuned = Model(args.weights, args.lora, args.prompt, args.tile) if args.lora else None
+    ways = {"degraded": lambda bad, clean: bad, "autoencoder's ceiling": lambda bad, clean: base.ceiling(clean)}
+    if args.classical:
+        for name, setting in tune(args.work, args.degrade).items():
+            ways[f"{name} {setting}"] = lambda bad, clean, n=name, s=setting: classical(bad, n, s)
+    for label, model in (("base", base), ("LoRA", tuned)):
+        for steps in args.steps if model else ():
+            ways[f"{label}, {steps} steps"] = lambda bad, clean, m=model, s=steps: m(bad, s)
+
+    photos, scores = middles(args.work), {name: {} for name in ways}
+    for split, crops in photos.items():
+        for number, (_, clean) in enumerate(crops):
+            clean, bad = pair(clean, args.degrade, number)
+            for name, way in ways.items():
+                image = way(bad, clean)
+                row = (psnr(image, clean), ssim(image, clean), texture(image, clean))
+                scores[name].setdefault(split, []).append(row)
+    counts = {split: len(crops) for split, crops in photos.items()}
+    print(f"`{args.degrade}`, {args.lora or 'no LoRA'}; PSNR in dB / SSIM / texture, means over the photographs\n")
+    print(f"| | {counts['sharp']} sharp | {counts['smooth']} smooth | all {sum(counts.values())} |\n|---|---|---|---|")
+    means = {}
+    for name, splits in scores.items():
+        splits = {**splits, "all": [row for rows in splits.values() for row in rows]}
+        means[name] = {split: [statistics.fmean(c) for c in zip(*rows, strict=True)] for split, rows in splits.items()}
+        cells = (f"{m[0]:.2f} / {m[1]:.3f} / {m[2]:.2f}" for m in means[name].values())
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(means, indent=1))
+
+
+if __name__ == "__main__":
+    main()
