@@ -857,7 +857,7 @@ def test_flux_kontext_pipeline_draws_the_picture_of_sample_py(kontext_run, tmp_p
     image.save(tmp_path / "in.png")
     flags = ["--input", tmp_path / "in.png", "--cache-dir", kontext_run / "cache", "--seed", seed, "--steps", steps]
     assert sample.main([str(f) for f in [*flags, "--output", tmp_path / "a.png", "--lora", f"{lora}={strength}"]]) == 0
-    assert f"kontext, {steps} euler steps" in capsys.readouterr().out
+    assert f"kontext, {steps} network evaluations" in capsys.readouterr().out
     about = trained_with(read_lora(lora)[1])
     ours = np.asarray(Image.open(tmp_path / "a.png"), dtype=int)
 
