@@ -64,7 +64,7 @@ def test_a_picture_comes_back_at_its_own_size(small, small_bundle, tmp_path, cap
         (["--output", "{here}/o.xyz"], "unknown picture format"),
         (["--output", "{here}/o.png", "--weights", "weights/nowhere"], "weights/nowhere"),
         (["--output", "{here}/o.png", "--vae", "{lora}"], "It looks like a LoRA"),
-        (["--output", "{here}/o.png", "--lora", "{weights}"], "not kohya names of this model"),
+        (["--output", "{here}/o.png", "--lora", "{weights}"], "it is no LoRA"),
         (["--output", "{here}/o.png", "--lora", "nowhere.safetensors"], "no such LoRA file"),
         (["--output", "{here}/o.png", "--lora", "{lora}", "--objective", "kontext"], "was trained for bridge"),
         (["--output", "{here}/o.png", "--degrade", "blurr=2"], "blurr"),
