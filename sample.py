@@ -77,7 +77,7 @@ class Settings:
     color_fix: str = flag("none", "colours of the input; not for faded or dark pictures", "method", COLOUR_FIXES)
     seed: int = flag(42, "seed of the source noise and of --degrade", "method")
     tile: int | None = flag(
-        None, "side in pixels above which tiles are used; else the LoRA's resolution, else 64 tokens: 1024", "method"
+        None, "side of a tile in pixels; else the LoRA's resolution, else 64 tokens (1024 with Flux)", "method"
     )
     batch_size: int = flag(1, "pictures of one shape restored together", "machine")
     cache_dir: Path = flag(Path("runs/cache"), "where encoded prompts are kept", "machine")
@@ -124,8 +124,8 @@ def sample(settings: Settings) -> int:
     folder = settings.input.is_dir()
     for name, reason in failed:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
-    there = [j for j in jobs if folder and not settings.overwrite and all(file.exists() for file in j.outputs)]
-    jobs = [job for job in jobs if job not in there]
+    there = {j.name for j in jobs if folder and not settings.overwrite and all(file.exists() for file in j.outputs)}
+    jobs = [job for job in jobs if job.name not in there]
     if not jobs and there:
         print(f"{settings.output}: all {len(there)} pictures are there already; --overwrite restores them again")
         return 1 if failed else 0
@@ -177,7 +177,7 @@ def sample(settings: Settings) -> int:
         passed += 1
         progress.show(passed, total, f"tiles, {label}")
 
-    began, progress, restored, rows, figures = time.monotonic(), Progress(), 0, [], []
+    began, progress, restored, rows, figures = time.monotonic(), Progress(), 0, [], {}
     groups = pictures.batches(jobs, settings.batch_size)
     sizes = {j.size: working_size(*j.size, settings.resolution, settings.max_side) for j in jobs}
     cost = {s: settings.samples * passes(*sizes[s], autoencoder, tile, steps, settings.solver) for s in sizes}
@@ -220,7 +220,7 @@ def sample(settings: Settings) -> int:
                         rows.append(metrics.row(title, *before_after))
                         score = report.from_to(rows[-1]["input"]["psnr"], rows[-1]["restored"]["psnr"])
                     if settings.report and len(figures) < report.RESTORED:
-                        figures.append(report.slider(title, *before_after, score=score, side=report.RESTORED_SIDE))
+                        figures[title] = report.slider(title, *before_after, score=score, side=report.RESTORED_SIDE)
 
     seconds = time.monotonic() - began
     evaluations = math.ceil(steps / SOLVERS[settings.solver]) * SOLVERS[settings.solver]
@@ -232,6 +232,7 @@ def sample(settings: Settings) -> int:
     if settings.stream:
         print(stream.report())
     if rows:
+        rows.sort(key=lambda row: row["name"])
         rows.append(metrics.mean_row(rows))
         print(metrics.table(rows))
     if settings.json:

@@ -9,6 +9,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from safetensors.torch import save_file
 
+import large_bench
 import sample
 from kontext_min import data, degrade, metrics, pictures
 from kontext_min.checkpoints import load_flux
@@ -266,8 +267,10 @@ def test_transparency_passes_through(identity, small_bundle, tmp_path, capsys):
     assert metrics.psnr(Image.open(tmp_path / "out.jpg").convert("RGB"), on_white) > 35
 
 
-@pytest.mark.parametrize("kind", ["16-bit grey", "16-bit colour", "grey profile", "frames", "plain"])
-def test_what_is_not_kept_is_said_in_one_line(identity, small_bundle, tmp_path, capsys, kind):
+@pytest.mark.parametrize(
+    "kind", ["16-bit grey", "16-bit colour", "grey profile", "frames", "broken EXIF", "opaque alpha", "plain"]
+)
+def test_what_is_not_kept_is_said_in_one_line(identity, small_bundle, tmp_path, capsys, monkeypatch, kind):
     file, grey = tmp_path / "in.png", np.asarray(crop(40, 30).convert("L"), dtype=np.uint16) * 257
     if kind == "16-bit grey":
         Image.fromarray(grey).save(file)
@@ -279,11 +282,15 @@ def test_what_is_not_kept_is_said_in_one_line(identity, small_bundle, tmp_path, 
         crop(40, 30).convert("L").save(file, icc_profile=bytes(profile))
     elif kind == "frames":
         crop(40, 30).save(file, save_all=True, append_images=[crop(40, 30, 9)])
-    else:
+    elif kind == "broken EXIF":
         crop(40, 30).save(file)
+        monkeypatch.setattr(Image.Image, "getexif", lambda self: 1 / 0)
+    else:
+        crop(40, 30).convert("RGBA" if kind == "opaque alpha" else "RGB").save(file)
     assert run("--input", file, "--output", tmp_path / "o.png", "--weights", small_bundle, "--cache-dir", tmp_path) == 0
-    error, words = capsys.readouterr().err, {"16": "8 bits", "gr": "GRAY colour profile", "fr": "2 frames", "pl": ""}
-    assert error.count("\n") == (kind != "plain") and words[kind[:2]] in error
+    words = {"16": "8 bits", "gr": "GRAY colour profile", "fr": "2 frames", "br": "EXIF", "op": "", "pl": ""}[kind[:2]]
+    error = capsys.readouterr().err
+    assert error.count("\n") == bool(words) and words in error
     with Image.open(tmp_path / "o.png") as made:
         assert made.mode == "RGB" and "icc_profile" not in made.info
         if kind.startswith("16"):  # scaled, not clipped
@@ -484,3 +491,13 @@ def test_a_file_may_go_to_a_folder(identity, small_bundle, tmp_path):
     args = ["--input", tmp_path / "in.gif", "--output", tmp_path / "out", "--weights", small_bundle]
     assert run(*args, "--cache-dir", tmp_path) == 0
     assert Image.open(tmp_path / "out" / "in.gif.png").size == (32, 32)
+
+
+@pytest.mark.slow
+def test_memory_grows_by_the_picture_and_its_latent_alone(small_bundle, tmp_path):
+    """Bytes of a pixel: 4 + 4 in Pillow, 3 + 3 as tensors, 1 for each of five latents; a float picture would be 12."""
+    peaks = []
+    for mp in (2, 8):
+        file, _ = large_bench.make(tmp_path, mp)
+        peaks.append(large_bench.measure(file, tmp_path / "o.jpg", "--tile", 256, "--weights", small_bundle)[1])
+    assert (peaks[1] - peaks[0]) / 6 < 26
