@@ -304,7 +304,9 @@ def train(settings: Settings) -> int:
         """Bytes (B, 3, H, W) to latents (B, C, h, w); latents from the cache pass through."""
         with torch.no_grad():
             x = pictures.to(me.device)
-            return x if x.is_floating_point() else autoencoder.encode(data.to_float(x))
+            if x.is_floating_point():
+                return x
+            return torch.cat([autoencoder.encode(data.to_float(picture)) for picture in x.split(1)])  # memory of one
 
     if settings.cache_latents:
         latents = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {written['fingerprint']['vae']}")
