@@ -1,34 +1,41 @@
-"""Restore a picture: follow the velocity that a LoRA has learnt, from the degraded latent to the clean one.
+"""Restore pictures: follow the velocity that a LoRA has learnt, from the degraded latent to the clean one.
 
     python sample.py --input old.jpg --output restored.png --lora runs/mine/lora.safetensors
+    python sample.py --input scans/ --output restored/ --lora runs/mine/lora.safetensors --report
 
 Without --weights the small embedded model runs. Prompt, objective, guidance and source noise are those that the LoRA
 was trained with, unless a flag says otherwise; several --lora add up. A LoRA trained for a bridge is followed by this
-program alone, one trained for kontext by the stock pipelines too. To try it on a clean photo, degrade it first:
+program alone, one trained for kontext by the stock pipelines too. A folder is taken with all below it; what is restored
+already is passed over, so that a run that was stopped goes on. To try it on clean photos, degrade them first:
 
     python sample.py --input photo.jpg --output three.png --lora ... --degrade blur=1.5,noise=0.05 --compare
+
+Exit codes: 0 all restored; 1 some of a folder are not (each is named); 2 nothing is, or bad input.
 """
 
+import errno
+import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
-from kontext_min import degrade, parallel
+from kontext_min import data, degrade, metrics, parallel, pictures, report
 from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, load_flux
-from kontext_min.data import open_picture
+from kontext_min.colour import COLOUR_FIXES
 from kontext_min.flags import flag, parse
 from kontext_min.flow import SOLVERS, Objective
 from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of
-from kontext_min.metrics import psnr, ssim
 from kontext_min.prompts import batch, encode
 from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
-from kontext_min.restore import restore, to_image, to_tensor
+from kontext_min.restore import STEPS, passes, restore, to_image, working_size
+from kontext_min.runs import Progress, finite
 from kontext_min.stream import load_streamed
 from kontext_min.validation import grid
 
@@ -37,10 +44,20 @@ from kontext_min.validation import grid
 class Settings:
     """Every flag of sample.py, once."""
 
-    input: Path = flag(..., "the picture to restore", "pictures")
-    output: Path = flag(..., "where the restored picture goes; its ending chooses the format", "pictures")
+    input: Path = flag(..., "the picture to restore, or a folder of pictures", "pictures")
+    output: Path = flag(..., "where it goes: a file, whose ending chooses the format, or a folder", "pictures")
+    overwrite: bool = flag(False, "of a folder, restore again what is in --output already", "pictures")
+    samples: int = flag(1, "restore each picture so many times, with seeds from --seed up", "pictures")
+    quality: int = flag(95, "of JPEG and WebP, 1 to 100", "pictures")
+    max_side: int | None = flag(None, "restore larger pictures at this longest side in pixels, then resize", "pictures")
+    resolution: int | None = flag(
+        None, "restore at the area of this square in pixels (best the LoRA's), then resize", "pictures"
+    )
     degrade: str | None = flag(None, "degrade the input first (a preset or e.g. blur=1.5,noise=0.02)", "pictures")
-    compare: bool = flag(False, "write input | restored, and with --degrade | the clean input too", "pictures")
+    reference: Path | None = flag(None, "clean picture or folder of the same names; with --degrade the input", "scores")
+    json: Path | None = flag(None, "write the scores against the clean pictures into this file too", "scores")
+    compare: bool = flag(False, "write input | restored | the clean picture if there is one", "scores")
+    report: bool = flag(False, "of a folder, write report.html with before/after sliders into --output", "scores")
     weights: Path = flag(Path("weights/tiny"), "folder of the base model", "model")
     transformer: Path | None = flag(None, "file of the transformer, instead of the one in --weights", "model")
     vae: Path | None = flag(None, "file of the autoencoder, likewise", "model")
@@ -51,32 +68,67 @@ class Settings:
     prompt: str | None = flag(None, "what to do; else the LoRA's, else the guide preset's", "method")
     objective: str | None = flag(None, "else the LoRA's, else bridge", "method", ("bridge", "kontext"))
     guidance: float | None = flag(None, "distilled guidance; else the LoRA's, else 1.5", "method")
-    steps: int | None = flag(None, "solver steps; else 4 for bridge, 28 for kontext", "method")
-    solver: str = flag("euler", "how the velocity is followed", "method", SOLVERS)
+    steps: int | None = flag(
+        None, f"network evaluations, more is more texture; else {STEPS['bridge']}, kontext {STEPS['kontext']}", "method"
+    )
+    solver: str = flag("euler", "midpoint and heun take two evaluations a step", "method", SOLVERS)
+    strength: float = flag(1.0, "part of the path that is followed, above 0 to 1: less changes less", "method")
+    fidelity: float = flag(0.0, "pull towards the input, 0 to 1", "method")
+    color_fix: str = flag("none", "colours of the input; not for faded or dark pictures", "method", COLOUR_FIXES)
     seed: int = flag(42, "seed of the source noise and of --degrade", "method")
     tile: int | None = flag(
-        None, "side in pixels above which tiles are used; else the LoRA's resolution, else 1024", "method"
+        None, "side in pixels above which tiles are used; else the LoRA's resolution, else 64 tokens: 1024", "method"
     )
+    batch_size: int = flag(1, "pictures of one shape restored together", "machine")
     cache_dir: Path = flag(Path("runs/cache"), "where encoded prompts are kept", "machine")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
     dtype: str = flag("auto", "of the computation; auto: bfloat16 where the hardware multiplies it", "machine", DTYPES)
     stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
 
 
-def sample(settings: Settings) -> None:
-    """Restore one picture as the settings say."""
+def check(settings: Settings) -> None:
+    """Settings that contradict each other or lie outside their range, in one line, before anything is loaded."""
+    for name in ("samples", "steps", "batch_size", "max_side", "resolution", "tile"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1.")
+    if not 1 <= settings.quality <= 100:
+        raise ValueError(f"--quality: got {settings.quality}, expected 1 to 100.")
+    if not 0 < settings.strength <= 1:
+        raise ValueError(f"--strength: got {settings.strength}, expected more than 0 and at most 1.")
+    if not 0 <= settings.fidelity <= 1:
+        raise ValueError(f"--fidelity: got {settings.fidelity}, expected 0 to 1.")
+    if settings.degrade and settings.reference:
+        raise ValueError("--reference: with --degrade the input is the clean picture; leave one of the two out.")
+    if settings.reference and not settings.reference.exists():
+        raise FileNotFoundError(f"--reference {settings.reference}: no such file or folder.")
+    if settings.reference and settings.input.is_dir() and not settings.reference.is_dir():
+        raise ValueError(f"--reference {settings.reference}: is a file, but --input is a folder; name a folder.")
+    if settings.json and not (settings.degrade or settings.reference):
+        raise ValueError("--json: scores need a clean picture; add --reference, or --degrade on a clean input.")
+    if settings.json and not settings.json.parent.is_dir():
+        raise FileNotFoundError(f"--json {settings.json}: no such folder; make it first.")
+    if settings.report and not settings.input.is_dir():
+        raise ValueError("--report: is for folders; of one picture, --compare shows before and after.")
+
+
+def sample(settings: Settings) -> int:
+    """Restore a picture, or all of a folder, as the settings say; returns the exit code."""
+    check(settings)
     device = parallel.start(settings.device).device
     dtype = compute_dtype(settings.dtype, device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
-    if not settings.output.parent.is_dir():
-        raise FileNotFoundError(f"{settings.output.parent}: no such folder for --output; make it first.")
-    if settings.output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--output {settings.output}: unknown picture format; use .png, .jpg or .webp.")
-
-    clean = open_picture(settings.input)
-    picture = clean
-    if settings.degrade:
-        picture = degrade.parse(settings.degrade)(clean, np.random.default_rng(settings.seed))
+    degradation = degrade.parse(settings.degrade) if settings.degrade else None
+    jobs, failed = pictures.find(settings.input, settings.output, settings.samples)
+    folder = settings.input.is_dir()
+    for name, reason in failed:
+        print(f"not restored: {name}: {reason}", file=sys.stderr)
+    there = [j for j in jobs if folder and not settings.overwrite and all(file.exists() for file in j.outputs)]
+    jobs = [job for job in jobs if job not in there]
+    if not jobs and there:
+        print(f"{settings.output}: all {len(there)} pictures are there already; --overwrite restores them again")
+        return 1 if failed else 0
+    if not jobs:
+        raise ValueError(f"--input {settings.input}: none of its {len(failed)} pictures can be read.")
 
     lora, loras = purpose(settings.lora), " + ".join(settings.lora)
     text = settings.prompt or lora.get("prompt") or degrade.PROMPTS["guide"]
@@ -85,7 +137,9 @@ def sample(settings: Settings) -> None:
     if name != lora.get("objective", name):
         raise ValueError(f"--objective {name}: {loras} was trained for {lora['objective']}; leave the flag out.")
     objective = Objective(name, **{k: lora[k] for k in ("context", "source_noise", "start_time") if k in lora})
-    steps = settings.steps if settings.steps is not None else 28 if name == "kontext" else 4
+    if settings.samples > 1 and not (name == "kontext" or objective.source_noise):
+        raise ValueError(f"--samples {settings.samples}: a bridge without source noise has one result; leave it out.")
+    steps = settings.steps or STEPS[name]
     if lora.get("base", base := fingerprint(weights.path("transformer"), "transformer")) != base:
         print(f"note: {loras} was trained on another base model than --weights", file=sys.stderr)
 
@@ -102,43 +156,98 @@ def sample(settings: Settings) -> None:
         load_lora(flux, *strength_of(each))
     if lora.get("objective") == "bridge":
         print(f"{loras}: {BRIDGE_ONLY}")
+    tile = settings.tile or lora.get("resolution", 128 * autoencoder.factor)  # 64 x 64 tokens
 
-    began = time.monotonic()
-    restored = restore(
-        to_tensor(picture).to(device),
-        flux,
-        autoencoder,
-        batch(encoded, [text], guidance, dtype, device),
-        objective,
-        steps,
-        settings.solver,
-        seed=settings.seed,
-        tile=settings.tile or lora.get("resolution", 1024),
-    )
-    result = to_image(restored[0])
+    @contextmanager
+    def spared(job: pictures.Job) -> Iterator[None]:
+        """One bad file of a folder is named and does not stop the rest."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if not folder or getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            print(f"not restored: {job.name}: {error}", file=sys.stderr)
+            failed.append((job.name, str(error)))
+
+    def tick() -> None:
+        nonlocal passed
+        passed += 1
+        progress.show(passed, total, f"tiles, {label}")
+
+    began, progress, restored, rows, figures = time.monotonic(), Progress(), 0, [], []
+    groups = pictures.batches(jobs, settings.batch_size)
+    sizes = {j.size: working_size(*j.size, settings.resolution, settings.max_side) for j in jobs}
+    cost = {s: settings.samples * passes(*sizes[s], autoencoder, tile, steps, settings.solver) for s in sizes}
+    passed, total, label = 0, sum(cost[group[0].size] for group in groups), ""
+    for group in groups:
+        photos, size, label = [], group[0].size, group[0].name
+        for job in group:
+            with spared(job):
+                photos.append(pictures.load(job, degradation, settings.reference, settings.seed))
+        if not photos:
+            passed += cost[size]
+            continue
+        small = [p.degraded if size == sizes[size] else p.degraded.resize(sizes[size], Image.LANCZOS) for p in photos]
+        image = torch.stack([data.to_tensor(picture) for picture in small])  # (B, 3, H, W) bytes
+        for k in range(settings.samples):
+            results = restore(
+                image,
+                flux,
+                autoencoder,
+                batch(encoded, [text] * len(image), guidance, dtype, device),
+                objective,
+                steps,
+                settings.solver,
+                seed=settings.seed + k,
+                tile=tile,
+                strength=settings.strength,
+                fidelity=settings.fidelity,
+                report=tick,
+            )
+            for photo, degraded, tensor in zip(photos, small, results, strict=True):
+                result = COLOUR_FIXES[settings.color_fix](to_image(tensor), degraded)
+                result = result if result.size == size else result.resize(size, Image.LANCZOS)
+                before_after = [photo.degraded, result, *([photo.clean] if photo.clean else [])]
+                with spared(photo.job):
+                    shown = grid([before_after]) if settings.compare else result
+                    pictures.write(photo.job.outputs[k], shown, photo.file, settings.quality)
+                    restored += 1
+                    title, score = photo.job.name + (f" #{k + 1}" if settings.samples > 1 else ""), ""
+                    if photo.clean:
+                        rows.append(metrics.row(title, *before_after))
+                        score = report.from_to(rows[-1]["input"]["psnr"], rows[-1]["restored"]["psnr"])
+                    if settings.report and len(figures) < report.RESTORED:
+                        figures.append(report.slider(title, *before_after, score=score, side=report.RESTORED_SIDE))
+
     seconds = time.monotonic() - began
-
-    shown = grid([[picture, result, clean] if settings.degrade else [picture, result]]) if settings.compare else result
-    shown.save(settings.output, quality=95)  # of JPEG and WebP; PNG is exact
-    print(
-        f"{settings.output}: {result.width}x{result.height}, {name}, {steps} {settings.solver} steps, {seconds:.1f} s"
-    )
+    evaluations = math.ceil(steps / SOLVERS[settings.solver]) * SOLVERS[settings.solver]
+    how = f"{name}, {evaluations} network evaluations, {settings.solver}, {seconds:.1f} s"
+    if folder:
+        print(f"{settings.output}: {restored} restored, {len(there)} there before, {len(failed)} not restored; {how}")
+    else:
+        print(f"{jobs[0].outputs[0]}: {size[0]}x{size[1]}, {how}")
     if settings.stream:
         print(stream.report())
-    if settings.degrade:
-        before, after = (f"{psnr(p, clean):.2f} dB / {ssim(p, clean):.3f}" for p in (picture, result))
-        print(f"PSNR / SSIM against the clean input: degraded {before}, restored {after}")
+    if rows:
+        rows.append(metrics.mean_row(rows))
+        print(metrics.table(rows))
+    if settings.json:
+        settings.json.write_text(json.dumps(finite(rows), indent=1) + "\n", encoding="utf-8")
+    if settings.report and figures:
+        print(report.write_restored_report(settings.output, figures, restored, rows[-1] if rows else None))
+    if not (restored or there):
+        raise ValueError(f"--input {settings.input}: none of its {len(failed)} pictures could be restored.")
+    return 1 if failed else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 done, 2 bad input, 1 anything else."""
+    """Exit code: see the top."""
     settings = parse(Settings, argv, __doc__)
     try:
-        sample(settings)
+        return sample(settings)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def schedule(steps: int, image_tokens: int, shift: bool = True) -> Tensor:
     return 1 - (shift_time(t, image_tokens) if shift else t)
 
 
-SOLVERS = ("euler", "midpoint", "heun")
+SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2}  # network evaluations a step
 
 
 @torch.no_grad()

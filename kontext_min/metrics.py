@@ -6,33 +6,35 @@
 R is 255 for bytes and 1 for floats. m, v and c are means, variances and covariance (of the population) under an 11 x 11
 Gaussian window of sigma 1.5, wherever it fits into the picture; each channel by itself, then the mean. Wang et al.
 2004, Image quality assessment, eq. 13 and section III.C. scikit-image agrees if given gaussian_weights=True, sigma=1.5,
-use_sample_covariance=False. What papers call PSNR-Y is psnr(luma(a), luma(b)).
+use_sample_covariance=False. PSNR-Y is the PSNR of the luma.
 
-Pictures are PIL images or arrays (H, W, 3) or (H, W).
+Pictures are PIL images or arrays (H, W, 3) or (H, W). They are turned to float64 some rows at a time: all of a picture
+of 24 megapixels would be 576 MB, several times over.
 """
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 Picture = Image.Image | np.ndarray
+ROWS = 256
 
 
 def psnr(a: Picture, b: Picture) -> float:
     """Peak signal-to-noise ratio in dB; infinite for equal pictures. ValueError if the shapes differ."""
-    x, y = _pair(a, b)
-    error = np.mean((x - y) ** 2)
-    return float(-10 * np.log10(error)) if error > 0 else float("inf")
+    return _decibels((x - y) ** 2 for x, y in _bands(a, b))
+
+
+def psnr_y(a: Picture, b: Picture) -> float:
+    """PSNR of the luma of two RGB pictures, in dB; grey and small colour errors count less than in `psnr`."""
+    return _decibels((luma(x) - luma(y)) ** 2 for x, y in _bands(a, b))
 
 
 def ssim(a: Picture, b: Picture) -> float:
     """Structural similarity, at most 1. ValueError if the shapes differ or a side is under 11 pixels."""
-    x, y = _pair(a, b)
-    if min(x.shape[:2]) < 11:
-        raise ValueError(f"SSIM needs at least 11 x 11 pixels, got {x.shape[1]} x {x.shape[0]}; use a larger picture")
-    mx, my = _window(x), _window(y)
-    vx, vy, cov = _window(x * x) - mx * mx, _window(y * y) - my * my, _window(x * y) - mx * my
-    c1, c2 = 0.01**2, 0.03**2
-    return float(np.mean((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))))
+    return _mean(_similarity(x, y) for x, y in _bands(a, b, window=11))
 
 
 def luma(a: Picture) -> np.ndarray:
@@ -41,9 +43,46 @@ def luma(a: Picture) -> np.ndarray:
 
 
 def texture(a: Picture, clean: Picture) -> float:
-    """Energy of the Laplacian of `a` relative to the clean picture's: below 1 is too smooth, above 1 too rough."""
-    x, y = _pair(a, clean)
-    return float(np.sum(_laplacian(x) ** 2) / np.sum(_laplacian(y) ** 2))
+    """Energy of the Laplacian of `a` relative to the clean picture's: below 1 is too smooth, above 1 too rough.
+
+    Infinite, or 1 for two of them, if the clean picture has none.
+    """
+    energy = np.zeros(2)
+    for pair in _bands(a, clean, window=3):
+        energy += [np.sum(_laplacian(x) ** 2) for x in pair]
+    return float(energy[0] / energy[1]) if energy[1] else float("inf") if energy[0] else 1.0
+
+
+Row = dict[str, Any]  # {"name": of the picture, "input": scores, "restored": scores}
+SCORES = {"psnr": ("PSNR", 2), "psnr_y": ("PSNR-Y", 2), "ssim": ("SSIM", 3), "texture": ("texture", 2)}  # title, digits
+
+
+def scores(a: Picture, clean: Picture) -> dict[str, float]:
+    """All of the above by name. ValueError as in `ssim`."""
+    return {"psnr": psnr(a, clean), "psnr_y": psnr_y(a, clean), "ssim": ssim(a, clean), "texture": texture(a, clean)}
+
+
+def row(name: str, degraded: Picture, restored: Picture, clean: Picture) -> Row:
+    """The scores of a picture before and after. ValueError as in `ssim`."""
+    return {"name": name, "input": scores(degraded, clean), "restored": scores(restored, clean)}
+
+
+def mean_row(rows: Sequence[Row]) -> Row:
+    """The mean of the scores of some pictures."""
+    row: Row = {"name": "mean"}
+    for part in ("input", "restored"):
+        row[part] = {key: sum(r[part][key] for r in rows) / len(rows) for key in SCORES}
+    return row
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in aligned lines: of each metric first the input's value, then the restored picture's."""
+    width = max(len(row["name"]) for row in [*rows, {"name": "input, restored"}])
+    lines = ["input, restored".ljust(width) + "".join(f"{title:>18}" for title, _ in SCORES.values())]
+    for row in rows:
+        values = ((row["input"][key], row["restored"][key], digits) for key, (_, digits) in SCORES.items())
+        lines.append(row["name"].ljust(width) + "".join(f"{a:10.{n}f} {b:7.{n}f}" for a, b, n in values))
+    return "\n".join(lines)
 
 
 def _unit(a: Picture) -> np.ndarray:
@@ -52,11 +91,35 @@ def _unit(a: Picture) -> np.ndarray:
     return a / 255.0 if a.dtype == np.uint8 else a.astype(np.float64)
 
 
-def _pair(a: Picture, b: Picture) -> tuple[np.ndarray, np.ndarray]:
-    x, y = _unit(a), _unit(b)
+def _bands(a: Picture, b: Picture, window: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows of both in `_unit`, such that each window of so many rows is in one band and in one only."""
+    x, y = np.asarray(a), np.asarray(b)
     if x.shape != y.shape:
         raise ValueError(f"pictures of shapes {x.shape} and {y.shape}; a metric needs two of one size and one mode")
-    return x, y
+    if min(x.shape[:2]) < window:
+        size = f"{window} x {window} pixels, got {x.shape[1]} x {x.shape[0]}"
+        raise ValueError(f"this metric needs at least {size}; use a larger picture")
+    for top in range(0, len(x) - window + 1, ROWS):
+        yield tuple(_unit(z[top : top + ROWS + window - 1]) for z in (x, y))
+
+
+def _mean(parts: Iterable[np.ndarray]) -> float:
+    total = count = 0
+    for part in parts:
+        total, count = total + part.sum(), count + part.size
+    return float(total / count)
+
+
+def _decibels(errors: Iterable[np.ndarray]) -> float:
+    error = _mean(errors)
+    return float(-10 * np.log10(error)) if error > 0 else float("inf")
+
+
+def _similarity(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    mx, my = _window(x), _window(y)
+    vx, vy, cov = _window(x * x) - mx * mx, _window(y * y) - my * my, _window(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    return (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
 
 
 def _window(x: np.ndarray) -> np.ndarray:

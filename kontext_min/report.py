@@ -1,7 +1,8 @@
-"""report.html in the run folder: how the run went, in one file that needs neither network nor any other file.
+"""report.html: how a run went, or what sample.py made of a folder, in one file that needs neither network nor others.
 
-    settings.json, metrics.jsonl, validation/step-000500.png  ->  report.html
+    settings.json, metrics.jsonl, validation/step-000500.png  ->  report.html in the run folder
     python -m kontext_min.report runs/NAME                        writes it again
+    before and after of some pictures                         ->  report.html beside the restored ones
 
 Curves are inline SVG, pictures embedded JPEGs, the before/after slider is a range input over stacked images. The page's
 own content security policy forbids every request.
@@ -30,6 +31,7 @@ GAP = 4  # white pixels between the pictures of a sheet, as validation.grid leav
 SIDE, QUALITY = 768, 85  # embedded pictures: longest side in pixels, JPEG quality
 PICTURES, STEPS = 6, 4  # pictures shown; validations to choose from, besides the best one: under 10 MB together
 LIMIT = 600  # points of a curve
+RESTORED, RESTORED_SIDE = 24, 1280  # of a report on restored pictures: how many, and SIDE: under 25 MB together
 
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -57,10 +59,41 @@ def write_report(folder: Path) -> Path:
         "Training": training_charts(training),
         "Settings": settings_table(settings),
     }
+    return save_page(folder, headline(training, validations, settings), sections)
+
+
+def write_restored_report(folder: Path, figures: Sequence[str], count: int, mean: Row | None) -> Path:
+    """Write report.html on restored pictures into a folder, aside and renamed; returns its path.
+
+    Args:
+        folder: of the restored pictures; must be there.
+        figures: from `slider`, at most RESTORED of them are of use.
+        count: pictures that were restored.
+        mean: metrics.mean_row, if there are clean pictures to compare with.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    facts = [("Restored", f"{count:,}", "picture" + "s" * (count != 1))]
+    if mean:
+        before, after = mean["input"], mean["restored"]
+        gain = f"{after['psnr'] - before['psnr']:+.2f} dB".replace("-", "−")
+        facts.insert(0, ("Gain in PSNR", gain, "mean " + from_to(before["psnr"], after["psnr"])))
+        facts.insert(1, ("SSIM", f"{after['ssim']:.3f}", f"before {before['ssim']:.3f}"))
+        facts.insert(2, ("Texture, clean = 1", f"{after['texture']:.2f}", f"before {before['texture']:.2f}"))
+    note = "" if len(figures) == count else f"{len(figures)} of {count:,} pictures are shown. "
+    note += "Larger pictures are shrunk; whole ones are in the folder."
+    left = LEFT if mean else ""
+    body = BEFORE_AFTER.format(choices=left, figures="".join(figures), note=note, views="{}")
+    return save_page(folder, fact_list(facts), {"Before and after": body})
+
+
+def save_page(folder: Path, headline: str, sections: dict[str, str]) -> Path:
+    """report.html in a folder, titled with the folder's name: written aside and renamed."""
     page = PAGE.format(
         name=html.escape(folder.resolve().name),
         css=CSS,
-        headline=headline(training, validations, settings),
+        headline=headline,
         sections="".join(f"<section><h2>{name}</h2>{body}</section>\n" for name, body in sections.items() if body),
         script=SCRIPT,
     )
@@ -74,7 +107,7 @@ def headline(training: Sequence[Row], validations: Sequence[Row], settings: Row)
     facts = []
     if top := best(validations):
         before, after = top["psnr_degraded"], top["psnr"]
-        facts.append(("Gain in PSNR", f"{after - before:+.2f} dB".replace("-", "−"), f"{before:.2f} → {after:.2f} dB"))
+        facts.append(("Gain in PSNR", f"{after - before:+.2f} dB".replace("-", "−"), from_to(before, after)))
         facts.append(("SSIM", f"{top['ssim']:.3f}", f"degraded {top['ssim_degraded']:.3f}"))
         facts.append(("Best step", f"{top['step']:,}", "by PSNR"))
     if training:
@@ -84,8 +117,18 @@ def headline(training: Sequence[Row], validations: Sequence[Row], settings: Row)
     if spent := series(training, "seconds"):
         seconds = sum(y for _, y in spent + series(validations, "seconds"))
         facts.append(("Time", clock(seconds), "validation included"))
+    return fact_list(facts) if facts else "<p>Nothing has been measured yet.</p>"
+
+
+def from_to(before: float, after: float) -> str:
+    """PSNR of a picture before and after."""
+    return f"{before:.2f} → {after:.2f} dB"
+
+
+def fact_list(facts: Sequence[tuple[str, str, str]]) -> str:
+    """(what, value, note) side by side, in large type."""
     cells = "".join(f"<div><dt>{what}</dt><dd>{value}<small>{note}</small></dd></div>" for what, value, note in facts)
-    return f'<dl class="facts">{cells}</dl>' if facts else "<p>Nothing has been measured yet.</p>"
+    return f'<dl class="facts">{cells}</dl>'
 
 
 def before_after(folder: Path, validations: Sequence[Row]) -> str:
@@ -98,19 +141,50 @@ def before_after(folder: Path, validations: Sequence[Row]) -> str:
             triples = slices(folder / "validation" / f"step-{step:06d}.png", infos)
         except (OSError, Image.DecompressionBombError):  # not there, cut short, or too large to be opened
             continue
-        scores = [f"{p['psnr_degraded']:.2f} → {p['psnr']:.2f} dB" for p in infos]
+        scores = [from_to(p["psnr_degraded"], p["psnr"]) for p in infos]
         views[step] = [(embed(restored), score) for (_, restored, _), score in zip(triples, scores, strict=True)]
     if not views:
         return ""
     figures = ""
-    for n, ((degraded, _, clean), (uri, score)) in enumerate(zip(triples, views[max(views)], strict=True), 1):
-        size = {"width": degraded.width, "height": degraded.height, "most": 3 * degraded.width}
-        figures += SLIDER.format(n=n, **size, degraded=embed(degraded), clean=embed(clean), restored=uri, score=score)
+    for n, (triple, (_, score)) in enumerate(zip(triples, views[max(views)], strict=True), 1):
+        figures += slider(str(n), *triple, score)
     options = ""
     for step in views:
         marks = (" selected" if step == max(views) else "", ", best" if top and step == top["step"] else "")
         options += f'<option value="{step}"{marks[0]}>{step:,}{marks[1]}</option>'
-    return BEFORE_AFTER.format(options=options, figures=figures, views=json.dumps(views))
+    note = "PSNR from degraded to restored. Larger pictures are shrunk; all of them are in validation/."
+    return BEFORE_AFTER.format(choices=STEP.format(options) + LEFT, figures=figures, note=note, views=json.dumps(views))
+
+
+def slider(
+    name: str,
+    degraded: Image.Image,
+    restored: Image.Image,
+    clean: Image.Image | None = None,
+    score: str = "",
+    side: int = SIDE,
+) -> str:
+    """A picture before and after, one over the other; pictures of one shape.
+
+    Args:
+        name: of the picture, plain text.
+        degraded: at the left of the handle.
+        restored: at its right.
+        clean: may be chosen for the left, if there is one.
+        score: plain text behind the name.
+        side: what pictures are shrunk to, in pixels.
+    """
+    name, score = html.escape(name), html.escape(score)
+    return SLIDER.format(
+        n=name,
+        width=degraded.width,
+        height=degraded.height,
+        most=3 * degraded.width,
+        degraded=embed(degraded, side),
+        restored=embed(restored, side),
+        clean=CLEAN.format(n=name, clean=embed(clean, side)) if clean else "",
+        score=score,
+    )
 
 
 def validation_charts(rows: Sequence[Row]) -> str:
@@ -206,10 +280,10 @@ def slices(file: Path, infos: Sequence[Row]) -> list[list[Image.Image]]:
     return cut
 
 
-def embed(picture: Image.Image) -> str:
+def embed(picture: Image.Image, side: int = SIDE) -> str:
     """A picture, shrunk if it is large, as a data URI."""
     small, buffer = picture.copy(), io.BytesIO()
-    small.thumbnail((SIDE, SIDE))
+    small.thumbnail((side, side))
     small.save(buffer, "JPEG", quality=QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -311,21 +385,24 @@ CHART = """<figure class="chart"><figcaption>{title} <small>{unit}</small></figc
 <p class="keys">{keys}</p></figure>
 """
 
-BEFORE_AFTER = """<div class="views"><p class="choices">
-<label>Step <select name="step" autocomplete="off">{options}</select></label>
-<label>Left <select name="left" autocomplete="off"><option>degraded</option><option>clean</option></select></label></p>
+BEFORE_AFTER = """<div class="views"><p class="choices">{choices}</p>
 <div class="columns">{figures}</div>
-<p class="note">PSNR from degraded to restored. Larger pictures are shrunk; all of them are in validation/.</p>
+<p class="note">{note}</p>
 <script type="application/json" id="views">{views}</script></div>"""
+
+STEP = """<label>Step <select name="step" autocomplete="off">{}</select></label>
+"""
+LEFT = """<label>Left <select name="left" autocomplete="off"><option>degraded</option><option>clean</option></select>
+</label>"""
 
 SLIDER = """<figure style="max-width:{most}px"><div class="stage" style="aspect-ratio:{width}/{height}">
 <img src="{restored}" alt="picture {n}, restored">
 <img class="left" src="{degraded}" alt="picture {n}, degraded">
-<img class="left clean" src="{clean}" alt="picture {n}, clean">
-<span class="left">degraded</span><span class="left clean">clean</span><span>restored</span>
+<span class="left">degraded</span>{clean}<span>restored</span>
 <input type="range" value="50" autocomplete="off" aria-label="picture {n}: percent of it shown as before">
 </div><figcaption>{n}. <span>{score}</span></figcaption></figure>
 """
+CLEAN = """<img class="left clean" src="{clean}" alt="picture {n}, clean"><span class="left clean">clean</span>"""
 
 CSS = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1d2327; --quiet: #5f6a72; --rule: #e3e7e9;

@@ -236,7 +236,7 @@ def like(parameter: Tensor, tensor: Tensor) -> Tensor:
 def append_metrics(folder: Path, row: Mapping[str, Any], board: Any = None) -> None:
     """Add one line to metrics.jsonl, where what is not finite becomes null, and its numbers to tensorboard's board."""
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
-        f.write(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n")
+        f.write(json.dumps(finite(row)) + "\n")
     if board:
         group = "validation" if row.get("validation") else "train"
         for name, value in row.items():
@@ -244,10 +244,12 @@ def append_metrics(folder: Path, row: Mapping[str, Any], board: Any = None) -> N
                 board.add_scalar(f"{group}/{name}", value, row["step"])
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+def finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: null, wherever in a value they are."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

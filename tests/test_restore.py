@@ -1,23 +1,32 @@
-"""Tiles blend without a seam; sample.py restores a picture at its own size with what the LoRA file says."""
+"""Tiles blend without a seam; bytes, batches, solvers, strength and fidelity do what their equations say."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 
-import sample
-from kontext_min.checkpoints import load_flux
-from kontext_min.lora import add_lora
-from kontext_min.lora_files import save_lora
-from kontext_min.restore import _starts, tiled, to_image, to_tensor
+from kontext_min import data, prompts
+from kontext_min.checkpoints import Weights, load_autoencoder, load_flux
+from kontext_min.flow import Objective, Prompt
+from kontext_min.restore import (
+    _starts,
+    pad_to_grid,
+    passes,
+    restore,
+    tiled,
+    to_bytes,
+    to_image,
+    to_tensor,
+    working_size,
+)
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "tests" / "photos" / "bowl.jpg"
+PIXELS = SimpleNamespace(factor=1, encode=lambda x: x, decode=lambda z: z)  # an autoencoder that does nothing
+PROMPT = Prompt(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 200), (130, 70), (258, 254)])
@@ -58,76 +67,158 @@ def test_pictures_survive_the_way_to_tensors_and_back():
     assert to_image(to_tensor(image)[0]).tobytes() == image.tobytes()
 
 
-# ----------------------------------------------------------------------------------------------------------- sample.py
+def test_bytes_are_padded_by_reflection():
+    x = torch.randint(0, 256, (1, 3, 13, 30), dtype=torch.uint8)
+    assert torch.equal(pad_to_grid(x, 8).float(), F.pad(x.float(), (0, 2, 0, 3), mode="reflect"))
+    assert pad_to_grid(x, 1) is x
+    assert pad_to_grid(torch.tensor([[[[1.0, 2.0, 3.0]]]]), 8)[0, 0, 0].tolist() == [1, 2, 3, 2, 1, 2, 3, 2]
+    assert torch.equal(pad_to_grid(torch.ones(1, 3, 1, 1), 16), torch.ones(1, 3, 16, 16))
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A small photograph and a LoRA whose header says what it was trained for."""
-    folder = tmp_path_factory.mktemp("sample")
-    Image.open(PHOTO).convert("RGB").crop((300, 300, 375, 351)).save(folder / "in.png")
-    flux = load_flux(ROOT / "weights" / "tiny", dtype=torch.float32)
-    add_lora(flux, rank=2)
-    about = {"objective": "bridge", "context": False, "source_noise": 0.1, "start_time": 1.0, "guidance": 2.0,
-             "prompt": "Remove the noise from this photo.", "resolution": 64}  # fmt: skip
-    save_lora(flux, folder / "lora.safetensors", metadata={"kontext_min": json.dumps(about)})
-    return folder
+def test_bytes_go_in_and_come_out():
+    """The same as for floats, with the rounding of to_image; padding and cropping included."""
+    x = torch.randint(0, 256, (2, 3, 50, 75), dtype=torch.uint8)
+    brighter = restored(data.to_float(x), constant(0.5), tile=32)
+    assert (brighter - data.to_float(x) - 0.5).abs().max() < 1e-5
+    out = restored(x, constant(0.5), tile=32)
+    assert out.dtype == torch.uint8 and out.shape == x.shape
+    assert torch.equal(out, to_bytes(brighter))
+    assert to_image(out[1]).tobytes() == to_image(brighter[1]).tobytes()
 
 
-def run(*flags: object) -> int:
-    return sample.main([str(f) for f in flags])
+def test_working_size_keeps_the_shape():
+    assert working_size(6000, 4000, None, None) == (6000, 4000)
+    assert working_size(6000, 4000, 1024, None) == (1254, 836)  # 1024^2 pixels, 3:2
+    assert working_size(300, 200, 1024, None) == (1254, 836)
+    assert working_size(6000, 4000, None, 1500) == (1500, 1000)
+    assert working_size(600, 400, None, 1500) == (600, 400)
+    assert working_size(10000, 1, None, 100) == (100, 1)
 
 
-def test_a_picture_comes_back_at_its_own_size(small, tmp_path, capsys):
-    args = ["--input", small / "in.png", "--cache-dir", tmp_path, "--steps", 1]
-    assert run(*args, "--output", tmp_path / "out.png") == 0
-    assert Image.open(tmp_path / "out.png").size == (75, 51)
-    assert run(*args, "--output", tmp_path / "out.jpg", "--lora", small / "lora.safetensors") == 0
-    assert "75x51, bridge, 1 euler steps" in capsys.readouterr().out
-    flags = ["--degrade", "guide", "--compare", "--lora", f"{small / 'lora.safetensors'}=0.5", "--tile", 32]
-    assert run(*args, *flags, "--output", tmp_path / "three.png") == 0
-    assert Image.open(tmp_path / "three.png").size == (3 * 75 + 8, 51)
-    assert "PSNR / SSIM against the clean input" in capsys.readouterr().out
-    assert run(*args, "--output", tmp_path / "k.png", "--objective", "kontext", "--solver", "heun") == 0
+# ----------------------------------------------------------------------------------------------- following the velocity
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--input", "nothing.jpg", "--output", "o.png"], "nothing.jpg"),
-        (["--input", "{text}", "--output", "o.png"], "not a picture"),
-        (["--input", "{cut}", "--output", "o.png"], "cut.jpg"),
-        (["--output", "no/such/folder/o.png"], "no such folder for --output"),
-        (["--output", "{here}/o.xyz"], "unknown picture format"),
-        (["--output", "{here}/o.png", "--weights", "weights/nowhere"], "weights/nowhere"),
-        (["--output", "{here}/o.png", "--vae", "{lora}"], "It looks like a LoRA"),
-        (["--output", "{here}/o.png", "--lora", "{weights}"], "it is no LoRA"),
-        (["--output", "{here}/o.png", "--lora", "nowhere.safetensors"], "no such LoRA file"),
-        (["--output", "{here}/o.png", "--lora", "{lora}", "--objective", "kontext"], "was trained for bridge"),
-        (["--output", "{here}/o.png", "--degrade", "blurr=2"], "blurr"),
-        (["--output", "{here}/o.png", "--steps", "-1"], "expected at least 1"),
-        (["--output", "{here}/o.png", "--device", "quantum"], "--device"),
-        (["--output", "/proc/o.png", "--steps", "1"], "/proc"),
-    ],
-)
-def test_bad_input_is_one_clear_line_and_exit_code_2(small, tmp_path, capsys, flags, message):
-    (tmp_path / "text.jpg").write_text("this is no picture")
-    (tmp_path / "cut.jpg").write_bytes(PHOTO.read_bytes()[:20_000])
-    save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    names = {"text": tmp_path / "text.jpg", "cut": tmp_path / "cut.jpg", "here": tmp_path,
-             "weights": tmp_path / "weights.safetensors", "lora": small / "lora.safetensors"}  # fmt: skip
-    flags = [f.format(**names) for f in flags]
-    if "--input" not in flags:
-        flags = ["--input", str(small / "in.png"), *flags]
-    assert run(*flags, "--cache-dir", tmp_path / "cache") == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("sample.py: ")
-    assert message in error
+def constant(value):
+    """A network whose velocity is `value` everywhere: out = -v."""
+    return lambda img, *_: torch.full_like(img, -value)
 
 
-def test_unknown_flags_and_help():
-    for flags, code, text in ((["--inputt", "x"], 2, "usage:"), (["--help"], 0, "--tile")):
-        done = subprocess.run([sys.executable, "sample.py", *flags], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == code
-        assert text in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
+BRIDGE = Objective()
+
+
+def restored(image, flux, objective=BRIDGE, steps=1, **options):
+    rows = Prompt(*(x.expand(len(image), *x.shape[1:]) for x in (PROMPT.txt, PROMPT.y, PROMPT.guidance)))
+    return restore(image, flux, PIXELS, rows, objective, steps, **options)
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 5), ("midpoint", 6), ("heun", 6)])
+def test_steps_are_network_evaluations_and_passes_counts_all(solver, evaluations):
+    calls, ticks = [], []
+
+    def flux(img, *_):
+        calls.append(1)
+        return img * 0
+
+    restored(torch.zeros(1, 3, 24, 40), flux, steps=5, solver=solver, tile=16, report=lambda: ticks.append(1))
+    tiles = 2 * 3
+    assert len(calls) == tiles * evaluations
+    assert len(ticks) == passes(40, 24, PIXELS, 16, 5, solver) == tiles * (evaluations + 2)
+
+
+def test_a_picture_is_the_same_alone_and_in_a_batch():
+    torch.manual_seed(0)
+    x = torch.rand(3, 3, 24, 20) * 2 - 1
+    objective = Objective(source_noise=0.3)
+    together = restored(x, constant(0.1), objective, seed=5)
+    for k in range(3):
+        assert torch.allclose(together[k], restored(x[k : k + 1], constant(0.1), objective, seed=5)[0], atol=1e-6)
+    assert not torch.allclose(together[:1], restored(x[:1], constant(0.1), objective, seed=6), atol=0.01)
+    noise = torch.randn(x[:1].shape[1:], generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(together - x, (0.3 * noise + 0.1).expand(x.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [Objective("kontext"), Objective(source_noise=0.5), Objective(start_time=0.5)])
+def test_strength_starts_part_way_along_the_path(objective):
+    """x at s0 = 1 - S is (1 - s0) source + s0 control, the network is first asked at t = T S, and 0 changes nothing."""
+    times, first = [], []
+
+    def flux(img, img_ids, txt, txt_ids, t, y, guidance):
+        times.append(t.item())
+        first.append(img.clone())
+        return img * 0
+
+    x, eps = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
+    out = restored(x, flux, objective, steps=4, noise=eps, strength=0.25)
+    assert times[0] == pytest.approx(0.25 * objective.start_time)
+    assert len(times) == 4 and all(0 < b < a for a, b in zip(times[:-1], times[1:], strict=True))
+    source = eps if objective.name == "kontext" else x + objective.source_noise * eps
+    assert torch.allclose(out, 0.25 * source + 0.75 * x, atol=1e-6)
+    assert (restored(x, flux, objective, noise=eps, strength=1e-6) - x).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="strength: got 0"):
+        restored(x, flux, strength=0)
+
+
+def test_fidelity_is_the_equation():
+    """One Euler step by hand, at a place inside the path; 1 at sigma = 0 is the input itself, 0 changes nothing."""
+    torch.manual_seed(0)
+    control, eps, v = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16), 0.7
+    kontext, w, s = Objective("kontext"), 0.6, 0.5
+    out = restored(control, constant(v), kontext, noise=eps, strength=1 - s, fidelity=w)
+    x = (1 - s) * eps + s * control
+    x1 = x + (1 - s) * v
+    x1 = x1 - w * (1 - s) ** 4 * (x1 - control)
+    assert torch.allclose(out, x + (1 - s) * (x1 - x) / (1 - s), atol=1e-5)
+    assert (restored(control, constant(v), fidelity=1.0) - control).abs().max() < 1e-6
+    assert torch.allclose(restored(control, constant(v), fidelity=0.5), control + 0.5 * v, atol=1e-6)
+    nearer = [(restored(control, constant(v), steps=4, fidelity=f) - control).mean().item() for f in (0, 0.3, 0.6, 1)]
+    assert nearer[0] == pytest.approx(v, abs=1e-5) and nearer == sorted(nearer, reverse=True)
+    for solver in ("midpoint", "heun"):  # at sigma = 1 nothing is divided by zero
+        assert restored(control, constant(v), steps=4, fidelity=1.0, solver=solver).isfinite().all()
+    with pytest.raises(ValueError, match=r"fidelity: got 1\.5"):
+        restored(control, constant(v), fidelity=1.5)
+
+
+# ------------------------------------------------------------------------------------------------------------- the seam
+
+
+def seam(x, length, tile, grid):
+    """Mean step between neighbours in a row, at the edges of tiles over elsewhere: 1 where nothing is to be seen."""
+    steps = (x[..., 1:] - x[..., :-1]).abs().mean(dim=tuple(range(x.ndim - 1)))
+    starts = _starts(length, tile, grid)
+    edges = torch.tensor(sorted({s - 1 for s in starts[1:]} | {s + tile - 1 for s in starts[:-1]}))
+    elsewhere = torch.ones_like(steps, dtype=torch.bool)
+    elsewhere[edges] = False
+    return (steps[edges].mean() / steps[elsewhere].mean()).item()
+
+
+def test_no_seam_though_every_tile_has_a_colour_of_its_own():
+    """A network that answers each call with a random colour: the worst that tiles can disagree."""
+    g = torch.Generator().manual_seed(0)
+
+    def flux(img, *_):
+        return torch.randn(1, 1, 3, generator=g).repeat_interleave(4, dim=-1).expand_as(img) * 0.5
+
+    torch.manual_seed(1)
+    x = 0.1 * torch.randn(1, 3, 64, 512)
+    out = restored(x, flux, steps=4, tile=64)
+    assert (out - x).std() > 0.1  # the tiles did disagree
+    assert seam(out, 512, 64, 2) < 1.05
+    hard = x.clone()
+    for start in _starts(512, 64, 2):  # the later tile over the earlier: what a seam looks like
+        hard[..., start : start + 64] += 0.5 * torch.randn(1, 3, 1, 1, generator=g)
+    assert seam(hard, 512, 64, 2) > 1.5
+
+
+def test_tiles_of_the_embedded_model_agree_with_the_whole_picture():
+    """What tiles change lies as much between their edges as on them."""
+    weights = Weights(ROOT / "weights" / "tiny")
+    flux, autoencoder = (f(weights.root, dtype=torch.float32) for f in (load_flux, load_autoencoder))
+    text = "Remove the noise from this photo."
+    prompt = prompts.batch(
+        prompts.encode([text], weights, None, torch.float32, "cpu"), [text], 1.5, torch.float32, "cpu"
+    )
+    image = to_tensor(Image.open(PHOTO).convert("RGB").crop((300, 300, 460, 364)))
+    whole, tiles = (restore(image, flux, autoencoder, prompt, Objective(), 1, tile=t) for t in (160, 64))
+    error = (tiles - whole).abs().mean().item()
+    assert 0 < error < 0.1 * (whole - whole.mean()).abs().mean().item()
+    assert seam(tiles, 160, 64, 8) < 1.1 * seam(whole, 160, 64, 8)  # the picture itself is not as rough everywhere

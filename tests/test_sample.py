@@ -1,0 +1,486 @@
+"""sample.py: a picture or a folder in, the same names, sizes and metadata out; bad input named in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image, ImageCms, ImageOps
+from safetensors.torch import save_file
+
+import sample
+from kontext_min import data, degrade, metrics, pictures
+from kontext_min.checkpoints import load_flux
+from kontext_min.lora import add_lora
+from kontext_min.lora_files import save_lora
+from test_report import Page
+
+ROOT = Path(__file__).parent.parent
+PHOTO = ROOT / "tests" / "photos" / "bowl.jpg"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, small_bundle):
+    """A small photograph and a LoRA whose header says what it was trained for."""
+    folder = tmp_path_factory.mktemp("sample")
+    Image.open(PHOTO).convert("RGB").crop((300, 300, 375, 351)).save(folder / "in.png")
+    flux = load_flux(small_bundle, dtype=torch.float32)
+    add_lora(flux, rank=2)
+    about = {"objective": "bridge", "context": False, "source_noise": 0.1, "start_time": 1.0, "guidance": 2.0,
+             "prompt": "Remove the noise from this photo.", "resolution": 64}  # fmt: skip
+    save_lora(flux, folder / "lora.safetensors", metadata={"kontext_min": json.dumps(about)})
+    return folder
+
+
+def run(*flags: object) -> int:
+    return sample.main([str(f) for f in flags])
+
+
+def test_a_picture_comes_back_at_its_own_size(small, small_bundle, tmp_path, capsys):
+    args = ["--input", small / "in.png", "--cache-dir", tmp_path, "--steps", 1]
+    assert run(*args, "--output", tmp_path / "out.png") == 0  # by weights/tiny
+    assert Image.open(tmp_path / "out.png").size == (75, 51)
+    args += ["--weights", small_bundle]
+    assert run(*args, "--output", tmp_path / "out.jpg", "--lora", small / "lora.safetensors") == 0
+    assert "75x51, bridge, 1 network evaluations, euler" in capsys.readouterr().out
+    flags = ["--degrade", "guide", "--compare", "--lora", f"{small / 'lora.safetensors'}=0.5", "--tile", 32]
+    assert run(*args, *flags, "--output", tmp_path / "three.png") == 0
+    assert Image.open(tmp_path / "three.png").size == (3 * 75 + 8, 51)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].split() == ["input,", "restored", "PSNR", "PSNR-Y", "SSIM", "texture"]
+    assert lines[-2].split()[0] == "in.png" and len(lines[-2].split()) == 9
+    assert run(*args, "--output", tmp_path / "k.png", "--objective", "kontext", "--solver", "heun") == 0
+    assert "kontext, 2 network evaluations, heun" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input", "nothing.jpg", "--output", "o.png"], "nothing.jpg"),
+        (["--input", "{text}", "--output", "o.png"], "not a picture"),
+        (["--input", "{cut}", "--output", "o.png"], "cut.jpg"),
+        (["--output", "no/such/folder/o.png"], "no such folder for --output"),
+        (["--output", "{here}/o.xyz"], "unknown picture format"),
+        (["--output", "{here}/o.png", "--weights", "weights/nowhere"], "weights/nowhere"),
+        (["--output", "{here}/o.png", "--vae", "{lora}"], "It looks like a LoRA"),
+        (["--output", "{here}/o.png", "--lora", "{weights}"], "not kohya names of this model"),
+        (["--output", "{here}/o.png", "--lora", "nowhere.safetensors"], "no such LoRA file"),
+        (["--output", "{here}/o.png", "--lora", "{lora}", "--objective", "kontext"], "was trained for bridge"),
+        (["--output", "{here}/o.png", "--degrade", "blurr=2"], "blurr"),
+        (["--output", "{here}/o.png", "--steps", "-1"], "expected at least 1"),
+        (["--output", "{here}/o.png", "--device", "quantum"], "--device"),
+        (["--output", "/proc/o.png", "--steps", "1"], "/proc"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(small, small_bundle, tmp_path, capsys, flags, message):
+    (tmp_path / "text.jpg").write_text("this is no picture")
+    (tmp_path / "cut.jpg").write_bytes(PHOTO.read_bytes()[:20_000])
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    names = {"text": tmp_path / "text.jpg", "cut": tmp_path / "cut.jpg", "here": tmp_path,
+             "weights": tmp_path / "weights.safetensors", "lora": small / "lora.safetensors"}  # fmt: skip
+    flags = [f.format(**names) for f in flags]
+    if "--input" not in flags:
+        flags = ["--input", str(small / "in.png"), *flags]
+    assert run("--weights", small_bundle, *flags, "--cache-dir", tmp_path / "cache") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sample.py: ")
+    assert message in error
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    assert "else 4, kontext 28" in text and "1 to 100 (default 95)" in text and "{none,wavelet,adain}" in text
+    for name in sample.Settings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def crop(width, height, k=0):
+    return Image.open(PHOTO).convert("RGB").crop((200 + k, 200 + k, 200 + k + width, 200 + k + height))
+
+
+BROKEN = {
+    "cut.jpg": lambda whole: whole[: len(whole) // 2],
+    "text.jpg": lambda _: b"this is no picture",
+    "sub/empty.png": lambda _: b"",
+    "sub/zeros.jpg": lambda whole: bytes(len(whole)),
+    "head.jpeg": lambda whole: whole[:20],
+    "cut.png": None,
+    "one.png": None,
+    "sub/thin.webp": None,
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """50 files in three folders: 42 pictures of six kinds and seven shapes, 8 that are none. And a note in words."""
+    folder = tmp_path_factory.mktemp("mixed") / "in"
+    (folder / "sub" / "Über").mkdir(parents=True)
+    kinds = [("jpg", {}), ("PNG", {}), ("webp", {}), ("tif", {}), ("jpeg", {"quality": 60}), ("gif", {})]
+    for k in range(42):
+        ending, options = kinds[k % 6]
+        picture = crop(24 + 5 * (k % 7), 40 - 3 * (k % 7), k)
+        picture = [picture, picture.convert("L"), picture.convert("CMYK")][k % 3 if ending == "jpg" else 0]
+        picture.save(folder / ["", "sub", "sub/Über"][k % 3] / f"{k:02d} photo.{ending}", **options)
+    crop(40, 40).save(folder / "whole.jpg")
+    whole = (folder / "whole.jpg").read_bytes()
+    (folder / "whole.jpg").unlink()
+    crop(40, 40).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:500])
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    Image.new("RGB", (90, 3)).save(folder / "sub" / "thin.webp")
+    for name, spoil in BROKEN.items():
+        if spoil:
+            (folder / name).write_bytes(spoil(whole))
+    (folder / "notes.txt").write_text("no picture, and passed over")
+    assert sum(f.is_file() for f in folder.rglob("*")) == 51
+    return folder
+
+
+@pytest.fixture
+def identity(monkeypatch):
+    """sample.py with networks that change nothing: what comes out is what the files' handling makes of the input."""
+    seen = []
+
+    def restore(image, *_, report, **options):
+        seen.append({"shape": tuple(image.shape), **options})
+        return image.clone()
+
+    monkeypatch.setattr(sample, "restore", restore)
+    return seen
+
+
+def test_a_folder_of_fifty_with_eight_broken(mixed, small_bundle, tmp_path, capsys):
+    out = tmp_path / "out"
+    args = ["--input", mixed, "--output", out, "--weights", small_bundle, "--cache-dir", tmp_path, "--steps", 1]
+    assert run(*args, "--batch-size", 3) == 1
+    said = capsys.readouterr()
+    assert "42 restored, 0 there before, 8 not restored; bridge, 1 network evaluations, euler" in said.out
+    assert "left 0s" in said.out
+    for name in BROKEN:
+        assert sum(line.startswith(f"not restored: {name}: ") for line in said.err.splitlines()) == 1, name
+    names = {p.name for p in data.scan(mixed)[0]}
+    made = {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()}
+    assert made == {name + ".png" * name.endswith(".gif") for name in names} and len(made) == 42
+    for name in names:
+        with Image.open(mixed / name) as before, Image.open(out / (name + ".png" * name.endswith(".gif"))) as after:
+            assert before.size == after.size
+            assert after.format == {"gif": "PNG"}.get(name[-3:], before.format)
+
+    times = {f: f.stat().st_mtime_ns for f in out.rglob("*")}
+    assert run(*args) == 1  # the broken ones are still there
+    said = capsys.readouterr()
+    assert "all 42 pictures are there already" in said.out and said.err.count("not restored") == 8
+    assert times == {f: f.stat().st_mtime_ns for f in out.rglob("*")}
+    gone = out / "01 photo.PNG" if (out / "01 photo.PNG").exists() else out / "sub" / "01 photo.PNG"
+    kept = Image.open(gone).tobytes()
+    gone.unlink()
+    assert run(*args) == 1
+    assert "1 restored, 41 there before, 8 not restored" in capsys.readouterr().out
+    again = np.frombuffer(Image.open(gone).tobytes(), np.uint8).astype(int)
+    assert np.abs(again - np.frombuffer(kept, np.uint8)).max() <= 1  # alone as in its batch, but for rounding
+
+
+def test_overwrite_and_an_output_inside_the_input(identity, small_bundle, tmp_path, capsys):
+    crop(32, 32).save(tmp_path / "a.png")
+    args = ["--input", tmp_path, "--output", tmp_path / "restored", "--weights", small_bundle]
+    assert run(*args, "--cache-dir", tmp_path / "cache") == 0
+    assert run(*args, "--overwrite", "--cache-dir", tmp_path / "cache") == 0
+    assert len(identity) == 2  # what was restored is not taken for an input
+    assert [f.name for f in (tmp_path / "restored").iterdir()] == ["a.png"]
+
+
+def test_a_failing_picture_is_counted_and_a_full_disk_stops(identity, small_bundle, tmp_path, capsys, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for k in range(3):
+        crop(32, 32, k).save(tmp_path / "in" / f"{k}.png")
+    write = pictures.write
+
+    def refuse(path, *args, number=22):
+        if path.name == "1.png":
+            raise OSError(number, "this one not")
+        write(path, *args)
+
+    monkeypatch.setattr(pictures, "write", refuse)
+    args = ["--input", tmp_path / "in", "--weights", small_bundle, "--cache-dir", tmp_path]
+    assert run(*args, "--output", tmp_path / "out") == 1
+    said = capsys.readouterr()
+    assert "2 restored, 0 there before, 1 not restored" in said.out and "not restored: 1.png: " in said.err
+    monkeypatch.setattr(pictures, "write", lambda *a: refuse(*a, number=28))
+    assert run(*args, "--output", tmp_path / "full") == 2
+    assert not (tmp_path / "full" / "2.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ what files hold
+
+
+def with_metadata(path, mode="RGB", **options):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make], exif[ExifTags.Base.Orientation] = "Leica", 6
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "1999:12:31 23:59:59"
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    crop(60, 40).convert(mode).save(path, exif=exif, icc_profile=profile, dpi=(300, 300), **options)
+    return profile
+
+
+@pytest.mark.parametrize(("ending", "target"), [("jpg", "jpg"), ("png", "png"), ("webp", "webp"), ("jpg", "webp")])
+def test_orientation_is_applied_and_metadata_kept(identity, small_bundle, tmp_path, ending, target):
+    profile = with_metadata(tmp_path / f"in.{ending}", **({"lossless": True} if ending == "webp" else {}))
+    args = ["--weights", small_bundle, "--cache-dir", tmp_path]
+    assert run("--input", tmp_path / f"in.{ending}", "--output", tmp_path / f"out.{target}", *args) == 0
+    with Image.open(tmp_path / f"in.{ending}") as before, Image.open(tmp_path / f"out.{target}") as after:
+        assert after.size == (40, 60)  # upright
+        exif = after.getexif()
+        assert exif[ExifTags.Base.Orientation] == 1 and exif[ExifTags.Base.Make] == "Leica"
+        assert exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] == "1999:12:31 23:59:59"
+        assert exif.get_ifd(ExifTags.IFD.GPSInfo)[1] == "N"
+        assert after.info["icc_profile"] == profile
+        if target != "webp":
+            assert after.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        upright = ImageOps.exif_transpose(before).convert("RGB")
+        difference = np.abs(np.asarray(upright).astype(int) - np.asarray(after.convert("RGB")))
+        assert difference.max() == 0 if target == "png" else difference.mean() < 4
+
+
+def test_transparency_passes_through(identity, small_bundle, tmp_path, capsys):
+    picture = crop(48, 32)
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size).point(lambda a: max(a - 40, 0)))
+    picture.save(tmp_path / "in.png")
+    args = ["--input", tmp_path / "in.png", "--weights", small_bundle, "--cache-dir", tmp_path]
+    assert run(*args, "--output", tmp_path / "out.png") == 0
+    assert "transparency" in capsys.readouterr().err
+    before, after = np.asarray(picture), np.asarray(Image.open(tmp_path / "out.png"))
+    assert np.array_equal(before[..., 3], after[..., 3])
+    seen = before[..., 3] > 0
+    assert np.array_equal(before[seen], after[seen])  # straight colours: not laid on white and then made transparent
+    assert (after[~seen][:, :3] == 255).all() and (~seen).any()
+    assert run(*args, "--output", tmp_path / "out.jpg") == 0
+    on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    assert metrics.psnr(Image.open(tmp_path / "out.jpg").convert("RGB"), on_white) > 35
+
+
+@pytest.mark.parametrize("kind", ["16-bit grey", "16-bit colour", "grey profile", "frames", "plain"])
+def test_what_is_not_kept_is_said_in_one_line(identity, small_bundle, tmp_path, capsys, kind):
+    file, grey = tmp_path / "in.png", np.asarray(crop(40, 30).convert("L"), dtype=np.uint16) * 257
+    if kind == "16-bit grey":
+        Image.fromarray(grey).save(file)
+    elif kind == "16-bit colour":
+        write_png16(file, np.stack([grey] * 3, axis=-1))
+    elif kind == "grey profile":
+        profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+        profile[16:20] = b"GRAY"
+        crop(40, 30).convert("L").save(file, icc_profile=bytes(profile))
+    elif kind == "frames":
+        crop(40, 30).save(file, save_all=True, append_images=[crop(40, 30, 9)])
+    else:
+        crop(40, 30).save(file)
+    assert run("--input", file, "--output", tmp_path / "o.png", "--weights", small_bundle, "--cache-dir", tmp_path) == 0
+    error, words = capsys.readouterr().err, {"16": "8 bits", "gr": "GRAY colour profile", "fr": "2 frames", "pl": ""}
+    assert error.count("\n") == (kind != "plain") and words[kind[:2]] in error
+    with Image.open(tmp_path / "o.png") as made:
+        assert made.mode == "RGB" and "icc_profile" not in made.info
+        if kind.startswith("16"):  # scaled, not clipped
+            assert np.abs(np.asarray(made)[..., 0].astype(int) - grey // 257).max() <= 1
+
+
+def write_png16(file, array):
+    """An RGB PNG of 16 bits, which Pillow reads but doesn't write."""
+    import struct
+    import zlib
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    h, w, _ = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    header = struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def test_quality_is_that_of_jpeg_and_webp(identity, small_bundle, tmp_path):
+    crop(80, 80).save(tmp_path / "in.png")
+    for ending in ("jpg", "webp"):
+        sizes = []
+        for quality in (30, 90):
+            args = ["--input", tmp_path / "in.png", "--output", tmp_path / f"o.{ending}", "--quality", quality]
+            assert run(*args, "--weights", small_bundle, "--cache-dir", tmp_path) == 0
+            sizes.append((tmp_path / f"o.{ending}").stat().st_size)
+        assert sizes[0] < 0.7 * sizes[1]
+
+
+# ------------------------------------------------------------------------------------------------ what flags come to do
+
+
+def test_sizes_to_restore_at(identity, small_bundle, tmp_path):
+    crop(90, 60).save(tmp_path / "in.png")
+    args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle]
+    for flags, shape in [((), (60, 90)), (("--max-side", 45), (30, 45)), (("--resolution", 147), (120, 180))]:
+        assert run(*args, "--cache-dir", tmp_path, *flags) == 0
+        assert identity[-1]["shape"] == (1, 3, *shape)
+        assert Image.open(tmp_path / "o.png").size == (90, 60)
+
+
+def test_dials_reach_the_network(identity, small_bundle, tmp_path):
+    crop(32, 32).save(tmp_path / "in.png")
+    flags = ["--strength", 0.5, "--fidelity", 0.25, "--seed", 7, "--tile", 16]
+    args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle, *flags]
+    assert run(*args, "--cache-dir", tmp_path) == 0
+    expected = {"shape": (1, 3, 32, 32), "strength": 0.5, "fidelity": 0.25, "seed": 7, "tile": 16}
+    assert identity == [expected]
+
+
+def test_colour_fix(small_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "restore", lambda image, *_, **__: image // 2)
+    crop(64, 64).save(tmp_path / "in.png")
+    means = []
+    for fix in ("none", "wavelet", "adain"):
+        args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--color-fix", fix]
+        assert run(*args, "--weights", small_bundle, "--cache-dir", tmp_path) == 0
+        means.append(np.asarray(Image.open(tmp_path / "o.png")).mean() / np.asarray(crop(64, 64)).mean())
+    assert means == pytest.approx([0.5, 1, 1], abs=0.02)
+
+
+def test_samples_have_seeds_of_their_own(small, small_bundle, tmp_path):
+    args = ["--input", small / "in.png", "--cache-dir", tmp_path, "--steps", 1, "--lora", small / "lora.safetensors"]
+    args += ["--weights", small_bundle]
+    assert run(*args, "--output", tmp_path / "o.png", "--samples", 2) == 0
+    one, two = (Image.open(tmp_path / f"o-{k}.png") for k in (1, 2))
+    assert one.tobytes() != two.tobytes() and not (tmp_path / "o.png").exists()
+    assert run(*args, "--output", tmp_path / "third.png", "--seed", 43) == 0
+    assert Image.open(tmp_path / "third.png").tobytes() == two.tobytes()
+
+
+def test_degradation_depends_on_seed_and_name(identity, small_bundle, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        crop(32, 32).save(tmp_path / "in" / name)
+    args = ["--weights", small_bundle, "--cache-dir", tmp_path, "--degrade", "noise=0.1"]
+    assert run("--input", tmp_path / "in", "--output", tmp_path / "out", *args) == 0
+    assert run("--input", tmp_path / "in" / "b.png", "--output", tmp_path / "b.png", *args) == 0
+    assert run("--input", tmp_path / "in" / "b.png", "--output", tmp_path / "c.png", *args, "--seed", 1) == 0
+    a, b, alone, other = (
+        np.asarray(Image.open(tmp_path / f)).astype(int) for f in ("out/a.png", "out/b.png", "b.png", "c.png")
+    )
+    assert np.array_equal(b, alone) and not np.array_equal(a, b) and not np.array_equal(b, other)
+    expected = degrade.parse("noise=0.1")(crop(32, 32), data.generator(42, "degrade", 0, "b.png"))
+    assert np.array_equal(b, np.asarray(expected))
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.fixture
+def scored(identity, small_bundle, tmp_path):
+    """A folder of three noisy pictures, clean ones for two of them, one under another ending; and the flags."""
+    for k, name in enumerate(("a", "sub/b", "c")):
+        for folder in ("in", "clean"):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+        noisy = degrade.parse("noise=0.1")(crop(48, 40, k), np.random.default_rng(k))
+        noisy.save(tmp_path / "in" / f"{name}.png")
+        if name != "c":
+            crop(48, 40, k).save(tmp_path / "clean" / f"{name}.{'bmp' if k else 'png'}")
+    return ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle, "--cache-dir",
+            tmp_path / "cache", "--reference", tmp_path / "clean"]  # fmt: skip
+
+
+def test_scores_are_those_of_the_metrics(scored, tmp_path, capsys):
+    assert run(*scored, "--json", tmp_path / "scores.json") == 0
+    said = capsys.readouterr()
+    assert "note: c.png: no such picture in --reference" in said.err
+    rows = json.loads((tmp_path / "scores.json").read_text())
+    assert [row["name"] for row in rows] == ["a.png", "sub/b.png", "mean"]
+    for row, k in zip(rows[:2], (0, 1), strict=True):
+        restored, clean = Image.open(tmp_path / "out" / row["name"]), crop(48, 40, k)
+        for name in ("psnr", "psnr_y", "ssim", "texture"):
+            assert row["restored"][name] == row["input"][name] == pytest.approx(getattr(metrics, name)(restored, clean))
+    for part in ("input", "restored"):
+        for name, value in rows[2][part].items():
+            assert value == pytest.approx((rows[0][part][name] + rows[1][part][name]) / 2)
+    lines = said.out.splitlines()[-4:]
+    assert len({len(line) for line in lines}) == 1  # aligned
+    assert lines[1].split()[1] == f"{rows[0]['input']['psnr']:.2f}" and lines[3].startswith("mean")
+
+
+def test_a_reference_of_another_size_is_named(scored, tmp_path, capsys):
+    crop(47, 40).save(tmp_path / "clean" / "a.png")
+    assert run(*scored) == 1
+    said = capsys.readouterr()
+    assert "2 restored, 0 there before, 1 not restored" in said.out
+    assert "not restored: a.png: " in said.err and "the input 48x40" in said.err and "47x40" in said.err
+
+
+def test_report_of_a_folder(scored, tmp_path):
+    assert run(*scored, "--report", "--compare") == 0
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert [i["aria-label"].split(":")[0] for i in page.all("input")] == ["picture a.png", "picture c.png"] + [
+        "picture sub/b.png"
+    ]
+    assert len(page.all("img")) == 3 + 3 + 2 and all(i["src"].startswith("data:image/jpeg") for i in page.all("img"))
+    assert "+0.00 dB" in page.text["dd"] and not page.all("link") and page.text["h1"] == "out"
+    with Image.open(tmp_path / "out" / "a.png") as sheet:
+        assert sheet.size == (3 * 48 + 8, 40)
+    with Image.open(tmp_path / "out" / "c.png") as sheet:
+        assert sheet.size == (2 * 48 + 4, 40)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input", "{folder}", "--output", "{here}/in.png"], "--input is a folder; name a folder"),
+        (["--input", "{folder}", "--output", "{folder}"], "would replace the input"),
+        (["--input", "{empty}"], "no pictures in this folder"),
+        (["--input", "{broken}"], "none of its 1 pictures can be read"),
+        (["--output", "{here}/in.png"], "would replace the input"),
+        (["--output", "{here}/o.gif"], "unknown picture format"),
+        (["--samples", "0"], "--samples: got 0"),
+        (["--samples", "2"], "a bridge without source noise has one result"),
+        (["--batch-size", "0"], "--batch-size: got 0"),
+        (["--tile", "0"], "--tile: got 0"),
+        (["--max-side", "-5"], "--max-side: got -5"),
+        (["--quality", "101"], "--quality: got 101"),
+        (["--strength", "0"], "--strength: got 0.0"),
+        (["--strength", "nan"], "--strength: got nan"),
+        (["--fidelity", "1.5"], "--fidelity: got 1.5"),
+        (["--reference", "{here}/nowhere"], "nowhere: no such file or folder"),
+        (["--reference", "{here}/text.jpg"], "text.jpg: not a picture"),
+        (["--reference", "{here}/in.png", "--degrade", "guide"], "leave one of the two out"),
+        (["--input", "{folder}", "--reference", "{here}/in.png"], "is a file, but --input is a folder"),
+        (["--json", "{here}/s.json"], "--json: scores need a clean picture"),
+        (["--json", "{here}/no/s.json", "--degrade", "guide"], "no such folder"),
+        (["--report"], "--report: is for folders"),
+    ],
+)
+def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
+    for name in ("folder", "empty", "broken"):
+        (tmp_path / name).mkdir()
+    for path in (tmp_path / "in.png", tmp_path / "folder" / "a.png"):
+        crop(32, 32).save(path)
+    for path in (tmp_path / "text.jpg", tmp_path / "broken" / "text.jpg"):
+        path.write_text("this is no picture")
+    names = {name: tmp_path / name for name in ("folder", "empty", "broken")}
+    args = ["--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--weights", small_bundle]
+    assert run(*args, "--cache-dir", tmp_path, *(f.format(here=tmp_path, **names) for f in flags)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("sample.py: ") and message in lines[-1]
+    assert all(line.startswith("not restored: text.jpg") for line in lines[:-1])
+    assert not (tmp_path / "out.png").exists()
+    assert Image.open(tmp_path / "in.png").size == (32, 32)
+
+
+def test_a_file_may_go_to_a_folder(identity, small_bundle, tmp_path):
+    crop(32, 32).save(tmp_path / "in.gif")
+    (tmp_path / "out").mkdir()
+    args = ["--input", tmp_path / "in.gif", "--output", tmp_path / "out", "--weights", small_bundle]
+    assert run(*args, "--cache-dir", tmp_path) == 0
+    assert Image.open(tmp_path / "out" / "in.gif.png").size == (32, 32)
