@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from kontext_min import data, flow, prompts
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
@@ -47,6 +47,15 @@ from kontext_min.t5 import T5Encoder, T5Params
 
 GB = 2.0**30  # a card of 16 GB has 16 times this
 SMALL = 0.05  # width of the model times pixels of the batch, over bytes: what is below is not planned before a run
+ATEN = torch.ops.aten
+FLOPS = flop_registry | {  # which lacks the fused attention of CPUs
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g.shape, q.shape, k.shape, v.shape
+    ),
+}
 CUDA_CONTEXT = 0.6 * GB  # kernels and workspaces of CUDA and cuBLAS, about
 
 
@@ -146,8 +155,8 @@ class Tally(TorchDispatchMode):
                 self.now += self.known[key]
                 self.segment.peak = max(self.segment.peak, self.now)
                 weakref.finalize(x.untyped_storage(), self._gone, key).atexit = False
-        if (packet := getattr(func, "_overloadpacket", None)) in flop_registry:
-            self.segment.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        if (packet := getattr(func, "_overloadpacket", None)) in FLOPS:
+            self.segment.flops += FLOPS[packet](*args, **(kwargs or {}), out_val=out)
         return out
 
     def _gone(self, key: int) -> None:
@@ -377,14 +386,14 @@ def for_training(settings: Any, sizes: Sizes, dtype: torch.dtype, device: torch.
 
 
 def for_sampling(
-    settings: Any, sizes: Sizes, size: data.Size, tile: int, reference: bool, dtype: torch.dtype, device: torch.device
+    settings: Any, sizes: Sizes, trained: int | None, reference: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Setting, data.Size]:
-    """The Setting of sample.py's flags for a picture of this size, and its size with --tile 512."""
-    multiple = 2 ** len(sizes.autoencoder.ch_mult)
-    whole = [-(-side // multiple) * multiple for side in size]
-    width, height = (min(side, max(tile // multiple, 1) * multiple) for side in whole)
+    """The Setting of sample.py's flags for a whole tile, which bounds the memory, and the size with --tile 512."""
+    factor = 2 ** (len(sizes.autoencoder.ch_mult) - 1)
+    tile = max((settings.tile or trained or 128 * factor) // (2 * factor), 1) * 2 * factor
     return Setting(
-        size=(width, height),
+        size=(tile, tile),
+        batch=settings.batch_size,
         reference=reference,
         train=False,
         rank=0,  # of a LoRA nothing but its file is known, and that is small
@@ -392,7 +401,7 @@ def for_sampling(
         stream=settings.stream,
         dtype=dtype,
         cuda=device.type == "cuda",
-    ), (min(width, 512), min(height, 512))
+    ), (min(tile, 512), min(tile, 512))
 
 
 def free_bytes(device: torch.device) -> float:
@@ -507,14 +516,21 @@ def table() -> str:
         "| width x height | tokens | int8, GB | with context | TFLOP a batch | with context | TFLOP a restoring step |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
+    known: dict[data.Size, list[float]] = {}  # a shape and its transpose take the same
     for size in data.buckets(1024):
-        base = Setting(size=size, kind="int8", text=False, **c)
-        plain, context = (measure(replace(base, reference=r), sizes) for r in (False, True))
-        step = network(replace(base, train=False), sizes)[2]
-        lines.append(
-            f"| {size[0]} x {size[1]} | {size[0] * size[1] // 256} | {plain.device / GB:.1f} | "
-            f"{context.device / GB:.1f} | {plain.flops / 1e12:.0f} | {context.flops / 1e12:.0f} | {step / 1e12:.0f} |"
-        )
+        key = min(size), max(size)
+        if key not in known:
+            base = Setting(size=key, kind="int8", text=False, pictures=False, **c)
+            plain, context = (measure(replace(base, reference=r), sizes) for r in (False, True))
+            step = network(replace(base, train=False), sizes)[2]
+            known[key] = [
+                plain.device / GB,
+                context.device / GB,
+                *(x / 1e12 for x in (plain.flops, context.flops, step)),
+            ]
+        a, b, *tera = known[key]
+        arithmetic = " | ".join(f"{x:.0f}" for x in tera)
+        lines.append(f"| {size[0]} x {size[1]} | {size[0] * size[1] // 256} | {a:.1f} | {b:.1f} | {arithmetic} |")
     return "\n".join(lines)
 
 
