@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from kontext_min import data, degrade, metrics, parallel, pictures, report
+from kontext_min import data, degrade, metrics, parallel, pictures, plan, report
 from kontext_min.checkpoints import Weights, find, fingerprint, load_autoencoder, load_flux, metadata
 from kontext_min.colour import COLOUR_FIXES
 from kontext_min.flags import flag, parse
@@ -84,6 +84,8 @@ class Settings:
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
     dtype: str = flag("auto", "of the computation; auto: bfloat16 where the hardware multiplies it", "machine", DTYPES)
     stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
+    plan: bool = flag(False, "print how much memory the restoration will take, and stop", "machine")
+    budget: str = flag("16G", "memory of the device that --plan looks for flags for", "machine")
 
 
 def check(settings: Settings) -> None:
@@ -146,6 +148,12 @@ def sample(settings: Settings) -> int:
     if lora["base"] not in (None, fingerprint(weights.path("transformer"), "transformer")):
         print(f"note: {model} was trained on another base model than --weights", file=sys.stderr)
 
+    sizes = plan.Sizes.of(weights)
+    asked, smaller = plan.for_sampling(settings, sizes, lora.get("resolution"), objective.sees_control, dtype, device)
+    if settings.plan:
+        print(plan.show(asked, sizes, plan.budget_bytes(settings.budget), smaller))
+        return 0
+    plan.refuse(asked, sizes, device)
     encoded = encode([text], weights, settings.cache_dir / "prompts", dtype, device, settings.stream)  # then T5 is gone
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
     if settings.stream:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from kontext_min import __version__, data, degrade, flow, parallel, prompts, runs
+from kontext_min import __version__, data, degrade, flow, parallel, plan, prompts, runs
 from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, load_flux, save_flux
 from kontext_min.data import Picture
 from kontext_min.flags import flag, parse, to_json
@@ -118,6 +118,8 @@ class Settings:
     gradient_checkpointing: bool = flag(False, "recompute each block in the backward pass: less memory", "machine")
     offload_activations: bool = flag(False, "with it or --stream: block inputs wait in the host's memory", "machine")
     compile: bool = flag(False, "torch.compile, block by block", "machine")
+    plan: bool = flag(False, "print how much memory the run will take, and stop", "machine")
+    budget: str = flag("16G", "memory of the device that --plan looks for flags for", "machine")
 
 
 # --------------------------------------------------------------------------------------------------- small ingredients
@@ -237,6 +239,13 @@ def train(settings: Settings) -> int:
     say = partial(print, flush=True) if first else lambda *_: None
     dtype = compute_dtype(settings.dtype, me.device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
+    sizes = plan.Sizes.of(weights)
+    asked, small = plan.for_training(settings, sizes, dtype, me.device)
+    if settings.plan:
+        say(plan.show(asked, sizes, plan.budget_bytes(settings.budget), small))
+        return 0
+    if not settings.shard:
+        plan.refuse(asked, sizes, me.device)
     prompt = settings.prompt or degrade.PROMPTS.get(settings.degrade, degrade.PROMPTS["guide"])
     validation_prompt = settings.validation_prompt or prompt
     degradation = degrade.parse(settings.degrade)
@@ -332,7 +341,9 @@ def train(settings: Settings) -> int:
         """Bytes (B, 3, H, W) to latents (B, C, h, w); latents from the cache pass through."""
         with torch.no_grad():
             x = pictures.to(me.device)
-            return x if x.is_floating_point() else autoencoder.encode(data.to_float(x))
+            if x.is_floating_point():
+                return x
+            return torch.cat([autoencoder.encode(data.to_float(picture)) for picture in x.split(1)])  # memory of one
 
     if settings.cache_latents:
         latents = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {written['fingerprint']['vae']}")

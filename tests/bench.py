@@ -251,11 +251,11 @@ def transformer(size: str) -> None:
 
 
 def flop_count(f: Callable[[], object]) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
+    from kontext_min.plan import Tally
 
-    with FlopCounterMode(display=False) as counter:
+    with Tally() as tally:
         f()
-    return counter.get_total_flops()
+    return round(sum(s.flops for s in tally.segments.values()))
 
 
 PEAK: list[float] = []
