@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from kontext_min.metrics import luma, psnr, ssim, texture
+from kontext_min.metrics import luma, psnr, psnr_y, ssim, texture
 
 PHOTOS = sorted(Path(__file__).parent.glob("photos/*.jpg"))
 
@@ -89,3 +89,14 @@ def test_shapes_that_do_not_match():
             metric(a, a[..., 0])  # would broadcast if it were let through
     with pytest.raises(ValueError, match="at least 11 x 11 pixels, got 16 x 10"):
         ssim(a[:10], a[:10])
+
+
+@pytest.mark.parametrize("kind", ["int64", "int32", "uint16", "int8"])
+def test_integers_that_are_no_bytes_are_refused(kind):
+    """Taken for floats they would be 255 times too large: -48 dB."""
+    a, b = (np.asarray(p) for p in pair())
+    for f in (psnr, psnr_y, ssim, texture):
+        with pytest.raises(ValueError, match=f"^a picture of {kind}; a metric needs bytes"):
+            f(a, b.astype(kind))
+    with pytest.raises(ValueError, match=f"^a picture of {kind}"):
+        luma(a.astype(kind))
