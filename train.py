@@ -520,14 +520,18 @@ def trained_for(settings: Settings, objective: Objective, prompt: str, base: str
     names = ["degrade", "resolution", "guidance", "rank", "alpha", "lora_targets"]
     names += ["steps", "lr", "lr_schedule", "warmup", "accumulate", "ema", "seed", "sigma", "weighting"]
     about = {name: getattr(settings, name) for name in names}
-    return about | ({"degrade": "pairs"} if settings.lr_root else {}) | {
-        "objective": objective.name,
-        "context": objective.context,
-        "source_noise": objective.source_noise,
-        "start_time": objective.start_time,
-        "prompt": prompt,
-        "base": base,
-    }
+    return (
+        about
+        | ({"degrade": "pairs"} if settings.lr_root else {})
+        | {
+            "objective": objective.name,
+            "context": objective.context,
+            "source_noise": objective.source_noise,
+            "start_time": objective.start_time,
+            "prompt": prompt,
+            "base": base,
+        }
+    )
 
 
 def fingerprints(weights: Weights) -> dict[str, str]:

@@ -620,7 +620,9 @@ def load_t5(
     device: str | torch.device = "cpu",
     kind: str | None = None,
 ) -> T5Encoder:
-    """The T5 encoder; arguments and errors as for load_flux. Plain float16 overflows in it: ask for another dtype."""
+    """The T5 encoder; arguments and errors as for load_flux. ValueError for float16, in which T5-XXL overflows."""
+    if dtype == torch.float16:
+        raise ValueError("T5: got dtype float16, in which it overflows; take bfloat16 or float32.")
     return assemble(*outline("t5", path, params), dtype, device, kind)
 
 

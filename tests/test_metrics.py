@@ -121,3 +121,14 @@ def test_shapes_that_do_not_match():
             metric(a, a[..., 0])  # would broadcast if it were let through
     with pytest.raises(ValueError, match="at least 11 x 11 pixels, got 16 x 10"):
         ssim(a[:10], a[:10])
+
+
+@pytest.mark.parametrize("kind", ["int64", "int32", "uint16", "int8"])
+def test_integers_that_are_no_bytes_are_refused(kind):
+    """Taken for floats they would be 255 times too large: -48 dB."""
+    a, b = (np.asarray(p) for p in pair())
+    for f in (psnr, psnr_y, ssim, texture):
+        with pytest.raises(ValueError, match=f"^a picture of {kind}; a metric needs bytes"):
+            f(a, b.astype(kind))
+    with pytest.raises(ValueError, match=f"^a picture of {kind}"):
+        luma(a.astype(kind))
