@@ -1,5 +1,6 @@
 """The loop of train.py: signals, disk errors, pictures that vanish, accumulation, EMA; and bad input of sample.py."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -321,6 +322,16 @@ def test_the_loop_takes_under_five_percent_for_itself():
         ["--hr-root", str(loop_overhead.ROOT / "tests/photos"), *loop_overhead.FLAGS.split()]
     )
     assert (total - spent.total()) / total < 0.05
+
+
+def test_help_shows_every_default(capsys):
+    for program, settings in ((train, train.Settings), (sample, sample.Settings)):
+        with pytest.raises(SystemExit):
+            program.main(["--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        for field in dataclasses.fields(settings):
+            if field.default not in (dataclasses.MISSING, None, ()) and not isinstance(field.default, bool):
+                assert f"(default {field.default})" in shown, field.name
 
 
 # ----------------------------------------------------------------------------------------------------------- sample.py

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import kill_test
@@ -92,6 +94,50 @@ def test_a_changed_setting_is_named_and_must_be_confirmed(run, capsys):
     assert "going on from" in capsys.readouterr().out
 
 
+def test_a_run_is_overwritten_only_when_all_else_is_right(run, tmp_path, capsys):
+    assert run("--steps", 2) == 0
+    before = (tmp_path / "run" / "lora.safetensors").read_bytes()
+    for wrong in (["--lora-targets", "nothing"], ["--shard"], ["--weights", tmp_path / "nowhere"]):
+        assert run("--overwrite", *wrong) == 2
+        assert (tmp_path / "run" / "lora.safetensors").read_bytes() == before
+        assert runs.latest_checkpoint(tmp_path / "run").name == "step-000002"
+    assert run("--overwrite", "--steps", 1) == 0
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    assert len(rows(tmp_path / "run")) == 1
+
+
+def test_a_run_that_lost_its_settings_or_has_other_pictures_says_so(run, pictures, tmp_path, capsys):
+    hr = shutil.copytree(pictures, tmp_path / "hr")
+    assert run("--hr-root", hr, "--steps", 2) == 0
+    (hr / "03.png").unlink()
+    assert run("--hr-root", hr, "--steps", 2) == 2
+    assert "pictures was " in capsys.readouterr().err
+    for text in ("{ not JSON", None):
+        (tmp_path / "run" / "settings.json").unlink()
+        if text:
+            (tmp_path / "run" / "settings.json").write_text(text)
+        assert run("--hr-root", hr, "--steps", 2) == 2
+        assert "settings.json: gone or broken" in capsys.readouterr().err
+
+
+def test_a_picture_that_breaks_later_is_named_once_and_counted(run, pictures, tmp_path, capsys):
+    """A TIFF that is cut off looks whole until it is decoded; eight epochs meet it eight times."""
+    hr = shutil.copytree(pictures, tmp_path / "hr")
+    Image.open(hr / "00.png").save(hr / "cut.tif")
+    (hr / "cut.tif").write_bytes((hr / "cut.tif").read_bytes()[:-3000])
+    assert run("--hr-root", hr, "--steps", 60, "--val-count", 0, "--checkpoint-every", 60) == 0
+    assert capsys.readouterr().out.count("cut.tif") == 1
+    assert [r["unreadable"] for r in rows(tmp_path / "run")][-1] == 1
+
+
+def test_results_have_the_permissions_that_the_umask_gives(run, tmp_path):
+    assert run("--steps", 1) == 0
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    for file in (tmp_path / "run" / "lora.safetensors", *(tmp_path / "cache" / "prompts").iterdir()):
+        assert file.stat().st_mode == plain.stat().st_mode, file
+
+
 def test_a_loss_that_is_not_finite_is_skipped_and_in_the_end_stops_the_run(run, tmp_path, monkeypatch, capsys):
     true_losses, calls = flow.losses, []
 
@@ -159,6 +205,11 @@ def test_four_crops_are_learnt_by_heart(objective, full, lr, bound):
         (["--objective", "kontext", "--source-noise", "0.1"], "starts from pure noise"),
         (["--lora-targets", "nothing"], "matches no Linear"),
         (["--shard"], "torchrun"),
+        (["--guidance", "nan"], "--guidance: got nan"),
+        (["--alpha", "inf"], "--alpha: got inf"),
+        (["--val-root", "{here}/empty"], "--val-root {here}/empty: no usable picture"),
+        (["--val-lr-root", "{here}/empty"], "add that"),
+        (["--hr-root", "{here}", "--output-dir", "{here}/run"], "lies in --hr-root"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, tmp_path, capsys, flags, message):
@@ -173,7 +224,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, tmp_path
     printed = capsys.readouterr()
     error = printed.err.strip().splitlines()[-1]
     assert error.startswith("train.py: ")
-    assert message in error
+    assert message.format(here=tmp_path) in error
     assert "Traceback" not in printed.err
     if "broken" in flags[-1]:
         assert "text.jpg: not a picture" in printed.out
@@ -189,5 +240,6 @@ def test_one_broken_picture_among_good_ones_is_named_and_the_run_goes_on(run, pi
     assert run("--hr-root", folder) == 0
     printed = capsys.readouterr().out
     assert "1 files left out" in printed
+    assert (tmp_path / "run" / "left-out.txt").read_text() == "bad.jpg: not a picture that Pillow can read\n"
     assert "bad.jpg: not a picture that Pillow can read" in printed
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["hr_root"] == str(folder)
