@@ -80,7 +80,8 @@ class Stream:
         self.seconds_waited, self.began = 0.0, 0.0
         if device.type == "cuda":
             self.side = torch.cuda.Stream(device)
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            known = hasattr(os, "sysconf")  # not on Windows: there blocks come from the file at every pass
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
             self.kept = [None] * len(blocks) if sum(self.sizes) <= memory // 2 else None  # in page-locked memory
             self.staging = _page_locked(max(self.sizes)) if self.kept is None else None
             self.copied: torch.cuda.Event | None = None
