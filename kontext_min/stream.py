@@ -19,7 +19,9 @@ Sources: the ring of two buffers with a permanent master copy is musubi-tuner's 
 2020, "Training Large Neural Networks with Constant Memory using a New Execution Algorithm" (L2L).
 """
 
+import ctypes
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -78,10 +80,13 @@ class Stream:
         self.seconds_waited, self.began = 0.0, 0.0
         if device.type == "cuda":
             self.side = torch.cuda.Stream(device)
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            known = hasattr(os, "sysconf")  # not on Windows: there blocks come from the file at every pass
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
             self.kept = [None] * len(blocks) if sum(self.sizes) <= memory // 2 else None  # in page-locked memory
             self.staging = _page_locked(max(self.sizes)) if self.kept is None else None
             self.copied: torch.cuda.Event | None = None
+        else:
+            _return_freed_memory()
 
     def wrap(self) -> None:
         """Let each block bring its weights; goes outside of torch.compile and inside of checkpointing."""
@@ -185,6 +190,16 @@ def _page_locked(nbytes: int) -> Tensor:
     runtime.cudaHostRegister(data.data_ptr(), nbytes, 0)
     weakref.finalize(data, runtime.cudaHostUnregister, data.data_ptr())
     return data
+
+
+def _return_freed_memory() -> None:
+    """Memory of the CPU goes back to the system as soon as it is freed, from 1 MB on.
+
+    glibc keeps freed activations for the next ones, and the block inputs that lie between them spoil the gaps: with
+    checkpointing that is half of the memory of a step.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def load_streamed(
