@@ -495,9 +495,10 @@ def test_a_file_may_go_to_a_folder(identity, small_bundle, tmp_path):
 
 @pytest.mark.slow
 def test_memory_grows_by_the_picture_and_its_latent_alone(small_bundle, tmp_path):
-    """Bytes of a pixel: 4 + 4 in Pillow, 3 + 3 as tensors, 1 for each of five latents; a float picture would be 12."""
+    """Bytes a pixel: 4 + 4 in Pillow, 3 + 3 as tensors, 1 for each of five latents. Floats in and out would be 24."""
     peaks = []
-    for mp in (2, 8):
-        file, _ = large_bench.make(tmp_path, mp)
+    for megapixels in (1, 6):
+        file, _ = large_bench.make(tmp_path, megapixels)
         peaks.append(large_bench.measure(file, tmp_path / "o.jpg", "--tile", 256, "--weights", small_bundle)[1])
-    assert (peaks[1] - peaks[0]) / 6 < 26
+    print(peaks, "MB at 1 and 6 MP")
+    assert (peaks[1] - peaks[0]) / 5 < 20
