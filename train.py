@@ -147,6 +147,12 @@ def checkpoint_blocks(flux: nn.Module, offload: bool = False) -> None:
         block.forward = partial(run, forward=block.forward)
 
 
+def compile_blocks(flux: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Each kind of block becomes one graph for any number of tokens; all blocks of the kind share it."""
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=True)
+
+
 @contextmanager
 def averaged(params: Sequence[Tensor], ema: Sequence[Tensor]) -> Iterator[None]:
     """The EMA in place of the weights, for validation and saving; nothing happens without one."""
@@ -312,8 +318,7 @@ def train(settings: Settings) -> int:
         if settings.lora_format == "kohya" and (outside := outside_of_blocks(flux)):
             say(f"note: diffusers drops {', '.join(outside)} from kohya files; --lora-format peft keeps them")
     if settings.compile:
-        for block in (*flux.double_blocks, *flux.single_blocks):
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+        compile_blocks(flux)
     if stream:
         stream.wrap()
     if settings.gradient_checkpointing or stream:
