@@ -149,8 +149,8 @@ def defocus(x: Array, rng: Rng, radius: float) -> Array:
 def _resample(x: Array, size: tuple[float, float], method: str) -> Array:
     """Pillow's resize to the (width, height) rounded, a channel at a time in float32, for bytes would be rounded.
 
-    On each axis y[i] = sum_j k(c - j) x[j] / sum_j k(c - j), c = (i + 1/2) / s - 1/2, s the new side over the old one, k
-    the filter, 1 / s times as wide if s < 1.
+    On each axis y[i] = sum_j k(c - j) x[j] / sum_j k(c - j), c = (i + 1/2) / s - 1/2, s the new side over the old one,
+    k the filter, 1 / s times as wide if s < 1.
     """
     pixels = [max(1, round(n)) for n in size]
     channels = [Image.fromarray(np.ascontiguousarray(x[..., c])).resize(pixels, FILTERS[method]) for c in range(3)]
@@ -218,21 +218,21 @@ def gamma(x: Array, rng: Rng, exponent: float) -> Array:
 
 
 def contrast(x: Array, rng: Rng, gain: float) -> Array:
-    """y = 1/2 + gain (x - 1/2). [4], contrast()."""
+    """y = 1/2 + gain (x - 1/2). [4], `contrast`."""
     return 0.5 + np.float32(gain) * (x - 0.5)
 
 
 def fade(x: Array, rng: Rng, gain: float, lift: float, saturation: float) -> Array:
     """A bleached print: y = lift + gain (L + saturation (x - L)), L the luma.
 
-    [4], saturate() with the luma of BT.601, then feFuncR of type linear.
+    [4], `saturate` with the luma of BT.601, then feFuncR of type linear.
     """
     grey = (x @ LUMA)[..., None]
     return np.float32(lift) + np.float32(gain) * (grey + np.float32(saturation) * (x - grey))
 
 
 def sepia(x: Array, rng: Rng, weight: float) -> Array:
-    """y = (1 - weight) x + weight min(S x, 1), S the matrix of sepia() in [4]: grey turns brown."""
+    """y = (1 - weight) x + weight min(S x, 1), S the matrix of `sepia` in [4]: grey turns brown."""
     matrix = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]], dtype=np.float32)
     return (1 - np.float32(weight)) * x + np.float32(weight) * np.minimum(x @ matrix.T, 1)
 
