@@ -145,6 +145,18 @@ def test_four_crops_are_learnt_by_heart(objective, full, lr, bound):
     assert memorise.fall(objective, full, steps=60, lr=lr) < bound
 
 
+@pytest.mark.parametrize(("fallen", "code"), [((0.1, 0.4), 0), ((0.11, 0.4), 1), ((0.1, 0.41), 1), ((math.nan, 0), 1)])
+def test_memorise_fails_when_a_bound_is_missed(monkeypatch, capsys, fallen, code):
+    monkeypatch.setattr(memorise, "fall", lambda objective, full, steps, lr: fallen[0 if full else 1])
+    assert memorise.main() == code
+    assert capsys.readouterr().out.count("loss falls by") == 4
+
+
+@pytest.mark.slow
+def test_four_crops_are_learnt_by_heart_to_the_end():
+    assert memorise.main() == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
