@@ -218,21 +218,21 @@ def gamma(x: Array, rng: Rng, exponent: float) -> Array:
 
 
 def contrast(x: Array, rng: Rng, gain: float) -> Array:
-    """About mid-grey: y = 1/2 + gain (x - 1/2). [4], contrast."""
+    """y = 1/2 + gain (x - 1/2). [4], `contrast`."""
     return 0.5 + np.float32(gain) * (x - 0.5)
 
 
 def fade(x: Array, rng: Rng, gain: float, lift: float, saturation: float) -> Array:
     """A bleached print: y = lift + gain (L + saturation (x - L)), L the luma.
 
-    [4], saturate() with the luma of BT.601, then feFuncR of type linear.
+    [4], `saturate` with the luma of BT.601, then feFuncR of type linear.
     """
     grey = (x @ LUMA)[..., None]
     return np.float32(lift) + np.float32(gain) * (grey + np.float32(saturation) * (x - grey))
 
 
 def sepia(x: Array, rng: Rng, weight: float) -> Array:
-    """y = (1 - weight) x + weight min(S x, 1), S the matrix of sepia in [4]: grey turns brown."""
+    """y = (1 - weight) x + weight min(S x, 1), S the matrix of `sepia` in [4]: grey turns brown."""
     matrix = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]], dtype=np.float32)
     return (1 - np.float32(weight)) * x + np.float32(weight) * np.minimum(x @ matrix.T, 1)
 

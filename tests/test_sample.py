@@ -1,5 +1,6 @@
 """sample.py: a picture or a folder in, the same names, sizes and metadata out; bad input named in one line."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -379,6 +380,72 @@ def test_degradation_depends_on_seed_and_name(identity, small_bundle, tmp_path):
     assert np.array_equal(b, alone) and not np.array_equal(a, b) and not np.array_equal(b, other)
     expected = degrade.parse("noise=0.1")(crop(32, 32), data.generator(42, "degrade", 0, "b.png"))
     assert np.array_equal(b, np.asarray(expected))
+
+
+# --------------------------------------------------------------------------------------------------- what the LoRA does
+
+ABOUT = {"objective": "bridge", "context": False, "source_noise": 0.1, "start_time": 1.0, "guidance": 2.0,
+         "prompt": "Remove the noise from this photo.", "resolution": 64}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pixels(small_bundle, tmp_path_factory):
+    """pixels(flags, about, lora): bytes that sample.py makes with a LoRA that does something, of the given header."""
+    folder = tmp_path_factory.mktemp("lora")
+    crop(40, 32).save(folder / "in.png")
+    flux = load_flux(small_bundle, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in add_lora(flux, rank=2):
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+    @functools.cache
+    def made(flags, about, lora):
+        save_lora(flux, folder / "lora.safetensors", metadata={"kontext_min": about})
+        args = ["--input", folder / "in.png", "--output", folder / "out.png", "--steps", 2, "--cache-dir", folder]
+        loras = ["--lora", lora.format(folder / "lora.safetensors")] if lora else []
+        assert run(*args, "--weights", small_bundle, *loras, *flags) == 0
+        return np.asarray(Image.open(folder / "out.png")).astype(int)
+
+    return lambda *flags, about=ABOUT, lora="{}": made(flags, json.dumps(about), lora)
+
+
+def differ(a, b):
+    return a.shape != b.shape or np.abs(a - b).mean() > 0.1  # of 255; equal runs are equal to the last bit
+
+
+@pytest.mark.parametrize("name", ["prompt", "guidance", "source_noise", "context", "start_time", "objective"])
+def test_each_default_comes_from_the_header(pixels, name):
+    """Another header, other pixels; and where there is a flag, it brings the first ones back."""
+    other = {"prompt": "Remove the blur from this photo.", "guidance": 6.0, "source_noise": 0.5, "context": True,
+             "start_time": 0.6, "objective": "kontext"}  # fmt: skip
+    about = ABOUT | {name: other[name]}
+    if name == "objective":
+        about["source_noise"] = 0.0
+    assert differ(pixels(), pixels(about=about))
+    if name in ("prompt", "guidance"):
+        assert np.array_equal(pixels(), pixels(f"--{name}", ABOUT[name], about=about))
+        assert np.array_equal(pixels(f"--{name}", other[name]), pixels(about=about))
+
+
+def test_the_lora_its_strength_and_the_seed_change_pixels(pixels):
+    whole = pixels()
+    assert np.array_equal(whole, pixels(lora="{}=1.0"))
+    base = {k: ABOUT[k] for k in ("prompt", "guidance")}
+    silent = pixels(lora="{}=0.0")  # the source noise of the header, but no correction
+    assert differ(whole, silent) and differ(whole, pixels(lora="{}=0.5")) and differ(silent, pixels(lora="{}=0.5"))
+    without = pixels("--prompt", base["prompt"], "--guidance", base["guidance"], lora="")
+    still = ABOUT | {"source_noise": 0.0}
+    assert np.array_equal(without, pixels(about=still, lora="{}=0.0"))  # the bare base: a bridge without noise
+    assert differ(without, pixels(about=still))
+    assert differ(whole, pixels("--seed", 1))
+    assert np.array_equal(pixels(about=still), pixels("--seed", 1, about=still))  # no noise, no seed
+
+
+def test_tiles_are_as_large_as_the_lora_was_trained_at(identity, pixels):
+    for flags, about, tile in (((), ABOUT | {"resolution": 48}, 48), (("--tile", 24), ABOUT, 24)):
+        pixels(*flags, about=about)
+        assert identity[-1]["tile"] == tile
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
