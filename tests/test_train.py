@@ -316,7 +316,8 @@ def two_runs(small_bundle, pictures, tmp_path_factory):
     others = [
         *("--lr-root", here / "lr", "--upscale", "--prompt", "Mend this.", "--drop-last", "--alpha", 4, "--context"),
         *("--start-time", 0.75, "--sigma", "mode", "--weighting", "cosmap", "--guidance", 3.5, "--lr", 2e-4),
-        *("--lr-schedule", "constant", "--weight-decay", 0.25, "--val-root", here / "val", "--val-lr-root", here / "lr"),
+        *("--lr-schedule", "constant", "--weight-decay", 0.25),
+        *("--val-root", here / "val", "--val-lr-root", here / "lr"),
         *("--validate-every-epochs", 1, "--validation-prompt", "Mend that.", "--gradient-checkpointing"),
     ]
     both = []
