@@ -1,5 +1,6 @@
 # make demo   a LoRA is trained on real photographs with the embedded model, and restores one of them
 # make test   the tests
+# make bench  time and memory of everything against diffusers, peft and transformers
 # Both make the virtual environment if it is missing: Python 3.11 or newer is all that they need.
 
 PYTHON ?= python3
@@ -27,7 +28,10 @@ $(VENV)/test: $(VENV)/run
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+bench: $(VENV)/test
+	$(BIN)/python tests/bench.py $(ARGS)
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean

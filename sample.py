@@ -26,12 +26,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from kontext_min import data, degrade, metrics, parallel, pictures, report
-from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, load_flux
+from kontext_min import data, degrade, metrics, parallel, pictures, plan, report
+from kontext_min.checkpoints import Weights, find, fingerprint, load_autoencoder, load_flux, metadata
 from kontext_min.colour import COLOUR_FIXES
 from kontext_min.flags import flag, parse
 from kontext_min.flow import SOLVERS, Objective
-from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of
+from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of, trained_with
 from kontext_min.prompts import batch, encode
 from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
 from kontext_min.restore import STEPS, passes, restore, to_image, working_size
@@ -77,13 +77,15 @@ class Settings:
     color_fix: str = flag("none", "colours of the input; not for faded or dark pictures", "method", COLOUR_FIXES)
     seed: int = flag(42, "seed of the source noise and of --degrade", "method")
     tile: int | None = flag(
-        None, "side in pixels above which tiles are used; else the LoRA's resolution, else 64 tokens: 1024", "method"
+        None, "side of a tile in pixels; else the LoRA's resolution, else 64 tokens (1024 with Flux)", "method"
     )
     batch_size: int = flag(1, "pictures of one shape restored together", "machine")
     cache_dir: Path = flag(Path("runs/cache"), "where encoded prompts are kept", "machine")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
     dtype: str = flag("auto", "of the computation; auto: bfloat16 where the hardware multiplies it", "machine", DTYPES)
     stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
+    plan: bool = flag(False, "print how much memory the restoration will take, and stop", "machine")
+    budget: str = flag("16G", "memory of the device that --plan looks for flags for", "machine")
 
 
 def check(settings: Settings) -> None:
@@ -93,6 +95,8 @@ def check(settings: Settings) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1.")
     if not 1 <= settings.quality <= 100:
         raise ValueError(f"--quality: got {settings.quality}, expected 1 to 100.")
+    if settings.seed < 0:
+        raise ValueError(f"--seed: got {settings.seed}, expected at least 0.")
     if not 0 < settings.strength <= 1:
         raise ValueError(f"--strength: got {settings.strength}, expected more than 0 and at most 1.")
     if not 0 <= settings.fidelity <= 1:
@@ -122,27 +126,34 @@ def sample(settings: Settings) -> int:
     folder = settings.input.is_dir()
     for name, reason in failed:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
-    there = [j for j in jobs if folder and not settings.overwrite and all(file.exists() for file in j.outputs)]
-    jobs = [job for job in jobs if job not in there]
+    there = {j.name for j in jobs if folder and not settings.overwrite and all(file.exists() for file in j.outputs)}
+    jobs = [job for job in jobs if job.name not in there]
     if not jobs and there:
         print(f"{settings.output}: all {len(there)} pictures are there already; --overwrite restores them again")
         return 1 if failed else 0
     if not jobs:
         raise ValueError(f"--input {settings.input}: none of its {len(failed)} pictures can be read.")
 
-    lora, loras = purpose(settings.lora), " + ".join(settings.lora)
+    about = trained_with(metadata(find(weights.path("transformer"), "transformer")[0]))  # by train.py --full
+    lora, model = {**about, "base": None, **purpose(settings.lora)}, " + ".join(settings.lora) or settings.weights
     text = settings.prompt or lora.get("prompt") or degrade.PROMPTS["guide"]
     guidance = settings.guidance if settings.guidance is not None else lora.get("guidance", 1.5)
     name = settings.objective or lora.get("objective", "bridge")
     if name != lora.get("objective", name):
-        raise ValueError(f"--objective {name}: {loras} was trained for {lora['objective']}; leave the flag out.")
+        raise ValueError(f"--objective {name}: {model} was trained for {lora['objective']}; leave the flag out.")
     objective = Objective(name, **{k: lora[k] for k in ("context", "source_noise", "start_time") if k in lora})
     if settings.samples > 1 and not (name == "kontext" or objective.source_noise):
         raise ValueError(f"--samples {settings.samples}: a bridge without source noise has one result; leave it out.")
     steps = settings.steps or STEPS[name]
-    if lora.get("base", base := fingerprint(weights.path("transformer"), "transformer")) != base:
-        print(f"note: {loras} was trained on another base model than --weights", file=sys.stderr)
+    if lora["base"] not in (None, fingerprint(weights.path("transformer"), "transformer")):
+        print(f"note: {model} was trained on another base model than --weights", file=sys.stderr)
 
+    sizes = plan.Sizes.of(weights)
+    asked, smaller = plan.for_sampling(settings, sizes, lora.get("resolution"), objective.sees_control, dtype, device)
+    if settings.plan:
+        print(plan.show(asked, sizes, plan.budget_bytes(settings.budget), smaller))
+        return 0
+    plan.refuse(asked, sizes, device)
     encoded = encode([text], weights, settings.cache_dir / "prompts", dtype, device, settings.stream)  # then T5 is gone
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
     if settings.stream:
@@ -154,8 +165,8 @@ def sample(settings: Settings) -> int:
         flux = load_flux(weights.path("transformer"), dtype=dtype, device=device, kind=kind)
     for each in settings.lora:
         load_lora(flux, *strength_of(each))
-    if lora.get("objective") == "bridge":
-        print(f"{loras}: {BRIDGE_ONLY}")
+    if settings.lora and lora.get("objective") == "bridge":
+        print(f"{model}: {BRIDGE_ONLY}")
     tile = settings.tile or lora.get("resolution", 128 * autoencoder.factor)  # 64 x 64 tokens
 
     @contextmanager
@@ -174,7 +185,7 @@ def sample(settings: Settings) -> int:
         passed += 1
         progress.show(passed, total, f"tiles, {label}")
 
-    began, progress, restored, rows, figures = time.monotonic(), Progress(), 0, [], []
+    began, progress, restored, rows, figures = time.monotonic(), Progress(), 0, [], {}
     groups = pictures.batches(jobs, settings.batch_size)
     sizes = {j.size: working_size(*j.size, settings.resolution, settings.max_side) for j in jobs}
     cost = {s: settings.samples * passes(*sizes[s], autoencoder, tile, steps, settings.solver) for s in sizes}
@@ -217,7 +228,7 @@ def sample(settings: Settings) -> int:
                         rows.append(metrics.row(title, *before_after))
                         score = report.from_to(rows[-1]["input"]["psnr"], rows[-1]["restored"]["psnr"])
                     if settings.report and len(figures) < report.RESTORED:
-                        figures.append(report.slider(title, *before_after, score=score, side=report.RESTORED_SIDE))
+                        figures[title] = report.slider(title, *before_after, score=score, side=report.RESTORED_SIDE)
 
     seconds = time.monotonic() - began
     evaluations = math.ceil(steps / SOLVERS[settings.solver]) * SOLVERS[settings.solver]
@@ -229,6 +240,7 @@ def sample(settings: Settings) -> int:
     if settings.stream:
         print(stream.report())
     if rows:
+        rows.sort(key=lambda row: row["name"])
         rows.append(metrics.mean_row(rows))
         print(metrics.table(rows))
     if settings.json:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from kontext_min import __version__, data, degrade, flow, parallel, prompts, runs
+from kontext_min import __version__, data, degrade, flow, parallel, plan, prompts, runs
 from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, load_flux, save_flux
 from kontext_min.data import Picture
 from kontext_min.flags import flag, parse, to_json
@@ -95,6 +96,7 @@ class Settings:
     seed: int = flag(42, "of everything that is random", "optimization")
 
     val_root: Path | None = flag(None, "pictures to validate on; else some are held out of --hr-root", "validation")
+    val_lr_root: Path | None = flag(None, "degraded partners of --val-root, as --lr-root", "validation")
     val_count: int = flag(8, "at most so many (and of --hr-root at most one in eight); 0 = none", "validation")
     validate_every_epochs: int = flag(5, "epochs between validations; 0 = off", "validation")
     validate_every_steps: int = flag(0, "steps between validations, instead of epochs; 0 = off", "validation")
@@ -116,6 +118,8 @@ class Settings:
     gradient_checkpointing: bool = flag(False, "recompute each block in the backward pass: less memory", "machine")
     offload_activations: bool = flag(False, "with it or --stream: block inputs wait in the host's memory", "machine")
     compile: bool = flag(False, "torch.compile, block by block", "machine")
+    plan: bool = flag(False, "print how much memory the run will take, and stop", "machine")
+    budget: str = flag("16G", "memory of the device that --plan looks for flags for", "machine")
 
 
 # --------------------------------------------------------------------------------------------------- small ingredients
@@ -143,6 +147,12 @@ def checkpoint_blocks(flux: nn.Module, offload: bool = False) -> None:
         block.forward = partial(run, forward=block.forward)
 
 
+def compile_blocks(flux: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Each kind of block becomes one graph for any number of tokens; all blocks of the kind share it."""
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=True)
+
+
 @contextmanager
 def averaged(params: Sequence[Tensor], ema: Sequence[Tensor]) -> Iterator[None]:
     """The EMA in place of the weights, for validation and saving; nothing happens without one."""
@@ -163,7 +173,11 @@ def split_validation(
 ) -> tuple[list[Picture], list[Picture]]:
     """Training and validation pictures: those of --val-root, or a few of --hr-root chosen by a hash of their names."""
     if settings.val_root:
-        found, _ = data.usable(data.scan(settings.val_root)[0], buckets, settings.upscale)
+        found, rejected = data.scan(settings.val_root, settings.cache_dir / "index.json")
+        found, small = data.usable(found, buckets, settings.upscale)
+        if not found:
+            name, reason = (rejected + small or [("nothing", "no pictures")])[0]
+            raise ValueError(f"--val-root {settings.val_root}: no usable picture, e.g. {name}: {reason}.")
         return pictures, sorted(found, key=data.name_hash)[: settings.val_count]
     count = min(settings.val_count, len(pictures) // 8)
     held = {p.name for p in sorted(pictures, key=data.name_hash)[:count]}
@@ -186,6 +200,9 @@ def check(settings: Settings) -> None:
     least = dict.fromkeys(("steps", "batch_size", "accumulate", "checkpoint_every", "max_skips", "validation_steps"), 1)
     least |= dict.fromkeys(("workers", "cache_latents", "warmup", "keep", "clip_norm", "lr", "weight_decay", "seed"), 0)
     least |= dict.fromkeys(("val_count", "validate_every_epochs", "validate_every_steps"), 0)
+    for name, value in vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected a finite number.")
     for name, minimum in least.items():
         if not getattr(settings, name) >= minimum:
             flag_name = "--" + name.replace("_", "-")
@@ -203,6 +220,15 @@ def check(settings: Settings) -> None:
                 raise ValueError(f"--{part} can't be used with --{whole}; leave one of them out.")
     if settings.offload_activations and not (settings.gradient_checkpointing or settings.stream):
         raise ValueError("--offload-activations: add --gradient-checkpointing, whose block inputs it moves.")
+    if settings.tensorboard and not find_spec("tensorboard"):
+        raise ValueError("--tensorboard: the package is not installed; pip install tensorboard, or leave it out.")
+    if settings.val_root and settings.lr_root and not settings.val_lr_root:
+        raise ValueError("--val-root: with --lr-root it needs --val-lr-root, the degraded partners of its pictures.")
+    if settings.val_lr_root and not settings.val_root:
+        raise ValueError("--val-lr-root: its partners are the pictures of --val-root; add that.")
+    folder = settings.output_dir or Path("runs")
+    if settings.hr_root.exists() and folder.resolve().is_relative_to(settings.hr_root.resolve()):
+        raise ValueError(f"--output-dir {folder}: lies in --hr-root, so its pictures would be trained on; move it.")
     if settings.full and settings.init_lora:
         merging = "merge it into the base first: python -m kontext_min.lora_files merge"
         raise ValueError(f"--init-lora {settings.init_lora}: with --full no LoRA trains; {merging}.")
@@ -219,6 +245,13 @@ def train(settings: Settings) -> int:
     say = partial(print, flush=True) if first else lambda *_: None
     dtype = compute_dtype(settings.dtype, me.device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
+    sizes = plan.Sizes.of(weights)
+    asked, small = plan.for_training(settings, sizes, dtype, me.device)
+    if settings.plan:
+        say(plan.show(asked, sizes, plan.budget_bytes(settings.budget), small))
+        return 0
+    if not settings.shard:
+        plan.refuse(asked, sizes, me.device)
     prompt = settings.prompt or degrade.PROMPTS.get(settings.degrade, degrade.PROMPTS["guide"])
     validation_prompt = settings.validation_prompt or prompt
     degradation = degrade.parse(settings.degrade)
@@ -226,34 +259,42 @@ def train(settings: Settings) -> int:
     # Pictures: only their headers are read here. What can't be used is said once, by name.
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=me.device)
     buckets = data.buckets(settings.resolution, multiple=2 * autoencoder.factor)
+    index = settings.cache_dir / "index.json"  # of headers, those of all roots
     with parallel.first_goes_ahead(me):
-        pictures, rejected = data.scan(settings.hr_root, settings.cache_dir / "index.json")
+        pictures, rejected = data.scan(settings.hr_root, index)
     pictures, small = data.usable(pictures, buckets, settings.upscale)
     say(data.describe(pictures, rejected + small, buckets))
     pictures, held_out = split_validation(settings, pictures, buckets)
     pairs = data.Pairs(
-        pictures, buckets, degradation, settings.seed, prompt, settings.lr_root, settings.flip, settings.cache_latents
-    )
+        pictures, buckets, degradation, settings.seed, prompt, settings.lr_root, settings.flip, settings.cache_latents,
+        lr_index=index,
+    )  # fmt: skip
     bucket_of = pairs.bucket_of
     validation_pairs = []  # few, kept in memory
-    for p in held_out:
-        pair = data.Pairs([p], buckets, degradation, settings.seed, validation_prompt, settings.lr_root, train=False)
-        try:
-            validation_pairs.append([data.to_float(pair[0, 0][x].to(me.device))[None] for x in ("control", "target")])
-        except OSError as error:
-            say(f"left out of validation: {error}")
+    if held_out:
+        partners = settings.val_lr_root if settings.val_root else settings.lr_root
+        held = data.Pairs(
+            held_out, buckets, degradation, settings.seed, validation_prompt, partners, train=False, lr_index=index
+        )
+        for i, bucket in enumerate(held.bucket_of):
+            try:
+                pair = held.read(0, i, buckets[bucket])
+                validation_pairs.append([data.to_float(x.to(me.device))[None] for x in pair])
+            except data.UnreadableError as error:
+                say(f"left out of validation: {error}")
 
     # The run folder, and the checkpoint in it to go on from.
     folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     written = to_json(settings) | {
         "versions": {"kontext_min": __version__, "torch": torch.__version__},
         "fingerprint": fingerprints(weights),
+        "pictures": data.list_hash(pictures),
         "pictures_a_batch": settings.batch_size * me.world,
     }
     with parallel.first_goes_ahead(me):
-        if first and settings.overwrite:
-            runs.delete_run(folder)
-        checkpoint_path = runs.open_run(folder, written, settings.resume, settings.accept_changes, write=first)
+        checkpoint_path = runs.open_run(
+            folder, written, settings.resume, settings.accept_changes, first, settings.overwrite
+        )
 
     # Prompts, then the text encoders are gone; then the transformer, frozen but for its LoRA.
     with parallel.first_goes_ahead(me):
@@ -277,8 +318,7 @@ def train(settings: Settings) -> int:
         if settings.lora_format == "kohya" and (outside := outside_of_blocks(flux)):
             say(f"note: diffusers drops {', '.join(outside)} from kohya files; --lora-format peft keeps them")
     if settings.compile:
-        for block in (*flux.double_blocks, *flux.single_blocks):
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+        compile_blocks(flux)
     if stream:
         stream.wrap()
     if settings.gradient_checkpointing or stream:
@@ -290,9 +330,11 @@ def train(settings: Settings) -> int:
     optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
     say(f"{sum(p.numel() for p in params):,} parameters train")
 
-    state: dict[str, Any] = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "best_psnr": None, "best_step": None}
+    state: dict[str, Any] = {"step": 0, "best_psnr": None, "best_step": None}
+    state |= {"skipped": 0, "skipped_in_a_row": 0, "unreadable": []}
     if checkpoint_path:
-        files, state = runs.load_checkpoint(checkpoint_path)
+        files, kept = runs.load_checkpoint(checkpoint_path)
+        state |= kept
         runs.put_back(trained, files["trained"])
         if ema:
             runs.put_back(dict(zip(trained, ema, strict=True)), files.get("ema", files["trained"]))
@@ -304,7 +346,9 @@ def train(settings: Settings) -> int:
         """Bytes (B, 3, H, W) to latents (B, C, h, w); latents from the cache pass through."""
         with torch.no_grad():
             x = pictures.to(me.device)
-            return x if x.is_floating_point() else autoencoder.encode(data.to_float(x))
+            if x.is_floating_point():
+                return x
+            return torch.cat([autoencoder.encode(data.to_float(picture)) for picture in x.split(1)])  # memory of one
 
     if settings.cache_latents:
         latents = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {written['fingerprint']['vae']}")
@@ -353,10 +397,15 @@ def train(settings: Settings) -> int:
         else:
             save_lora(flux, where / "lora.safetensors", settings.lora_format, header, values)
 
-    board = runs.open_tensorboard(folder, state["step"]) if first and settings.tensorboard else None
+    if parallel.any_of(parallel.from_first(state["step"]) != state["step"]):
+        raise ValueError(f"{folder}: not all processes see the same checkpoint; it must be on a disk that they share.")
     if first:
+        if settings.overwrite:
+            runs.delete_run(folder)
         runs.write_json(folder / "settings.json", written)
+        runs.write_text(folder / "left-out.txt", "".join(f"{name}: {reason}\n" for name, reason in rejected + small))
         runs.rewind_metrics(folder, state["step"])
+    board = runs.open_tensorboard(folder, state["step"]) if first and settings.tensorboard else None
     counts = f"{len(pairs)} pictures, {sampler.batches_per_epoch} batches an epoch"
     say(f"{folder}: {counts}, {len(validation_pairs)} to validate on")
     progress, stop, stopping = runs.Progress(state["step"]), runs.StopSignal(), False
@@ -370,7 +419,9 @@ def train(settings: Settings) -> int:
 
             for i, batch in enumerate(micro):
                 for line in batch["unreadable"]:
-                    print(f"\nleft out: {line}", flush=True)
+                    if line not in state["unreadable"]:  # once, not every epoch
+                        state["unreadable"].append(line)
+                        print(f"\nleft out: {line}", flush=True)
                 control, target = encode(torch.cat([batch["control"], batch["target"]])).chunk(2)
                 whole_batch = settings.batch_size * me.world
                 positions = [i * whole_batch + p for p in batch["position"].tolist()]
@@ -403,7 +454,8 @@ def train(settings: Settings) -> int:
             optimizer.zero_grad(set_to_none=True)
             state["step"] = done = step + 1
 
-            speed = count / (time.monotonic() - began)
+            seconds = time.monotonic() - began
+            speed = count / seconds
             row = {
                 "step": done,
                 "epoch": step * settings.accumulate // sampler.batches_per_epoch,
@@ -412,7 +464,9 @@ def train(settings: Settings) -> int:
                 "lr": lr,
                 "grad_norm": norm,
                 "images_per_second": speed,
+                "seconds": seconds,
                 "skipped": state["skipped"],
+                "unreadable": len(state["unreadable"]),
             }
             if first:
                 runs.append_metrics(folder, row, board)
@@ -424,6 +478,7 @@ def train(settings: Settings) -> int:
                 )
 
             if validation_pairs and validation_due(settings, sampler.batches_per_epoch, done):
+                began = time.monotonic()
                 text = prompts.batch(encoded, [validation_prompt], settings.guidance, dtype, me.device)
                 with averaged(params, ema):
                     row, sheet = validate(
@@ -433,7 +488,8 @@ def train(settings: Settings) -> int:
                 if state["best_psnr"] is None or score > state["best_psnr"]:
                     state |= {"best_psnr": score, "best_step": done}
                 if first:
-                    runs.append_metrics(folder, {"step": done, "validation": True, **row}, board)
+                    row |= {"step": done, "validation": True, "seconds": time.monotonic() - began}
+                    runs.append_metrics(folder, row, board)
                     runs.save_picture(folder, done, sheet, board)
                     write_report(folder)
                 say(f"step {done}: PSNR {row['psnr_degraded']:.2f} -> {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}")
@@ -452,6 +508,8 @@ def train(settings: Settings) -> int:
         if state["step"] < settings.steps:
             say(f"stopped after step {state['step']}; the same command with --output-dir {folder} goes on from there")
             return 0
+        if state["skipped"] == settings.steps:
+            raise runs.Stopped(f"{folder}: no step had a finite loss, so nothing was learnt. {ADVICE}")
         result = gather(ema or params)
         if first:
             save_result(folder, result)
@@ -466,14 +524,19 @@ def trained_for(settings: Settings, objective: Objective, prompt: str, base: str
     """What a LoRA was trained for, kept in its header; sample.py takes its defaults from here."""
     names = ["degrade", "resolution", "guidance", "rank", "alpha", "lora_targets"]
     names += ["steps", "lr", "lr_schedule", "warmup", "accumulate", "ema", "seed", "sigma", "weighting"]
-    return {name: getattr(settings, name) for name in names} | {
-        "objective": objective.name,
-        "context": objective.context,
-        "source_noise": objective.source_noise,
-        "start_time": objective.start_time,
-        "prompt": prompt,
-        "base": base,
-    }
+    about = {name: getattr(settings, name) for name in names}
+    return (
+        about
+        | ({"degrade": "pairs"} if settings.lr_root else {})
+        | {
+            "objective": objective.name,
+            "context": objective.context,
+            "source_noise": objective.source_noise,
+            "start_time": objective.start_time,
+            "prompt": prompt,
+            "base": base,
+        }
+    )
 
 
 def fingerprints(weights: Weights) -> dict[str, str]:

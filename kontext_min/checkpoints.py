@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file as save_private
 from torch import Tensor, nn
 
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
@@ -148,6 +148,23 @@ def read_headers(files: Iterable[Path]) -> Headers:
             raise ValueError(f"{file}: truncated, {size} bytes of {end}; download it again.")
         headers |= new
     return headers
+
+
+UMASK = os.umask(0)  # can only be read by setting it
+os.umask(UMASK)
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with the usual permissions; the library's own can be read by their owner alone."""
+    save_private(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    path.chmod(0o666 & ~UMASK)
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """The text in the header of a safetensors file; ValueError as for `read_headers`."""
+    read_headers([file])
+    with file.open("rb") as f:
+        return json.loads(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__", {})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -402,10 +419,8 @@ def _config(files: list[Path], key: str) -> dict[str, Any]:
         config = _read_json(beside)
         if key in config:
             return config
-    with files[0].open("rb") as f:
-        metadata = json.loads(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__", {})
     try:
-        return json.loads(metadata.get("config", "{}"))
+        return json.loads(metadata(files[0]).get("config", "{}"))
     except ValueError:
         return {}
 
@@ -605,7 +620,9 @@ def load_t5(
     device: str | torch.device = "cpu",
     kind: str | None = None,
 ) -> T5Encoder:
-    """The T5 encoder; arguments and errors as for load_flux. Plain float16 overflows in it: ask for another dtype."""
+    """The T5 encoder; arguments and errors as for load_flux. ValueError for float16, in which T5-XXL overflows."""
+    if dtype == torch.float16:
+        raise ValueError("T5: got dtype float16, in which it overflows; take bfloat16 or float32.")
     return assemble(*outline("t5", path, params), dtype, device, kind)
 
 

@@ -183,9 +183,11 @@ def _walk(root: Path) -> tuple[dict[str, tuple[Path, int, int]], dict[str, Path]
 
 def _read_index(index: Path) -> dict[str, Any]:
     try:
-        return json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent or broken: headers are read again
+        known = json.loads(index.read_text(encoding="utf-8"))
+        whole = all(len(header) == 5 for headers in known.values() for header in headers.values())
+    except (OSError, ValueError, AttributeError, TypeError):  # absent or broken: headers are read again
         return {}
+    return known if whole else {}
 
 
 def _read_header(path: Path) -> tuple[int, int, str] | str:
@@ -250,6 +252,11 @@ def describe(pictures: Sequence[Picture], rejected: Sequence[tuple[str, str]], b
         lines += [f"  {name}: {reason}" for name, reason in rejected[:10]]
         lines += [f"  ... and {len(rejected) - 10} more"] * (len(rejected) > 10)
     return "\n".join(lines)
+
+
+def list_hash(pictures: Sequence[Picture]) -> str:
+    """16 hex digits that name a list of pictures by their names and sizes: on these the order of an epoch depends."""
+    return hashlib.sha256(json.dumps([(p.name, p.width, p.height) for p in pictures]).encode()).hexdigest()[:16]
 
 
 def name_hash(picture: Picture) -> bytes:

@@ -17,7 +17,8 @@ from the generator passed in. Lengths are in pixels, noise in parts of full whit
 
 Sources: [1] Real-ESRGAN, Wang et al. 2021, arXiv 2107.10833, section 3, and the published settings of its x4 training;
 [2] Bringing Old Photos Back to Life, Wan et al. 2020, arXiv 2004.09484; [3] Foi et al. 2008, Practical
-Poissonian-Gaussian noise modeling. `python -m kontext_min.degrade PHOTO... SHEET.jpg` shows every preset.
+Poissonian-Gaussian noise modeling; [4] W3C, Filter Effects Module Level 1, which defines the filters of CSS and SVG.
+`python -m kontext_min.degrade PHOTO... SHEET.jpg` shows every preset.
 """
 
 import io
@@ -90,7 +91,10 @@ def _grid(radius: float, angle: float = 0.0) -> tuple[Array, Array]:
 
 
 def blur(x: Array, rng: Rng, sigma: float, radius: int, beta: float, shape: str) -> Array:
-    """Even blur of width sigma: aniso_blur with both widths equal, in two passes if the kernel is a small Gaussian."""
+    """Even blur, k = exp(-(r^2 / sigma^2)^beta / 2) or 1 / (1 + (r^2 / sigma^2)^beta): aniso_blur of equal widths. [1].
+
+    In two passes if the kernel is a small Gaussian.
+    """
     r = ceil(radius or 4 * sigma)
     if shape == "gauss" and beta == 1 and 0 < r <= 20 and sigma > 0:
         k = np.exp(-0.5 * (np.arange(-r, r + 1) / sigma) ** 2)
@@ -120,14 +124,22 @@ def sinc(x: Array, rng: Rng, cutoff: float, radius: int) -> Array:
 
 
 def motion_blur(x: Array, rng: Rng, length: float, angle: float) -> Array:
-    """Shake along a line `length` pixels long: k = max(0, 1 - distance to the line), which is anti-aliased."""
+    """Shake along a line `length` pixels long: k = max(0, 1 - distance to the line), which is anti-aliased.
+
+    The path of a point while the shutter is open: Potmesil and Chakravarty 1983, Modeling motion blur in
+    computer-generated images.
+    """
     half = max(length - 1, 0) / 2  # each end adds half a pixel
     u, v = _grid(half + 1, angle)
     return _convolve(x, np.maximum(1 - np.hypot(np.maximum(np.abs(u) - half, 0), v), 0))
 
 
 def defocus(x: Array, rng: Rng, radius: float) -> Array:
-    """Circle of confusion: a disc with an anti-aliased rim, k = clip(radius + 1/2 - r, 0, 1)."""
+    """Circle of confusion: a disc with an anti-aliased rim, k = clip(radius + 1/2 - r, 0, 1).
+
+    A point out of focus through a round aperture: Potmesil and Chakravarty 1981, A lens and aperture camera model for
+    synthetic image generation.
+    """
     return _convolve(x, np.clip(radius + 0.5 - np.hypot(*_grid(radius + 1)), 0, 1))
 
 
@@ -135,20 +147,30 @@ def defocus(x: Array, rng: Rng, radius: float) -> Array:
 
 
 def _resample(x: Array, size: tuple[float, float], method: str) -> Array:
-    """Pillow's resize to the (width, height) rounded, a channel at a time in float32, for bytes would be rounded."""
+    """Pillow's resize to the (width, height) rounded, a channel at a time in float32, for bytes would be rounded.
+
+    On each axis y[i] = sum_j k(c - j) x[j] / sum_j k(c - j), c = (i + 1/2) / s - 1/2, s the new side over the old one,
+    k the filter, 1 / s times as wide if s < 1.
+    """
     pixels = [max(1, round(n)) for n in size]
     channels = [Image.fromarray(np.ascontiguousarray(x[..., c])).resize(pixels, FILTERS[method]) for c in range(3)]
     return np.clip(np.stack(channels, axis=2), 0, 1)
 
 
 def downsample(x: Array, rng: Rng, factor: float, method: str) -> Array:
-    """Both sides divided by `factor` with the method, then bicubic back to the same size."""
+    """y = up(down(x)): both sides divided by `factor` with the method, then bicubic back to the same size (_resample).
+
+    Dong et al. 2015, Image super-resolution using deep convolutional networks, arXiv 1501.00092, section 3.
+    """
     h, w = x.shape[:2]
     return _resample(_resample(x, (w / factor, h / factor), method), (w, h), "bicubic")
 
 
 def resize(x: Array, rng: Rng, scale: float, method: str, size: tuple[int, int]) -> Array:
-    """To `scale` times the first (width, height), where later operators work too; the end brings it back. [1]."""
+    """y = _resample(x, scale * size), `size` the first (width, height); later operators work there. [1].
+
+    The end brings it back.
+    """
     return _resample(x, (size[0] * scale, size[1] * scale), method)
 
 
@@ -156,7 +178,7 @@ def resize(x: Array, rng: Rng, scale: float, method: str, size: tuple[int, int])
 
 
 def noise(x: Array, rng: Rng, std: float, kind: str) -> Array:
-    """y = x + std n, n ~ N(0, 1), drawn for each channel (colour) or once for the three (grey)."""
+    """y = x + std n, n ~ N(0, 1), drawn for each channel (colour) or once for the three (grey). [1]."""
     y = np.empty_like(x)
     for top in range(0, len(x), 32):  # strips stay in the cache
         strip = x[top : top + 32]
@@ -191,23 +213,26 @@ def underexpose(x: Array, rng: Rng, stops: float, photons: float, read: float) -
 
 
 def gamma(x: Array, rng: Rng, exponent: float) -> Array:
-    """y = x^exponent: above 1 darkens, below 1 brightens; black and white stay."""
+    """y = x^exponent: above 1 darkens, below 1 brightens; black and white stay. [4], feFuncR of type gamma."""
     return x ** np.float32(exponent)
 
 
 def contrast(x: Array, rng: Rng, gain: float) -> Array:
-    """y = 1/2 + gain (x - 1/2)."""
+    """y = 1/2 + gain (x - 1/2). [4], `contrast`."""
     return 0.5 + np.float32(gain) * (x - 0.5)
 
 
 def fade(x: Array, rng: Rng, gain: float, lift: float, saturation: float) -> Array:
-    """A bleached print: y = lift + gain (L + saturation (x - L)), L the luma."""
+    """A bleached print: y = lift + gain (L + saturation (x - L)), L the luma.
+
+    [4], `saturate` with the luma of BT.601, then feFuncR of type linear.
+    """
     grey = (x @ LUMA)[..., None]
     return np.float32(lift) + np.float32(gain) * (grey + np.float32(saturation) * (x - grey))
 
 
 def sepia(x: Array, rng: Rng, weight: float) -> Array:
-    """y = (1 - weight) x + weight min(S x, 1), with the matrix S that image editors use: grey turns brown."""
+    """y = (1 - weight) x + weight min(S x, 1), S the matrix of `sepia` in [4]: grey turns brown."""
     matrix = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]], dtype=np.float32)
     return (1 - np.float32(weight)) * x + np.float32(weight) * np.minimum(x @ matrix.T, 1)
 
@@ -233,7 +258,11 @@ def _paint(x: Array, rng: Rng, strokes: list[tuple[list[tuple[float, float]], fl
 
 
 def scratches(x: Array, rng: Rng, count: int, width: float, opacity: float) -> Array:
-    """`count` upright lines broken at 1 to 4 points, as grit draws them on moving film; [2] has real masks."""
+    """`count` upright lines broken at 1 to 4 points, as grit draws them on moving film; [2] has real masks.
+
+    Painted (_paint) through n ~ U{3..6} points (x0 + d t + e_t, y_t) in parts of the sides, t from 0 to 1 evenly, with
+    x0 ~ U(0, 1), d ~ U(-0.1, 0.1), e_t ~ U(-0.01, 0.01), and y_t evenly from U(-0.2, 0.6) to U(0.6, 1.2).
+    """
     (h, w), strokes = x.shape[:2], []
     for _ in range(count):
         n = int(rng.integers(3, 7))
@@ -244,7 +273,10 @@ def scratches(x: Array, rng: Rng, count: int, width: float, opacity: float) -> A
 
 
 def dust(x: Array, rng: Rng, density: float, diameter: float, opacity: float) -> Array:
-    """Poisson(density a megapixel) specks, of diameters uniform from 1 to `diameter`."""
+    """Poisson(density w h / 10^6) specks at U(0, w) x U(0, h), of diameters U(1, diameter): the spots of [2].
+
+    Painted (_paint) as discs.
+    """
     h, w = x.shape[:2]
     specks = rng.uniform((0, 0, 1), (w, h, diameter), (rng.poisson(density * h * w / 1e6), 3))
     return _paint(x, rng, [([(left, top)], d) for left, top, d in specks.tolist()], opacity)
@@ -254,7 +286,12 @@ def dust(x: Array, rng: Rng, density: float, diameter: float, opacity: float) ->
 
 
 def compress(x: Array, rng: Rng, quality: int, kind: str) -> Array:
-    """Written and read again by Pillow: JPEG by libjpeg, colour at half resolution, or lossy WebP by libwebp."""
+    """Written and read again by Pillow: JPEG by libjpeg, colour at half resolution, or lossy WebP by libwebp.
+
+    Of JPEG's 8 x 8 blocks each coefficient c of the cosine transform becomes q round(c / q), q = (s q50 + 50) / 100 cut
+    to a whole number from 1 to 255, s = 5000 / quality below 50 and 200 - 2 quality above: ITU-T T.81, section A.3.4,
+    its tables q50 (annex K.1), and libjpeg's jcparam.c. WebP predicts each block and rounds what is left: RFC 6386.
+    """
     file = io.BytesIO()
     to_image(x).save(file, kind, quality=quality)
     return from_image(Image.open(file))
@@ -540,4 +577,8 @@ def main(photos: list[str], sheet: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit("usage: python -m kontext_min.degrade PHOTO... SHEET.jpg")
-    main(sys.argv[1:-1], sys.argv[-1])
+    try:
+        main(sys.argv[1:-1], sys.argv[-1])
+    except (OSError, ValueError) as error:
+        print(f"degrade: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -56,7 +56,7 @@ def parse(settings: type[T], argv: Sequence[str] | None, description: str, epilo
         else:
             options |= {"type": kind, "choices": field.metadata["choices"]}
             options["metavar"] = None if options["choices"] else field.name.upper()
-        if not required and field.default not in (None, "", (), False):
+        if not required and field.default is not None and field.default is not False and field.default != ():
             options["help"] += f" (default {field.default})"
         groups[group].add_argument("--" + field.name.replace("_", "-"), **options)
     values = vars(parser.parse_args(argv))

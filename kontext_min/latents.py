@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from kontext_min.checkpoints import save_file
 from kontext_min.data import Draw, Pairs, Size, UnreadableError, collate
 
 VERSION = 1  # to be raised when crop, mirroring or any degradation comes out differently than before

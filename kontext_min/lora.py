@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PIECES = 8  # of the tokens, widened to float32 one after the other
+PIECES = 4  # of the tokens, widened to float32 one after the other
 TARGETS = {  # patterns of module names, matched whole
     "attention": r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12]",
     "attention-mlp": r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]",
@@ -59,9 +59,11 @@ class _Correct(torch.autograd.Function):
         return grad, grad_x, grad_a, grad_b, None
 
 
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """(..., D) -> PIECES views of its rows."""
-    return x.flatten(0, -2).tensor_split(PIECES)
+def _pieces(x: Tensor) -> list[Tensor]:
+    """(..., D) -> PIECES views of its rows; tensor_split would make torch.compile care for the rest of the division."""
+    x = x.flatten(0, -2)
+    rows = -(-x.shape[0] // PIECES)
+    return [x[i * rows : (i + 1) * rows] for i in range(PIECES)]
 
 
 class LoRALinear(nn.Module):

@@ -17,8 +17,9 @@ The header holds what the LoRA was trained for (`kontext_min`, JSON) and the fie
 modelspec). A `bridge` LoRA says there, and when it is used, that only sample.py follows its path: it starts from the
 degraded picture, where every other program starts from noise. A `kontext` LoRA is an ordinary Kontext LoRA.
 
-Merging is done in float32 and rounded once, to the dtype of the weight or to its int8 or fp8 codes, and says what the
-rounding took: updates smaller than half a step of the weight that they are added to leave it as it was.
+Merging is done in float32 and rounded once, to the dtype of the weight or to int8 or fp8 codes, and says what was lost:
+a correction smaller than half a step of its weight leaves it as it was (figures are in docs/lora.md). Beside the base,
+with `--lora`, a LoRA is never rounded.
 
 Sources: kohya-ss/sd-scripts 48d368f, library/sai_model_spec.py and train_network.py (metadata).
 """
@@ -35,10 +36,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kontext_min.checkpoints import load_flux, read_headers, save_flux
+from kontext_min.checkpoints import WIDENED, find, load_flux, read_headers, save_file, save_flux
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import LoRALinear, linears, lora_layers
 from kontext_min.lora_formats import FORMATS, Factors, Sizes, emit, parse
@@ -146,7 +146,7 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def strength_of(text: str) -> tuple[Path, float]:
     """`file.safetensors=0.8` -> (file.safetensors, 0.8); the strength is 1 where none is given."""
-    match = re.fullmatch(r"(.+)=([-+]?[0-9.]+)", text)
+    match = re.fullmatch(r"(.+)=([-+]?(\d+\.?\d*|\.\d+))", text)
     return (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
 
 
@@ -299,37 +299,42 @@ def _weight(linear: nn.Module) -> Tensor:
 def _codes(linear: nn.Module) -> Tensor:
     """(out, in) float32: the value that each weight is stored as, before the scale, which follows a correction."""
     if isinstance(linear, QuantizedLinear) and linear.scales is not None:
-        return dequantize(linear.codes, torch.ones_like(linear.scales), (linear.out_features, linear.in_features))
+        shape = linear.out_features, linear.in_features
+        return dequantize(linear.codes, torch.ones_like(linear.scales), shape, torch.float32)
     return _weight(linear)
 
 
-def _stored(base: nn.Module, weight: Tensor, kind: str | None) -> nn.Module:
-    """A layer like `base` with another weight, (out, in) float32, rounded once: to codes of a kind, or as base is."""
+def _stored(base: nn.Module, weight: Tensor, kind: str | None, dtype: torch.dtype | None) -> nn.Module:
+    """A layer like `base` with another weight, (out, in) float32, rounded once: to codes, a dtype, or as base is."""
     linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     linear.bias = None if base.bias is None else nn.Parameter(base.bias.detach(), requires_grad=False)
-    quantized = isinstance(base, QuantizedLinear)
-    if not kind and quantized and base.scales is not None:
-        kind = {torch.int8: "int8", torch.uint8: "nf4"}.get(base.codes.dtype, "fp8")
-    dtype = torch.float32 if kind else base.codes.dtype if quantized else base.weight.dtype
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    return QuantizedLinear.from_linear(linear, kind or "stored") if kind or quantized else linear
+    if isinstance(base, QuantizedLinear) and not kind and not dtype:
+        of_codes = {torch.int8: "int8", torch.uint8: "nf4"}.get(base.codes.dtype, "fp8")
+        kind = "stored" if base.scales is None else of_codes
+        dtype = base.codes.dtype if base.scales is None else None
+    stored = torch.float32 if kind not in (None, "stored") else dtype or base.weight.dtype
+    linear.weight = nn.Parameter(weight.to(stored), requires_grad=False)
+    return QuantizedLinear.from_linear(linear, kind) if kind else linear
 
 
 @torch.no_grad()
-def merge(model: nn.Module, quantize: str | None = None) -> Rounding:
+def merge(model: nn.Module, quantize: str | None = None, dtype: torch.dtype | None = None) -> Rounding:
     """Merge every LoRA of a model into its weights, in place: float32 arithmetic, one rounding, and what that took.
 
     Args:
-        model: with LoRAs on plain or quantised Linears; codes are made anew, with scales that follow the sum.
-        quantize: int8, fp8 or nf4: store the blocks so. The sum goes straight to codes. On the way through bfloat16,
-            which is what merging first and quantising after would be, it would be rounded twice.
+        model: with LoRAs on plain or quantised Linears. Each stays what it is unless the other arguments say so; codes
+            are made anew, with scales that follow the sum.
+        quantize: int8, fp8 or nf4: store the blocks so. The sum goes straight to codes; merging into bfloat16 and
+            quantising after would round it twice, with a squared error 1.08 times as large in int8 and 1.004 times in
+            fp8 (`pytest -s -k straight tests/test_lora_files.py`).
+        dtype: of all that `quantize` does not store as codes; else each weight keeps its own.
     """
     rounding = Rounding()
     for name, layer in lora_layers(model).items():
         kind = storage(name, quantize) if quantize else None
         before, correction = _weight(layer.base), layer.scale * (layer.lora_B @ layer.lora_A)
         exact = before + correction
-        plain, merged = _stored(layer.base, before, kind), _stored(layer.base, exact, kind)
+        plain, merged = (_stored(layer.base, weight, kind, dtype) for weight in (before, exact))
         rounding.entries += int(correction.count_nonzero())
         rounding.lost += int(((_codes(merged) == _codes(plain)) & (correction != 0)).sum())
         rounding.correction += float(correction.square().sum())
@@ -337,8 +342,11 @@ def merge(model: nn.Module, quantize: str | None = None) -> Rounding:
         rounding.error_of_base += float((_weight(plain) - before).square().sum())
         model.set_submodule(name, merged)
     for name, linear in linears(model).items():  # those without a LoRA
-        if quantize and isinstance(linear, nn.Linear) and storage(name, quantize):
-            model.set_submodule(name, QuantizedLinear.from_linear(linear, storage(name, quantize)))
+        kind = storage(name, quantize) if quantize else None
+        if (kind and isinstance(linear, nn.Linear)) or (dtype and not kind and isinstance(linear, QuantizedLinear)):
+            model.set_submodule(name, _stored(linear, _weight(linear), kind, dtype))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
     return rounding
 
 
@@ -367,7 +375,7 @@ def save_bfl(model: Flux, path: str | Path, metadata: Mapping[str, str] | None =
     """Write a transformer as BFL's single file has it, its sizes in the header's `config`.
 
     Quantised Linears are stored as `weight` (codes) and `scale_weight` (one float32 a row), as ComfyUI's scaled fp8 has
-    them but for the rows: load_flux reads them, ComfyUI knows one scale a matrix only.
+    them but for the rows: load_flux reads them, with `kind` as codes; ComfyUI knows one scale a matrix only.
     """
     state = {}
     for name, x in model.state_dict().items():
@@ -388,15 +396,19 @@ def merge_files(
         loras: FILE or FILE=STRENGTH.
         output: a folder for `hub`, a file for `bfl`.
         layout: hub or bfl.
-        dtype: of the weights, else as stored (fp8 is widened to bfloat16).
-        quantize: int8 or fp8: the weights of the blocks as codes, `bfl` only.
+        dtype: of the weights; else as they are stored.
+        quantize: int8 or fp8: the weights of the blocks as codes.
+
+    Raises:
+        ValueError: codes in the hub layout, which has no place for scales; or as for load_flux and load_lora.
     """
-    if quantize and layout != "bfl":
-        raise ValueError(f"--quantize {quantize}: the hub layout has no place for scales; use --layout bfl.")
-    flux = load_flux(base, dtype=dtype)
+    narrow = any(stored.dtype in WIDENED for stored in read_headers(find(base, "transformer")).values())
+    if layout == "hub" and (quantize or (narrow and not dtype)):
+        raise ValueError(f"{output}: the hub layout has no 8-bit weights; use --layout bfl, or --dtype bfloat16.")
+    flux = load_flux(base, dtype=torch.bfloat16 if narrow else None, kind="stored")
     for lora in loras:
         load_lora(flux, *strength_of(lora))
-    rounding = merge(flux, quantize)
+    rounding = merge(flux, quantize, dtype)
     metadata = {"kontext_min": json.dumps(purpose(loras) | {"merged": [Path(lora).name for lora in loras]})}
     if layout == "hub":
         save_flux(flux, output, metadata)
@@ -424,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     two.add_argument("--lora", action="append", required=True, metavar="FILE[=STRENGTH]", help=help)
     two.add_argument("--layout", choices=("hub", "bfl"), default="hub", help="of OUT (default hub)")
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    two.add_argument("--dtype", choices=dtypes, help="of the weights; else as stored, fp8 as bfloat16")
+    two.add_argument("--dtype", choices=dtypes, help="of the weights; else as they are stored")
     help = "keep the blocks as codes, with layout bfl: half the size, read by this project only"
     two.add_argument("--quantize", choices=("int8", "fp8"), help=help)
     args = parser.parse_args(argv)

@@ -86,8 +86,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _unit(a: Picture) -> np.ndarray:
-    """Float64 in units of full white: R = 1 from here on."""
+    """Float64 in units of full white: R = 1 from here on. ValueError if what full white is can't be told."""
     a = np.asarray(a)
+    if a.dtype.kind in "iu" and a.dtype != np.uint8:
+        raise ValueError(f"a picture of {a.dtype}; a metric needs bytes (uint8), or floats from 0 to 1")
     return a / 255.0 if a.dtype == np.uint8 else a.astype(np.float64)
 
 

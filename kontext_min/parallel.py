@@ -14,10 +14,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+TIMEOUT = timedelta(hours=6)  # the others wait while process 0 scans pictures and encodes captions; torch gives 30 min
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,11 @@ def start(device: str) -> Processes:
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine, or this build of torch, has no CUDA; use --device cpu.")
-        if world > 1:
-            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world > 1 else chosen.index or 0)
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")  # gloo for the few numbers
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"  # gloo for the few numbers
+        dist.init_process_group(backend, timeout=TIMEOUT)
     return Processes(rank, world, chosen)
 
 

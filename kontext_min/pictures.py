@@ -178,30 +178,38 @@ def read(path: Path) -> File:
                     notes.append(f"its {space} colour profile does not fit RGB: dropped")
             if min(dpi := image.info.get("dpi", (0, 0))) > 0:
                 keep["dpi"] = tuple(map(float, dpi))
-            exif = Image.Image.getexif(image)  # as data.py reads it: see there
-            turn = None if image.format == "TIFF" else TURNS.get(exif.get(ExifTags.Base.Orientation))
+            try:
+                turn, exif = _exif(image)
+            except Exception:  # the picture itself may be fine
+                turn, exif = None, None
+                notes.append("its EXIF can't be read: dropped")
+            if exif:
+                keep["exif"] = exif
             if image.has_transparency_data:
                 straight = image.convert("RGBA")
                 straight = straight.transpose(turn) if turn is not None else straight
                 alpha = straight.getchannel("A")
-                # The colours themselves, not laid on white: else a half transparent edge would be whitened twice.
-                rgb.paste(straight.convert("RGB"), mask=alpha.point(lambda a: 255 * (a > 0)))
-                notes.append("transparency is kept as it is (a JPEG is laid on white)")
-            if keep_exif := _plain(exif):
-                keep["exif"] = keep_exif
+                if alpha.getextrema() == (255, 255):
+                    alpha = None
+                else:
+                    # The colours themselves, not laid on white: else a half transparent edge would be whitened twice.
+                    rgb.paste(straight.convert("RGB"), mask=alpha.point(lambda a: 255 * (a > 0)))
+                    notes.append("transparency is kept as it is (a JPEG is laid on white)")
     except Exception as error:  # see data._read_header: Pillow's parsers raise anything
         raise UnreadableError(f"{path}: {error}") from error
     return File(rgb, alpha, keep, tuple(notes))
 
 
-def _plain(exif: Image.Exif) -> bytes | None:
-    """EXIF without orientation and layout, as bytes; None if nothing is left."""
+def _exif(image: Image.Image) -> tuple[Image.Transpose | None, bytes | None]:
+    """How data.open_picture turned the picture, and EXIF without that and without the layout of the old file."""
+    exif = Image.Image.getexif(image)  # as data.py reads it: see there
+    turn = None if image.format == "TIFF" else TURNS.get(exif.get(ExifTags.Base.Orientation))
     for tag in LAYOUT & set(exif):
         del exif[tag]
     if not exif:
-        return None
+        return turn, None
     exif[ExifTags.Base.Orientation] = 1
-    return exif.tobytes()
+    return turn, exif.tobytes()
 
 
 def write(path: Path, rgb: Image.Image, file: File, quality: int) -> None:

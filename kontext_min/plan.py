@@ -15,7 +15,7 @@ All blocks of a kind are alike, so two of each are run, and the rest is multipli
 inputs need no gradient) and the last single block (which computes only what is read) stand for themselves, the other
 two for all blocks between. What kernels allocate for themselves is not seen, nor are gaps between allocations.
 
-    python -m kontext_min.plan            memory and FLOPs of the full model in all 17 shapes, as docs/memory.md has them
+    python -m kontext_min.plan        memory and FLOPs of the full model in all 17 shapes, as docs/memory.md has them
 
 Sources: torch._subclasses.FakeTensorMode, torch.utils._python_dispatch.TorchDispatchMode, torch.utils.flop_counter.
 """
@@ -25,6 +25,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,18 +34,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from kontext_min import data, flow
+from kontext_min import data, flow, prompts
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
-from kontext_min.checkpoints import Weights, outline
+from kontext_min.checkpoints import DTYPES, Weights, outline
 from kontext_min.flow import Objective, Prompt
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
 from kontext_min.quantize import QuantizedLinear, quantize_
 from kontext_min.t5 import T5Encoder, T5Params
 
-GB = 1e9
+GB = 2.0**30  # a card of 16 GB has 16 times this
+SMALL = 0.05  # width of the model times pixels of the batch, over bytes: what is below is not planned before a run
+ATEN = torch.ops.aten
+FLOPS = flop_registry | {  # which lacks the fused attention of CPUs
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g.shape, q.shape, k.shape, v.shape
+    ),
+}
 CUDA_CONTEXT = 0.6 * GB  # kernels and workspaces of CUDA and cuBLAS, about
 
 
@@ -52,16 +63,20 @@ CUDA_CONTEXT = 0.6 * GB  # kernels and workspaces of CUDA and cuBLAS, about
 class Sizes:
     """The networks of a run; the defaults are those of FLUX.1-Kontext-dev."""
 
-    flux: FluxParams = FluxParams()  # noqa: RUF009
-    autoencoder: AutoencoderParams = AutoencoderParams()  # noqa: RUF009
-    t5: T5Params = T5Params()  # noqa: RUF009
+    flux: FluxParams = FluxParams()
+    autoencoder: AutoencoderParams = AutoencoderParams()
+    t5: T5Params = T5Params()
     text_tokens: int = 512
+    stored: torch.dtype = torch.bfloat16  # of the transformer's file
 
     @classmethod
-    def of(cls, weights: Weights, text_tokens: int) -> "Sizes":
+    def of(cls, weights: Weights) -> "Sizes":
         """Read from the headers of the weight files."""
-        parts = {part: outline(part, weights.path(part))[0] for part in ("transformer", "vae", "t5")}
-        return cls(parts["transformer"].params, parts["vae"].params, parts["t5"].encoder.params, text_tokens)
+        flux, headers, _ = outline("transformer", weights.path("transformer"))
+        largest = max(headers.values(), key=lambda stored: stored.nbytes)
+        autoencoder, t5 = (outline(part, weights.path(part))[0] for part in ("vae", "t5"))
+        length = prompts.max_length(weights)
+        return cls(flux.params, autoencoder.params, t5.encoder.params, length, DTYPES[largest.dtype])
 
 
 @dataclass(frozen=True)
@@ -76,11 +91,13 @@ class Setting:
     targets: str = "attention-mlp"
     full: bool = False
     averages: int = 0  # copies of the trained weights for an EMA
-    kind: str | None = None  # int8, fp8, nf4, or None: the dtype of the computation
+    kind: str | None = None  # int8, fp8, nf4, or None: as stored
     stream: bool = False
     checkpointing: bool = False
-    dtype: torch.dtype = torch.bfloat16
+    offload: bool = False  # block inputs wait in the host's memory
+    dtype: torch.dtype = torch.bfloat16  # of the computation
     cuda: bool = True
+    held: int = 0  # pictures of the largest size that stay on the device, for validation
     text: bool = True  # the text encoders run
     pictures: bool = True  # the autoencoder runs
 
@@ -138,8 +155,8 @@ class Tally(TorchDispatchMode):
                 self.now += self.known[key]
                 self.segment.peak = max(self.segment.peak, self.now)
                 weakref.finalize(x.untyped_storage(), self._gone, key).atexit = False
-        if (packet := getattr(func, "_overloadpacket", None)) in flop_registry:
-            self.segment.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        if (packet := getattr(func, "_overloadpacket", None)) in FLOPS:
+            self.segment.flops += FLOPS[packet](*args, **(kwargs or {}), out_val=out)
         return out
 
     def _gone(self, key: int) -> None:
@@ -153,6 +170,14 @@ def hollow(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if p is not None:
                 module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=False)
     return model
+
+
+def keep_narrow(blocks: Iterable[nn.Module], stored: torch.dtype) -> None:
+    """The Linears of the blocks as the file has them, whatever the dtype of the computation."""
+    for block in blocks:
+        for m in block.modules():
+            if isinstance(m, nn.Linear):
+                m.weight = nn.Parameter(torch.empty(m.weight.shape, dtype=stored), requires_grad=False)
 
 
 def size_of(model: nn.Module, choose: Callable[[Tensor], bool] = lambda _: True) -> int:
@@ -175,12 +200,13 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
         flux = Flux(replace(params, depth=depth, depth_single_blocks=singles))
     with FakeTensorMode():
         hollow(flux, torch.float32 if setting.full else setting.dtype)
-        if setting.kind or setting.stream:
-            quantize_(flux, setting.kind or "stored")
         if setting.full:
             flux.requires_grad_(True)
-        elif setting.rank:
-            add_lora(flux, setting.rank, targets=setting.targets)
+        else:
+            keep_narrow([*flux.double_blocks, *flux.single_blocks], sizes.stored)
+            quantize_(flux, setting.kind or "stored")
+            if setting.rank:
+                add_lora(flux, setting.rank, targets=setting.targets)
         blocks = [flux.double_blocks[-1], flux.single_blocks[0]]
 
         def whole(count: Callable[[nn.Module], float]) -> float:
@@ -189,9 +215,11 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
 
         trained = whole(lambda m: size_of(m, lambda x: x.requires_grad))
         parts = {"weights": whole(size_of) - (0 if setting.full else trained)}
-        if setting.stream:
-            parts["host"] = whole(streamed)
-            parts["weights"] += 2 * max(map(streamed, blocks)) - parts["host"]
+        if setting.stream:  # two slots; page-locked memory holds all, if it is at most half of the machine's
+            codes, slot = whole(streamed), max(map(streamed, blocks))
+            parts["weights"] += 2 * slot - codes
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            parts["host"] = (codes if codes <= memory / 2 else slot) if setting.cuda else 0.0
         copies = 1 + 2 * setting.train + setting.averages - setting.full  # themselves, AdamW's two moments
         parts["optimizer" if setting.full else "LoRA, optimizer"] = copies * trained
 
@@ -218,7 +246,10 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
                 flow.losses(flux, z, z, z, sigma, prompt, objective).mean().backward()
             else:
                 flow.velocity(flux, z, sigma, z, prompt, objective)
-    return parts, *extrapolate(tally.segments, more, [size_of(b, lambda x: x.requires_grad) for b in blocks], depth)
+    gradients = [size_of(b, lambda x: x.requires_grad) for b in blocks]
+    peak, kept, flops = extrapolate(tally.segments, more, gradients, depth, setting.offload)
+    parts["host"] = parts.get("host", 0.0) + kept
+    return parts, peak, flops
 
 
 def follow(tally: Tally, name: str, block: nn.Module) -> None:
@@ -235,12 +266,13 @@ def follow(tally: Tally, name: str, block: nn.Module) -> None:
 
 
 def extrapolate(
-    segments: dict[str, Segment], more: tuple[int, int], gradients: Sequence[int], depth: int
-) -> tuple[float, float]:
-    """Peak and FLOPs with `more` double and single blocks than were run.
+    segments: dict[str, Segment], more: tuple[int, int], gradients: Sequence[int], depth: int, offload: bool
+) -> tuple[float, float, float]:
+    """Peak on the device, bytes kept on the host, and FLOPs, with `more` double and single blocks than were run.
 
     A block that is repeated leaves `kept` bytes for the backward pass, which stand under all that comes until its own
-    backward pass; its gradients stand under all that comes after it.
+    backward pass; its gradients stand under all that comes after it. With `offload` what is kept is on the host, but
+    for that of the few blocks that were run, which are counted here.
     """
     typical = f"double {depth - 1}", "single -2"
     trains = any(name.startswith("backward") for name in segments)
@@ -248,10 +280,12 @@ def extrapolate(
         n * (segments[f"after {name}"].start - segments[name].start) if n and trains else 0.0
         for n, name in zip(more, typical, strict=True)
     ]
+    on_host = sum(kept) if offload else 0.0
+    kept = [0.0, 0.0] if offload else kept
     grads = [n * g for n, g in zip(more, gradients, strict=True)]
     peak = flops = 0.0
     for name, s in segments.items():
-        single, backward = "single" in name, name.startswith("backward")
+        backward = name.startswith("backward")
         if name == "start" or (name.startswith("double") and name != typical[0]):
             below = 0.0
         elif "double" in name and not backward:
@@ -260,14 +294,12 @@ def extrapolate(
             below = sum(grads)
         elif "double" in name:  # the first of the repeated ones to go back
             below = kept[0] + grads[1]
-        elif single:
-            below = sum(kept)
         else:
             below = sum(kept)
         peak = max(peak, s.peak + below)
         times = 1 + sum(n for n, kind in zip(more, typical, strict=True) if name in (kind, f"backward {kind}"))
         flops += times * s.flops
-    return peak, flops
+    return peak, on_host, flops
 
 
 def pictures(setting: Setting, sizes: Sizes) -> tuple[float, float]:
@@ -277,18 +309,12 @@ def pictures(setting: Setting, sizes: Sizes) -> tuple[float, float]:
     with FakeTensorMode():
         hollow(autoencoder, torch.float32)
         width, height = setting.size
-        count = setting.batch * (2 if setting.train else 1)  # training encodes degraded and clean pictures at once
+        latent = [1, sizes.autoencoder.z_channels, height // autoencoder.factor, width // autoencoder.factor]
         peaks = []
-        for f, x in (
-            (autoencoder.encode, torch.empty(count, 3, height, width)),
-            (
-                autoencoder.decode,
-                torch.empty(1, sizes.autoencoder.z_channels, height // autoencoder.factor, width // autoencoder.factor),
-            ),
-        ):
+        for f, shape in ((autoencoder.encode, [1, 3, height, width]), (autoencoder.decode, latent)):  # one at a time
             tally = Tally(autoencoder.parameters())
             with tally, torch.no_grad():
-                f(x)
+                f(torch.empty(shape))
             peaks.append(tally.segment.peak)
         return size_of(autoencoder), max(peaks)
 
@@ -300,8 +326,9 @@ def text(setting: Setting, sizes: Sizes) -> tuple[float, float]:
         t5 = T5Encoder(replace(sizes.t5, num_layers=layers))
     with FakeTensorMode():
         hollow(t5, setting.dtype)
-        if setting.kind or setting.stream:
-            quantize_(t5, setting.kind or "stored")
+        if setting.stream:
+            keep_narrow(t5.encoder.block, sizes.stored)
+            quantize_(t5, "stored")
         block, tally = t5.encoder.block[-1], Tally([*t5.parameters(), *t5.buffers()])
         with tally, torch.no_grad():
             t5(torch.zeros(1, sizes.text_tokens, dtype=torch.long))
@@ -317,6 +344,8 @@ def measure(setting: Setting, sizes: Sizes) -> Plan:
     parts, alive, flops = network(setting, sizes)
     on_host = parts.pop("host", 0.0)
     context = CUDA_CONTEXT if setting.cuda else 0.0
+    if setting.held:
+        parts["validation pictures"] = 4.0 * 3 * setting.held * setting.size[0] * setting.size[1]
     resident = sum(parts.values()) + context
     phases = {}
     if setting.pictures:
@@ -328,23 +357,73 @@ def measure(setting: Setting, sizes: Sizes) -> Plan:
     if setting.text:
         parts["text encoder, before"], read = text(setting, sizes)
         phases["text"] = parts["text encoder, before"] + read + context
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    pinned = on_host if setting.cuda and on_host <= memory / 2 else 0.0  # as stream.py decides
-    return Plan(parts, phases, pinned, flops)
+    return Plan(parts, phases, on_host, flops)
+
+
+# ------------------------------------------------------------------------------------------------ what a run asks for
+
+
+def for_training(settings: Any, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Setting, data.Size]:
+    """The Setting of train.py's flags, at its largest bucket, and the largest bucket of --resolution 512."""
+    multiple = 2 ** len(sizes.autoencoder.ch_mult)
+    size, small = (max(data.buckets(r, multiple), key=lambda s: s[0] * s[1]) for r in (settings.resolution, 512))
+    return Setting(
+        size=size,
+        batch=settings.batch_size,
+        reference=settings.context or settings.objective == "kontext",
+        rank=settings.rank,
+        targets=settings.lora_targets,
+        full=settings.full,
+        averages=int(settings.ema > 0),
+        kind=settings.quantize,
+        stream=settings.stream,
+        checkpointing=settings.gradient_checkpointing or settings.stream,
+        offload=settings.offload_activations,
+        dtype=dtype,
+        cuda=device.type == "cuda",
+        held=2 * settings.val_count,
+    ), small
+
+
+def for_sampling(
+    settings: Any, sizes: Sizes, trained: int | None, reference: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Setting, data.Size]:
+    """The Setting of sample.py's flags for a whole tile, which bounds the memory, and the size with --tile 512."""
+    factor = 2 ** (len(sizes.autoencoder.ch_mult) - 1)
+    tile = max((settings.tile or trained or 128 * factor) // (2 * factor), 1) * 2 * factor
+    return Setting(
+        size=(tile, tile),
+        batch=settings.batch_size,
+        reference=reference,
+        train=False,
+        rank=0,  # of a LoRA nothing but its file is known, and that is small
+        kind=settings.quantize,
+        stream=settings.stream,
+        dtype=dtype,
+        cuda=device.type == "cuda",
+    ), (min(tile, 512), min(tile, 512))
+
+
+def free_bytes(device: torch.device) -> float:
+    """What a run may take: the free memory of the device."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+    return 1024.0 * int(available.split()[1])
 
 
 # --------------------------------------------------------------------------------------------------- what is printed
 
 
 def budget_bytes(text: str) -> float:
-    """ "16G" -> 16e9.
+    """A size such as 16G, in bytes.
 
     Raises:
         ValueError: not a number with an optional M, G or T behind it.
     """
     number, factor = text.strip().upper().removesuffix("B"), 1.0
     if number[-1:] in ("M", "G", "T"):
-        number, factor = number[:-1], {"M": 1e6, "G": 1e9, "T": 1e12}[number[-1]]
+        number, factor = number[:-1], {"M": 2.0**20, "G": GB, "T": 2.0**40}[number[-1]]
     try:
         value = float(number) * factor
     except ValueError:
@@ -358,14 +437,15 @@ def choices(asked: Setting, small: tuple[int, int]) -> dict[str, Setting]:
     """Settings by the flags that make them, from the fastest to the smallest."""
     c = {"checkpointing": True} if asked.train else {}
     flag = " --gradient-checkpointing" if asked.train else ""
-    plain = replace(asked, kind=None, stream=False, checkpointing=False)
+    plain = replace(asked, kind=None, stream=False, checkpointing=False, offload=False)
     found = {"": plain, flag: replace(plain, **c)}
     for kind in ("int8", "nf4"):
         found[f"--quantize {kind}{flag}"] = replace(plain, kind=kind, **c)
-    found[f"--stream{flag}"] = replace(plain, stream=True, **c)
-    found[f"--stream{flag} {'--resolution' if asked.train else '--tile'} 512"] = replace(
-        plain, stream=True, size=small, **c
-    )
+    if asked.train:
+        offload = {"checkpointing": True, "offload": True}
+        found[f"--quantize nf4{flag} --offload-activations"] = replace(plain, kind="nf4", **offload)
+    found["--stream"] = replace(plain, stream=True, **c)
+    found[f"--stream {'--resolution' if asked.train else '--tile'} 512"] = replace(plain, stream=True, size=small, **c)
     return {name.strip(): setting for name, setting in found.items()}
 
 
@@ -393,23 +473,23 @@ def show(asked: Setting, sizes: Sizes, budget: float, small: tuple[int, int]) ->
     return "\n".join(lines)
 
 
-def refuse(setting: Setting, sizes: Sizes, free: float) -> None:
-    """Say before the run that it will not fit.
+def refuse(setting: Setting, sizes: Sizes, device: torch.device) -> None:
+    """Say before the run that it will not fit; a model that is small beside the memory is not looked at.
 
     Raises:
         ValueError: with what it needs, what there is, and what to do.
     """
-    plan = measure(setting, sizes)
-    if plan.device > free:
+    if device.type != "cuda" and not Path("/proc/meminfo").exists():
+        return
+    free = free_bytes(device)
+    if sizes.flux.hidden_size * max(setting.size) * max(setting.size) * setting.batch < SMALL * free:
+        return
+    need = measure(setting, sizes).device
+    if need > free:
         raise ValueError(
-            f"this run needs {plan.device / GB:.1f} GB at its peak, {free / GB:.1f} GB are free; "
-            "add --plan to see the flags that make it fit."
+            f"this run needs {need / GB:.1f} GB of memory at its peak and {free / GB:.1f} GB are free on {device}; "
+            "--plan shows the flags that make it fit."
         )
-
-
-def largest(buckets: Sequence[data.Size]) -> data.Size:
-    """The bucket with the most tokens."""
-    return max(buckets, key=lambda size: size[0] * size[1])
 
 
 def table() -> str:
@@ -420,8 +500,10 @@ def table() -> str:
         "bf16 resident": {},
         "bf16 resident, checkpointing": c,
         "int8 resident, checkpointing": c | {"kind": "int8"},
-        "fp8 resident, checkpointing": c | {"kind": "fp8"},
+        "int8 resident, checkpointing, inputs on the host": c | {"kind": "int8", "offload": True},
+        "fp8 resident, checkpointing, inputs on the host": c | {"kind": "fp8", "offload": True},
         "nf4 resident, checkpointing": c | {"kind": "nf4"},
+        "nf4 resident, checkpointing, inputs on the host": c | {"kind": "nf4", "offload": True},
         "bf16 streamed, checkpointing": c | {"stream": True},
         "int8 streamed, checkpointing": c | {"stream": True, "kind": "int8"},
         "bf16 streamed, checkpointing, --resolution 512": c | {"stream": True, "size": (512, 512)},
@@ -434,14 +516,21 @@ def table() -> str:
         "| width x height | tokens | int8, GB | with context | TFLOP a batch | with context | TFLOP a restoring step |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
+    known: dict[data.Size, list[float]] = {}  # a shape and its transpose take the same
     for size in data.buckets(1024):
-        base = Setting(size=size, kind="int8", text=False, **c)
-        plain, context = (measure(replace(base, reference=r), sizes) for r in (False, True))
-        step = network(replace(base, train=False), sizes)[2]
-        lines.append(
-            f"| {size[0]} x {size[1]} | {size[0] * size[1] // 256} | {plain.device / GB:.1f} | "
-            f"{context.device / GB:.1f} | {plain.flops / 1e12:.0f} | {context.flops / 1e12:.0f} | {step / 1e12:.0f} |"
-        )
+        key = min(size), max(size)
+        if key not in known:
+            base = Setting(size=key, kind="int8", text=False, pictures=False, **c)
+            plain, context = (measure(replace(base, reference=r), sizes) for r in (False, True))
+            step = network(replace(base, train=False), sizes)[2]
+            known[key] = [
+                plain.device / GB,
+                context.device / GB,
+                *(x / 1e12 for x in (plain.flops, context.flops, step)),
+            ]
+        a, b, *tera = known[key]
+        arithmetic = " | ".join(f"{x:.0f}" for x in tera)
+        lines.append(f"| {size[0]} x {size[1]} | {size[0] * size[1] // 256} | {a:.1f} | {b:.1f} | {arithmetic} |")
     return "\n".join(lines)
 
 

@@ -13,19 +13,21 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.checkpoints import Weights, fingerprint, load_clip, load_t5
+from kontext_min.checkpoints import Weights, fingerprint, load_clip, load_t5, save_file
 from kontext_min.clip import ClipTokenizer
 from kontext_min.flow import Prompt
 from kontext_min.stream import load_streamed
 from kontext_min.t5 import T5Tokenizer
 
-Encoded = dict[str, tuple[Tensor, Tensor]]  # text -> ((L_txt, context_in_dim), (vec_in_dim,)), on the CPU
+Encoded = dict[str, tuple[Tensor, Tensor] | Path]  # text -> ((L_txt, context_in_dim), (vec_in_dim,)) or their file
+VOCABULARIES = (("tokenizer", ("vocab.json", "merges.txt")), ("tokenizer_2", ("spiece.model",)))
 
 
 def max_length(weights: Weights) -> int:
@@ -34,15 +36,22 @@ def max_length(weights: Weights) -> int:
     return int(json.loads(config.read_text(encoding="utf-8")).get("model_max_length", 512)) if config.exists() else 512
 
 
-def _key(text: str, weights: Weights, dtype: torch.dtype) -> str:
-    digest = hashlib.sha256()
-    digest.update(json.dumps([text, max_length(weights), str(dtype)]).encode())
+def _keys(texts: Iterable[str], weights: Weights, dtype: torch.dtype) -> dict[str, str]:
+    """Each text once, and the name that it is kept under: a hash of all that its encoding depends on."""
+    common = hashlib.sha256()
     for part in ("clip", "t5"):
-        digest.update(fingerprint(weights.path(part), part).encode())
-    for folder, names in (("tokenizer", ("vocab.json", "merges.txt")), ("tokenizer_2", ("spiece.model",))):
+        common.update(fingerprint(weights.path(part), part).encode())
+    for folder, names in VOCABULARIES:
         for name in names:
-            digest.update((weights.tokenizer(folder) / name).read_bytes())
-    return digest.hexdigest()[:32]
+            file = weights.tokenizer(folder) / name
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{file}: no such vocabulary; single weight files carry none, so --weights has to name a folder "
+                    "with tokenizer/ and tokenizer_2/. See weights/README.md."
+                )
+            common.update(file.read_bytes())
+    rest = [max_length(weights), str(dtype), common.hexdigest()]
+    return {text: hashlib.sha256(json.dumps([text, *rest]).encode()).hexdigest()[:32] for text in sorted(set(texts))}
 
 
 @torch.no_grad()
@@ -59,18 +68,18 @@ def encode(
     Args:
         texts: prompts; repeated ones are encoded once.
         weights: where the encoders and tokenizers are.
-        cache: folder of encoded prompts, or None for no cache. What is read from it stays memory-mapped, so ten
+        cache: folder of encoded prompts, or None for no cache. What is in it is read when a batch asks for it, so ten
             thousand captions of 4 MB each cost no memory.
         dtype: to compute and to keep the results in.
         device: to compute on; the results are on the CPU.
         stream: leave the blocks of T5 in their files and bring them one by one (stream.py).
     """
-    keys = {text: _key(text, weights, dtype) for text in sorted(set(texts))}
+    keys = _keys(texts, weights, dtype)
     done: Encoded = {}
     for text, key in keys.items():
         file = cache / f"{key}.safetensors" if cache else None
         if file and file.exists():
-            done[text] = _read(file)
+            done[text] = file
     new = [text for text in keys if text not in done]
     if not new:
         return done
@@ -87,13 +96,14 @@ def encode(
     else:
         t5 = load_t5(weights.path("t5"), dtype=dtype, device=device, kind="stored")
     for text, ids, pooled in zip(new, t5_ids, y, strict=True):
-        done[text] = t5(ids[None].to(device))[0].cpu(), pooled
+        txt = t5(ids[None].to(device))[0].cpu()
+        done[text] = txt, pooled
         if cache:
             cache.mkdir(parents=True, exist_ok=True)
             file, aside = cache / f"{keys[text]}.safetensors", cache / f"{keys[text]}.{os.getpid()}.tmp"
-            save_file({"txt": done[text][0], "y": pooled}, aside)
+            save_file({"txt": txt, "y": pooled}, aside)
             aside.replace(file)
-            done[text] = _read(file)
+            done[text] = file
     if stream:
         print(f"T5 {blocks.report()}")
         del t5, blocks
@@ -101,6 +111,7 @@ def encode(
     return done
 
 
+@lru_cache(maxsize=64)  # files that stay open, memory-mapped: one, most of the time
 def _read(file: Path) -> tuple[Tensor, Tensor]:
     tensors = load_file(file)
     return tensors["txt"], tensors["y"]
@@ -110,8 +121,9 @@ def batch(
     encoded: Encoded, texts: Sequence[str], guidance: float, dtype: torch.dtype, device: str | torch.device
 ) -> Prompt:
     """The rows of some pictures: txt (B, L_txt, D) and y (B, V) in `dtype`, guidance (B,) float32."""
+    rows = [_read(x) if isinstance(x := encoded[t], Path) else x for t in texts]
     return Prompt(
-        torch.stack([encoded[t][0] for t in texts]).to(device, dtype),
-        torch.stack([encoded[t][1] for t in texts]).to(device, dtype),
+        torch.stack([txt for txt, _ in rows]).to(device, dtype),
+        torch.stack([y for _, y in rows]).to(device, dtype),
         torch.full((len(texts),), guidance, device=device),
     )

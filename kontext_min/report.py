@@ -62,12 +62,12 @@ def write_report(folder: Path) -> Path:
     return save_page(folder, headline(training, validations, settings), sections)
 
 
-def write_restored_report(folder: Path, figures: Sequence[str], count: int, mean: Row | None) -> Path:
+def write_restored_report(folder: Path, figures: dict[str, str], count: int, mean: Row | None) -> Path:
     """Write report.html on restored pictures into a folder, aside and renamed; returns its path.
 
     Args:
         folder: of the restored pictures; must be there.
-        figures: from `slider`, at most RESTORED of them are of use.
+        figures: from `slider`, by name; best at most RESTORED of them.
         count: pictures that were restored.
         mean: metrics.mean_row, if there are clean pictures to compare with.
 
@@ -84,7 +84,9 @@ def write_restored_report(folder: Path, figures: Sequence[str], count: int, mean
     note = "" if len(figures) == count else f"{len(figures)} of {count:,} pictures are shown. "
     note += "Larger pictures are shrunk; whole ones are in the folder."
     left = LEFT if mean else ""
-    body = BEFORE_AFTER.format(choices=left, figures="".join(figures), note=note, views="{}")
+    body = BEFORE_AFTER.format(
+        choices=left, figures="".join(figures[k] for k in sorted(figures)), note=note, views="{}"
+    )
     return save_page(folder, fact_list(facts), {"Before and after": body})
 
 

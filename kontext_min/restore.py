@@ -234,7 +234,8 @@ def restore(
         return tiled(lambda x, c: evaluate(x, c, sigma), (x, control), tile // factor, 2)
 
     tokens = min(control.shape[-2], tile // factor) * min(control.shape[-1], tile // factor) // 4
-    sigmas = schedule(math.ceil(steps / SOLVERS[solver]), tokens, shift=objective.name == "kontext")  # bridges: equal
+    solver_steps = math.ceil(steps / SOLVERS.get(solver, 1))  # a solver that is none is named by integrate
+    sigmas = schedule(solver_steps, tokens, shift=objective.name == "kontext")  # bridges: equal steps
     x = integrate(v, x, 1 - strength * (1 - sigmas), solver)
     finish = (lambda x: to_bytes(x).to(home)) if is_bytes else (lambda x: x.float().to(home))
     return tiled(decode, (x,), tile // factor, 2, factor, finish)[..., :height, :width]

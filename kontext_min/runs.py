@@ -1,6 +1,7 @@
 """The run folder: what a run writes, whole or not at all, and how it goes on after a stop.
 
-    settings.json          every flag, versions, fingerprint of the weights
+    settings.json          every flag, versions, fingerprint of the weights and of the list of pictures
+    left-out.txt           the picture files that can't be used, and why
     metrics.jsonl          one object a line; a resumed run first drops the rows behind its checkpoint
     validation/            step-000500.png: degraded | restored | clean
     checkpoints/step-000500/   lora.safetensors for use; trained, optimizer (and ema) and state.json to go on from
@@ -29,13 +30,22 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from kontext_min.checkpoints import save_file
 
 # --------------------------------------------------------------------------------------------------------- the folder
 
 
-def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, accept: bool, write: bool = True) -> Path | None:
+def open_run(
+    folder: Path,
+    settings: Mapping[str, Any],
+    resume: bool,
+    accept: bool,
+    write: bool = True,
+    overwrite: bool = False,
+) -> Path | None:
     """Make a run folder, or return to one: the last whole checkpoint in it, or None for a fresh start.
 
     Args:
@@ -44,27 +54,33 @@ def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, accept: bo
         resume: go on if the folder holds a checkpoint; if not wanted, a folder with checkpoints is an error.
         accept: go on even though settings changed.
         write: whether this process is the one that writes.
+        overwrite: start afresh; what is there is deleted later, when all else has proved right (`delete_run`).
 
     Raises:
         ValueError: settings changed and that was not accepted, or a finished run would be overwritten.
         OSError: the folder can't be written.
     """
-    last = latest_checkpoint(folder)
+    last = None if overwrite else latest_checkpoint(folder)
     if last and not resume:
         raise ValueError(f"{folder}: holds a run already ({last.name}); leave out --no-resume, or --overwrite it.")
     stored = folder / "settings.json"
-    if last and stored.exists():
-        before = json.loads(stored.read_text(encoding="utf-8"))
+    if last and not accept:
+        try:
+            before = json.loads(stored.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise ValueError(
+                f"{stored}: gone or broken, so nobody can say whether settings changed since {last.name}; go on with "
+                "--accept-changes, or start again with --overwrite or another --output-dir."
+            ) from None
         changed = [k for k in settings if k in before and before[k] != settings[k] and k not in MAY_CHANGE]
-        if changed and not accept:
+        if changed:
             what = "; ".join(f"{k} was {before[k]}, is {settings[k]}" for k in changed)
             raise ValueError(
                 f"{folder}: settings changed since {last.name}: {what}. Go on with --accept-changes, or start again "
                 "with --overwrite or another --output-dir."
             )
     if write:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "validation").mkdir(exist_ok=True)
+        make_folders(folder)
         for leftover in (folder / "checkpoints").glob(".*"):  # of a process that was killed while writing
             shutil.rmtree(leftover, ignore_errors=True)
     return last
@@ -78,12 +94,19 @@ MAY_CHANGE = (  # settings that change no result, but for rounding
 )
 
 
+def make_folders(folder: Path) -> None:
+    """The run folder and those in it."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "validation").mkdir(exist_ok=True)
+
+
 def delete_run(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else that lies there."""
     for name in ("checkpoints", "validation", "tensorboard", "transformer"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("settings.json", "metrics.jsonl", "report.html", "lora.safetensors"):
+    for name in ("settings.json", "metrics.jsonl", "report.html", "lora.safetensors", "left-out.txt"):
         (folder / name).unlink(missing_ok=True)
+    make_folders(folder)
 
 
 class Stopped(Exception):
@@ -110,8 +133,13 @@ def under_way(folder: Path) -> Iterator[None]:
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file aside and rename it."""
+    write_text(file, json.dumps(values, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file aside and rename it."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     aside.replace(file)
 
 
@@ -292,9 +320,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def rewind_metrics(folder: Path, step: int) -> None:
     """Drop the rows behind a checkpoint, which the resumed run will write again."""
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
-    aside = folder / f".metrics.{os.getpid()}.tmp"
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    aside.replace(folder / "metrics.jsonl")
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # -------------------------------------------------------------------------------------------- signals and the terminal

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kontext_min.checkpoints import (
@@ -45,6 +44,7 @@ from kontext_min.checkpoints import (
     outline,
     read_at,
     read_headers,
+    save_file,
     scales_of,
 )
 from kontext_min.quantize import QuantizedLinear, storage

@@ -47,9 +47,12 @@ SIZES = {  # sizes of the network, and numbers of tokens: text, picture, referen
 }  # fmt: skip
 
 
+REPEATS = 5
+
+
 def report(name: str, theirs: float | None, ours: float, unit: str, note: str = "") -> None:
     """One row of the table."""
-    shown = f"{theirs:.4g} {unit} | {ours:.4g} {unit} | {ours / theirs:.2f}" if theirs else f"| {ours:.4g} {unit} |"
+    shown = f"{theirs:.4g} {unit} | {ours:.4g} {unit} | {ours / theirs:.2f}" if theirs else f" | {ours:.4g} {unit} | "
     print(f"| {name} | {shown} | {note} |", flush=True)
 
 
@@ -61,14 +64,14 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def turns(*functions: Callable[[], object], repeats: int = 5, least: float = 0.2) -> list[float]:
+def turns(*functions: Callable[[], object], repeats: int | None = None, least: float = 0.2) -> list[float]:
     """Median seconds of each function, called in turns; fast ones are called several times a turn."""
     began = clock()
     for f in functions:
         f()
     loops = max(1, round(least * len(functions) / max(clock() - began, 1e-6)))
     seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
+    for _ in range(repeats or REPEATS):
         for f, taken in zip(functions, seconds, strict=True):
             gc.collect()
             began = clock()
@@ -251,11 +254,11 @@ def transformer(size: str) -> None:
 
 
 def flop_count(f: Callable[[], object]) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
+    from kontext_min.plan import Tally
 
-    with FlopCounterMode(display=False) as counter:
+    with Tally() as tally:
         f()
-    return counter.get_total_flops()
+    return round(sum(s.flops for s in tally.segments.values()))
 
 
 PEAK: list[float] = []
@@ -269,20 +272,175 @@ def share(flops: int, seconds: float) -> str:
     return f"{flops / seconds / 1e9:.0f} of {PEAK[0] / 1e9:.0f} GFLOP/s"
 
 
+def copy_autoencoder(ours, theirs) -> None:
+    from kontext_min.checkpoints import autoencoder_modules
+
+    state, modules = theirs.state_dict(), autoencoder_modules(ours.params)
+    for name, p in ours.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        p.copy_(state[f"{modules[module][0]}.{leaf}"].reshape(p.shape))
+
+
+@torch.no_grad()
+def autoencoder() -> None:
+    """The official sizes, 84 million parameters, on 256x256 pixels."""
+    from diffusers import AutoencoderKL
+
+    from kontext_min.autoencoder import Autoencoder, AutoencoderParams
+
+    heading("autoencoder, 256x256")
+    torch.manual_seed(0)
+    theirs = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2,
+        block_out_channels=[128, 256, 512, 512], latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
+    ).requires_grad_(False)  # fmt: skip
+    ours = Autoencoder(AutoencoderParams(scale_factor=1.0, shift_factor=0.0)).requires_grad_(False)
+    copy_autoencoder(ours, theirs)
+    image = torch.rand(1, 3, 256, 256) * 2 - 1
+    z = ours.encode(image)
+    same(z, theirs.encode(image).latent_dist.mode())
+    same(ours.decode(z), theirs.decode(z).sample)
+    for name, pair in (
+        ("encode", (lambda: theirs.encode(image), lambda: ours.encode(image))),
+        ("decode", (lambda: theirs.decode(z), lambda: ours.decode(z))),
+    ):
+        flops, taken = flop_count(pair[1]), turns(*pair)
+        report(name, *taken, "s", f"{flops / 1e9:.0f} GFLOP, {share(flops, taken[1])}")
+
+
+@torch.no_grad()
+def text() -> None:
+    """CLIP-L as it is, and T5 of its width 1024 with 4 layers, on 512 tokens."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    from kontext_min.clip import ClipParams, ClipTextEncoder
+    from kontext_min.t5 import T5Encoder, T5Params
+
+    heading("text encoders")
+    torch.manual_seed(0)
+    theirs = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)).eval()
+    ours = ClipTextEncoder(ClipParams())
+    ours.load_state_dict({k.removeprefix("text_model."): v for k, v in theirs.state_dict().items()}, strict=False)
+    ids = torch.randint(3, 49000, (1, 77))
+    ids[0, 60:] = 49407
+    same(ours(ids)[0], theirs(ids).last_hidden_state)
+    report("CLIP-L, 77 tokens", *turns(lambda: theirs(ids), lambda: ours(ids)), "s")
+    sizes = {"vocab_size": 1000, "d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 4, "num_heads": 16}
+    theirs = T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")).eval()
+    ours = T5Encoder(T5Params(**sizes))
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    ids = torch.randint(0, 1000, (1, 512))
+    same(ours(ids), theirs(ids).last_hidden_state)
+    report("T5, 4 layers of 1024, 512 tokens", *turns(lambda: theirs(ids), lambda: ours(ids)), "s")
+
+
+def loading() -> None:
+    """The 82M network in float32, from the hub's layout; and the same with every weight read once."""
+    import tempfile
+
+    from diffusers import FluxTransformer2DModel
+
+    from kontext_min.checkpoints import load_flux, save_flux
+
+    heading("loading, 82M in float32")
+    with tempfile.TemporaryDirectory() as folder:
+        save_flux(our_flux("82M"), folder)
+
+        def read(model) -> float:
+            with torch.no_grad():
+                return sum(p.sum().item() for p in model.parameters())
+
+        pair = lambda: FluxTransformer2DModel.from_pretrained(folder), lambda: load_flux(folder)
+        report("load", *turns(*pair), "s")
+        report("load and read", *turns(lambda: read(pair[0]()), lambda: read(pair[1]())), "s")
+
+
+@torch.no_grad()
+def restoration() -> None:
+    """A whole Kontext edit on weights/tiny, text encoders included: 4 steps on 256x256 pixels."""
+    from diffusers import FluxKontextPipeline
+    from PIL import Image
+
+    from kontext_min import checkpoints, flow, prompts
+    from kontext_min.restore import restore, to_image, to_tensor
+
+    heading("a whole restoration on weights/tiny, 256x256, 4 steps")
+    folder, prompt = ROOT / "weights" / "tiny", "Restore this photo."
+    pipe = FluxKontextPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    weights = checkpoints.Weights(folder)
+    ae, flux = (load(folder, dtype=torch.float32) for load in (checkpoints.load_autoencoder, checkpoints.load_flux))
+    image = Image.open(TESTS / "photos" / "bowl.jpg").convert("RGB").resize((256, 256))
+    noise = torch.randn(1, ae.params.z_channels, 256 // ae.factor, 256 // ae.factor)
+
+    def theirs():
+        return pipe(
+            image=image, prompt=prompt, height=256, width=256, max_area=256 * 256, _auto_resize=False,
+            num_inference_steps=4, guidance_scale=2.5, latents=flow.pack(noise),
+            max_sequence_length=prompts.max_length(weights),
+        ).images[0]  # fmt: skip
+
+    def ours():
+        encoded = prompts.encode([prompt], weights, None, torch.float32, "cpu")
+        p = prompts.batch(encoded, [prompt], 2.5, torch.float32, "cpu")
+        return to_image(restore(to_tensor(image), flux, ae, p, flow.Objective("kontext"), 4, noise=noise)[0])
+
+    same(to_tensor(ours()), to_tensor(theirs()), 0.01)  # one level of 255
+    report("prompt, encode, 4 steps, decode", *turns(theirs, ours), "s", "ours loads both text encoders each time")
+
+
+def compiled() -> None:
+    """Both compiled block by block, the tiny network; ours with any number of tokens in one graph."""
+    from test_checkpoints import to_diffusers
+    from train import compile_blocks
+
+    heading("compiled, tiny")
+    ours, theirs, x = our_flux("tiny"), their_flux("tiny"), inputs("tiny")
+    theirs.load_state_dict(to_diffusers(ours))
+    plain = turns(lambda: forward(their_call, theirs, x), lambda: forward(our_call, ours, x))
+    theirs.compile_repeated_blocks(fullgraph=True)
+    compile_blocks(ours)
+    same(forward(our_call, ours, x), forward(their_call, theirs, x))
+    taken = turns(lambda: forward(their_call, theirs, x), lambda: forward(our_call, ours, x))
+    gains = " and ".join(f"{c / p:.2f}" for c, p in zip(taken, plain, strict=True))
+    report("forward", *taken, "s", f"of their time without: {gains}")
+
+
+def growth() -> None:
+    """How the time of our forward pass grows with the tokens, against the arithmetic."""
+    heading("tokens and time, 82M, ours")
+    ours, (img, ids, *rest) = our_flux("82M"), inputs("82M")
+    for tokens in (256, 1024, 2048):
+        x = (img[:, :tokens], ids[:, :tokens], *rest[:-1], tokens)
+        flops = flop_count(lambda x=x: forward(our_call, ours, x))
+        taken = turns(lambda x=x: forward(our_call, ours, x))[0]
+        report(f"512 + {tokens} tokens", None, taken, "s", f"{flops / 1e9:.0f} GFLOP, {share(flops, taken)}")
+
+
 PARTS: dict[str, Callable[[], None]] = {
     "transformer": lambda: transformer("82M"),
     "tiny": lambda: transformer("tiny"),
+    "vae": autoencoder,
+    "text": text,
+    "loading": loading,
+    "restoration": restoration,
+    "compiled": compiled,
+    "growth": growth,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="turns that medians are taken of")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    globals()["REPEATS"] = arguments.repeats
     if arguments.child:
         child(*arguments.child)
         return
+    load = Path("/proc/loadavg").read_text().split()[0]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {load} before the start")
     for part in arguments.parts or PARTS:
         PARTS[part]()
 

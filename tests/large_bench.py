@@ -1,10 +1,11 @@
 """Time and peak memory of sample.py by the size of the picture, on one core; no test.
 
-    python tests/large_bench.py [MEGAPIXELS ...] [--tile N] [--out FOLDER]        1 6 24 unless others are given
+    python tests/large_bench.py [MEGAPIXELS ...] [--weights FOLDER] [--tile N] [--out FOLDER]        1 6 24 by default
 
-Each size is a JPEG of 3:2 made from one photograph, restored in one network evaluation by weights/tiny, in a process of
-its own. `+` is the peak above that of the first size, for each megapixel more: the picture is 3 bytes a pixel as
-bytes and 4 in Pillow, the latent of weights/tiny is 4 and is there up to five times while a step is taken.
+Each size is a JPEG of 3:2 made from one photograph, restored in one network evaluation, by weights/tiny if no other
+folder is named, in a process of its own. `+` is the peak above that of the first size, for each megapixel more: the
+picture is 3 bytes a pixel, and 4 in Pillow; the latent of weights/tiny is 4, and there are up to five of it while a
+step is taken. With the Flux autoencoder it is 1: 16 floats for 64 pixels.
 """
 
 import argparse
@@ -21,9 +22,17 @@ ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "tests" / "photos" / "bowl.jpg"
 
 
-def measure(file: Path, output: Path, tile: int) -> tuple[float, float]:
+def make(folder: Path, megapixels: float) -> tuple[Path, tuple[int, int]]:
+    """A JPEG of 3:2, and its size."""
+    width = round(1000 * (1.5 * megapixels) ** 0.5)
+    picture = Image.open(PHOTO).convert("RGB").resize((width, round(width / 1.5)), Image.Resampling.BICUBIC)
+    picture.save(folder / f"in-{megapixels:g}.jpg", quality=90)
+    return folder / f"in-{megapixels:g}.jpg", picture.size
+
+
+def measure(file: Path, output: Path, *flags: object) -> tuple[float, float]:
     """(seconds, peak resident MB) of one run of sample.py."""
-    argv = [sys.executable, "sample.py", "--input", file, "--output", output, "--steps", 1, "--tile", tile]
+    argv = [sys.executable, "sample.py", "--input", file, "--output", output, "--steps", 1, *flags]
     began = time.monotonic()
     process = subprocess.Popen(list(map(str, argv)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     _, status, usage = os.wait4(process.pid, 0)
@@ -34,18 +43,17 @@ def measure(file: Path, output: Path, tile: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("megapixels", type=float, nargs="*", default=[1, 6, 24])
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny")
     parser.add_argument("--tile", type=int, default=256)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     folder = args.out or Path(tempfile.mkdtemp())
     rows = []
     for mp in args.megapixels:
-        width = round(1000 * (1.5 * mp) ** 0.5)
-        picture = Image.open(PHOTO).convert("RGB").resize((width, round(width / 1.5)), Image.Resampling.BICUBIC)
-        picture.save(folder / f"in-{mp:g}.jpg", quality=90)
-        del picture
-        seconds, peak = measure(folder / f"in-{mp:g}.jpg", folder / f"out-{mp:g}.jpg", args.tile)
-        assert Image.open(folder / f"out-{mp:g}.jpg").size == (width, round(width / 1.5))
+        file, size = make(folder, mp)
+        output = folder / f"out-{mp:g}.jpg"
+        seconds, peak = measure(file, output, "--tile", args.tile, "--weights", args.weights.resolve())
+        assert Image.open(output).size == size
         rows.append((mp, peak))
         above = (peak - rows[0][1]) / (mp - rows[0][0]) if len(rows) > 1 else 0
         print(f"{mp:4g} MP {seconds:7.1f} s, {seconds / mp:.1f} s/MP {peak:7.0f} MB, +{above:.1f} MB/MP", flush=True)

@@ -24,6 +24,18 @@ def test_golden():
     assert ae.factor == 8
 
 
+def test_strips_give_the_same_numbers(monkeypatch):
+    """Large maps go through their convolutions in strips of rows: here all of them, of one row and of a few."""
+    torch.manual_seed(0)
+    ae = Autoencoder(AutoencoderParams(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=4)).requires_grad_(False)
+    image, z = torch.rand(2, 3, 36, 44) * 2 - 1, torch.randn(2, 4, 9, 11)
+    whole = ae.encode(image), ae.decode(z)
+    for strip in (1, 5000):
+        monkeypatch.setattr("kontext_min.autoencoder.STRIP", strip)
+        assert (ae.encode(image) - whole[0]).abs().max() <= 1e-5
+        assert (ae.decode(z) - whole[1]).abs().max() <= 1e-5
+
+
 SIZES = [((1, 2), 1, 4), ((1, 2, 4), 1, 16), ((1, 1, 2, 2), 2, 8)]
 
 

@@ -310,3 +310,12 @@ def test_clip_and_t5_sizes_from_shapes():
     assert params == T5Params(**_fields(T5Params, params.__dict__))
     assert isinstance(checkpoints.clip_params(checkpoints.strip_prefix(sheet("comfy.clip_l"), "clip"), {}), ClipParams)
     assert isinstance(Autoencoder(AutoencoderParams(ch=32, ch_mult=(1, 2))), Autoencoder)
+
+
+def test_golden_fp8(tmp_path):
+    """W = fp8 * scale, under either name of the scale."""
+    units = load_file(GOLDEN / "units.safetensors")
+    for name in ("a.scale_weight", "a.weight_scale"):
+        save_file({"a.weight": units["fp8.weight"], name: units["fp8.scale_weight"]}, tmp_path / f"{name}.safetensors")
+        read = checkpoints.TensorReader(checkpoints.read_headers([tmp_path / f"{name}.safetensors"]))
+        assert torch.equal(read("a.weight"), units["fp8.dequant_f32"])

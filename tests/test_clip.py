@@ -93,6 +93,11 @@ def test_live_parity(width, heads, layers, mlp):
     torch.testing.assert_close(pooled, states[[0, 1], [10, 40]], rtol=0, atol=0)
 
 
+def test_eps_is_that_of_the_hub():
+    """config.json may leave it out."""
+    assert ClipParams().layer_norm_eps == CLIPTextConfig().layer_norm_eps == 1e-5
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="hidden_size 60 over 7 heads"):
         ClipParams(hidden_size=60, num_attention_heads=7)

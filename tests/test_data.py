@@ -652,6 +652,32 @@ def test_no_latent_meets_another_pictures_caption_or_target(tmp_path):
     assert cached(root, cache, 3, epochs=4) == 0  # captions are not in the cache
 
 
+def test_latents_of_another_bucket_or_partner_are_others(tmp_path):
+    """Over one cache: other sizes of the buckets, partners, none, and a partner whose file changes."""
+    for name in ("hr", "lr", "lr2"):
+        (tmp_path / name).mkdir()
+        smooth((100, 100), len(name)).save(tmp_path / name / "a.png")
+    pictures, _ = data.scan(tmp_path / "hr")
+    cache, made = LatentCache(tmp_path / "latents", "base"), []
+
+    def control(buckets=((64, 64),), lr=None):
+        pairs = Pairs(pictures, list(buckets), noisy, 1, "restore", lr_root=lr and tmp_path / lr, variants=1)
+        fill(pairs, cache, lambda x: made.append(1) or pooled(x))
+        item, plain = CachedPairs(pairs, cache)[(0, 0)], pairs[(0, 0)]
+        assert torch.equal(item["control"], pooled(plain["control"][None])[0])
+        assert torch.equal(item["target"], pooled(plain["target"][None])[0])
+
+    control()
+    control(buckets=[(32, 32)])
+    control(lr="lr")
+    control(lr="lr2")
+    smooth((100, 100), 9).save(tmp_path / "lr" / "a.png")
+    control(lr="lr")
+    assert len(made) == 10  # control and target of five
+    control(), control(lr="lr2")
+    assert len(made) == 10
+
+
 def test_broken_latents_are_made_again_and_lost_ones_replaced(tmp_path):
     root = tmp_path / "photos"
     root.mkdir()

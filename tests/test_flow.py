@@ -235,3 +235,38 @@ def test_restore_keeps_the_size_of_any_picture():
     for height, width in ((33, 50), (16, 16), (7, 90)):
         image = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 3, height, width)).astype(np.float32))
         assert restore(image, flux, ae, prompt, Objective(), steps=1).shape == image.shape
+
+
+def test_only_what_enters_the_network_is_bfloat16(monkeypatch):
+    """Under a bfloat16 prompt time, guidance, positions, the point on the path, sigma and the loss are float32."""
+    units, seen = load_file(GOLDEN / "units.safetensors"), []
+
+    def flux(img, img_ids, txt, txt_ids, timesteps, y, guidance, read):
+        seen.append((img, img_ids, txt_ids, timesteps, guidance))
+        return torch.full_like(img, 0.1)
+
+    true_velocity = flow.velocity
+    points = []
+
+    def velocity(flux, x, sigma, *args):
+        points.append((x, sigma))
+        return true_velocity(flux, x, sigma, *args)
+
+    monkeypatch.setattr(flow, "velocity", velocity)
+    control, target, eps = torch.randn(3, 2, 4, 6, 10, generator=torch.Generator().manual_seed(0)).unbind()
+    prompt = Prompt(torch.zeros(2, 5, 4).bfloat16(), torch.zeros(2, 4).bfloat16(), torch.tensor([2.5, 1.7]))
+    sigma = torch.tensor([0.2969, 0.0001])
+    loss = flow.losses(flux, control, target, eps, sigma, prompt, Objective(start_time=0.9))
+    img, img_ids, txt_ids, t, guidance = seen[0]
+    x, s = points[0]
+    assert img.dtype == torch.bfloat16
+    assert img_ids.dtype == txt_ids.dtype == t.dtype == guidance.dtype == x.dtype == s.dtype == torch.float32
+    assert torch.equal(t, 0.9 * (1 - sigma)) and torch.equal(s, sigma) and torch.equal(guidance, prompt.guidance)
+    assert torch.equal(img_ids, units["ids.img_6x10_latent"].expand(2, -1, -1))
+    assert torch.equal(txt_ids, units["ids.txt_5"].expand(2, -1, -1))
+    line = sigma[:, None, None, None]
+    assert torch.equal(x, (1 - line) * control + line * target)
+    assert torch.equal(img, flow.pack(x).bfloat16())
+    v = -0.9 * torch.tensor(0.1).bfloat16().float()  # the answer is widened before anything is computed with it
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, (v - (target - control)).square().mean(dim=(1, 2, 3)), rtol=1e-6, atol=0)

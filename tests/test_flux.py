@@ -4,6 +4,7 @@ Tolerance 2e-5: the two official implementations differ from each other by up to
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from safetensors.torch import load_file
 
 from kontext_min.checkpoints import load_flux
-from kontext_min.flux import Flux, FluxParams, apply_rope, rope, timestep_embedding
+from kontext_min.flux import Flux, FluxParams, QKNorm, RMSNorm, apply_rope, rope, timestep_embedding
 from test_checkpoints import to_diffusers
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -189,3 +190,76 @@ def test_golden_config_is_the_one_of_the_file(golden):
     flux, _ = golden
     expected = json.loads((GOLDEN / "flux_tiny.json").read_text())["bfl"]
     assert {k: list(v) if isinstance(v, tuple) else v for k, v in vars(flux.params).items()} == expected
+
+
+# ------------------------------------------------------------------------------------------- where bfloat16 is rounded
+
+
+def bfl_rms_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """layers.py RMSNorm, word for word."""
+    x_dtype = x.dtype
+    x = x.float()
+    rrms = torch.rsqrt(torch.mean(x**2, dim=-1, keepdim=True) + 1e-6)
+    return (x * rrms).to(dtype=x_dtype) * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])  # at 1e-3 the eps weighs as much as the squares
+def test_norm_of_q_and_k_rounds_before_it_multiplies(dtype, size):
+    """In bfloat16 bit for bit; in float32 to 1e-6, as the mean may be summed in another order."""
+    units = load_file(GOLDEN / "units.safetensors")
+    norm = RMSNorm(8)
+    norm.scale.data = units["rms.scale"].clone()
+    close(norm(units["rms.x"]), units["rms.out"], 1e-6)
+    norm.to(dtype).requires_grad_(False)
+    x = (size * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))).to(dtype)
+    expected = bfl_rms_norm(x, norm.scale)
+    assert norm(x).dtype == dtype
+    torch.testing.assert_close(norm(x), expected, rtol=0 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    late = (bfl_rms_norm(x.float(), norm.scale.float())).to(dtype)  # multiplied first: what a mistake would give
+    assert torch.equal(late, expected) == (dtype == torch.float32)
+
+
+def test_scales_in_float32_leave_q_and_k_in_the_dtype_of_v():
+    x = torch.randn(1, 2, 5, 8).bfloat16()
+    q, k = QKNorm(8)(x, x, x)
+    assert q.dtype == k.dtype == torch.bfloat16
+
+
+def test_rotation_is_float32_and_rounded_once():
+    """All but a thousandth bit for bit: a product may be fused with a sum, which can tip a rounding by one bit."""
+    units = load_file(GOLDEN / "units.safetensors")
+    pe, q = rope(units["rope.ids"][None], (16, 56, 56), 10_000), units["rope.q"].bfloat16()
+    assert pe.dtype == torch.float32
+    pairs = q.float().reshape(*q.shape[:-1], -1, 1, 2)  # math.py apply_rope
+    expected = (pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]).reshape(q.shape).bfloat16()
+    got = apply_rope(q, pe)
+    assert got.dtype == torch.bfloat16
+    assert (got != expected).float().mean() <= 1e-3
+    torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)
+    close(got.float(), units["rope.q_out"], 2**-6 * units["rope.q_out"].abs().max().item())
+    ids = rope(torch.tensor([[[0.0, 301.0, 0.0]]]), (16, 56, 56), 10_000)  # 301 is not a number of bfloat16
+    assert ids[0, 0, 0, 8, 0, 0] == pytest.approx(math.cos(301), abs=1e-6)
+
+
+def test_sinusoid_in_bfloat16_is_the_official_one():
+    """Bit for bit what BFL's code makes of bfloat16 times and guidances."""
+    units = load_file(GOLDEN / "units.safetensors")
+    assert torch.equal(timestep_embedding(units["time.t_bf16_in"]), units["time.emb_bf16"])
+    assert torch.equal(timestep_embedding(units["time.guidance"].bfloat16()), units["time.guidance_emb_bf16"])
+
+
+def test_time_and_guidance_stay_float32_until_after_the_sinusoid():
+    """Under a bfloat16 network too: bfloat16 rounds 1000 t to steps of 4."""
+    flux, _ = random_pair(48, 2, (4, 10, 10), 1, 1, 20, 12, True)
+    flux.bfloat16()
+    seen = {}
+    for name in ("time_in", "guidance_in"):
+        flux.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
+    t, guidance = torch.tensor([0.7031, 0.9999]), torch.tensor([2.5, 1.7])
+    img, txt, y = torch.randn(2, 4, 16).bfloat16(), torch.randn(2, 3, 20).bfloat16(), torch.randn(2, 12).bfloat16()
+    out = flux(img, torch.zeros(2, 4, 3), txt, torch.zeros(2, 3, 3), t, y, guidance)
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+    assert torch.equal(seen["time_in"], timestep_embedding(t).bfloat16())
+    assert torch.equal(seen["guidance_in"], timestep_embedding(guidance).bfloat16())
+    assert not torch.equal(seen["time_in"], timestep_embedding(t.bfloat16()))

@@ -1,5 +1,6 @@
 """The loop of train.py: signals, disk errors, pictures that vanish, accumulation, EMA; and bad input of sample.py."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -289,11 +290,30 @@ def test_pictures_held_out_are_never_trained_on_and_stay_the_same():
 
 
 def test_validation_pictures_of_their_own_folder(pictures, tmp_path):
-    settings = train.Settings(hr_root=Path(), val_count=3, val_root=pictures)
+    settings = train.Settings(hr_root=Path(), val_count=3, val_root=pictures, cache_dir=tmp_path)
     training, held = train.split_validation(settings, [], data.buckets(64, 8))
     assert training == [] and len(held) == 3
-    training, held = train.split_validation(settings, [], data.buckets(512, 8))
-    assert held == []  # too small, and not blown up
+    with pytest.raises(ValueError, match=r"no usable picture, e\.g\. 00\.png: 72 x 72, smaller"):
+        train.split_validation(settings, [], data.buckets(512, 8))
+
+
+def test_validation_on_pairs_of_their_own(flags, pictures, tmp_path, monkeypatch):
+    """Partners of --val-root come from --val-lr-root, and every root is read once, with the index."""
+    scans, scan, seen = [], data.scan, []
+    monkeypatch.setattr(data, "scan", lambda root, index=None: (scans.append((root, index)), scan(root, index))[1])
+    monkeypatch.setattr(runs, "save_picture", lambda *_: None)
+    roots = {name: shutil.copytree(pictures, tmp_path / name) for name in ("lr", "val", "val-lr")}
+    own = ["--lr-root", roots["lr"], "--val-root", roots["val"], "--steps", 3, "--val-count", 2, "--workers", 0]
+    own += ["--output-dir", tmp_path / "run"]
+    assert train.main([str(f) for f in [*flags, *own]]) == 2  # the partners of the validation pictures are missing
+    monkeypatch.setattr(train, "write_report", lambda *_: None)
+    row = {"psnr_degraded": 1.0, "psnr": 1.0, "ssim": 1.0}
+    monkeypatch.setattr(train, "validate", lambda f, a, pairs, *_: (seen.append(len(pairs)), (dict(row), None))[1])
+    scans.clear()
+    assert train.main([str(f) for f in [*flags, *own, "--val-lr-root", roots["val-lr"]]]) == 0
+    assert seen == [2]
+    assert sorted(root.name for root, _ in scans) == ["hr", "lr", "val", "val-lr"]
+    assert all(index for _, index in scans)
 
 
 @pytest.mark.slow
@@ -302,6 +322,16 @@ def test_the_loop_takes_under_five_percent_for_itself():
         ["--hr-root", str(loop_overhead.ROOT / "tests/photos"), *loop_overhead.FLAGS.split()]
     )
     assert (total - spent.total()) / total < 0.05
+
+
+def test_help_shows_every_default(capsys):
+    for program, settings in ((train, train.Settings), (sample, sample.Settings)):
+        with pytest.raises(SystemExit):
+            program.main(["--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        for field in dataclasses.fields(settings):
+            if field.default not in (dataclasses.MISSING, None, ()) and not isinstance(field.default, bool):
+                assert f"(default {field.default})" in shown, field.name
 
 
 # ----------------------------------------------------------------------------------------------------------- sample.py

@@ -117,6 +117,51 @@ def test_gradients_equal_pefts():
         assert (mine.grad - their.grad).abs().max() <= 1e-5 * max(1.0, their.grad.abs().max().item())
 
 
+def test_gradients_of_fused_layers_equal_pefts():
+    """q, k, v (and the MLP's first half) are one matrix here and several there: there they share A, and their B's are
+    the blocks of rows of ours; so the gradient of our A is the sum of theirs.
+    """
+    from peft import LoraConfig
+
+    ours, theirs = random_pair(48, 2, (4, 10, 10), 1, 2, 20, 12, True)
+    rank, alpha, hidden = 3, 6.0, 48
+    add_lora(ours, rank, alpha, targets=r"double_blocks\.\d+\.(img|txt)_attn\.qkv|single_blocks\.\d+\.linear1")
+    parts = {"img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+             "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+             "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]}  # fmt: skip
+    names = r".*\.(attn\.(to_[qkv]|add_[qkv]_proj)|proj_mlp)"
+    theirs.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
+    randomise(p for layer in lora_layers(ours).values() for p in (layer.lora_A, layer.lora_B))
+    pairs = []
+    for name, layer in lora_layers(ours).items():
+        kind, index, rest = name.split(".", 2)
+        prefix = "transformer_blocks" if kind == "double_blocks" else "single_transformer_blocks"
+        modules = [theirs.get_submodule(f"{prefix}.{index}.{part}") for part in parts[rest]]
+        rows = layer.lora_B.split([hidden] * 3 + [4 * hidden] * (rest == "linear1"))
+        with torch.no_grad():
+            for module, block in zip(modules, rows, strict=True):
+                module.lora_A["default"].weight.copy_(layer.lora_A)
+                module.lora_B["default"].weight.copy_(block)
+        pairs.append((layer, modules))
+    assert len(pairs) == 4
+    img, ids, txt, txt_ids, t, y, g = ARGS
+    ids = ids[:1].expand(2, -1, -1)
+    out = ours(img, ids, txt, txt_ids, t, y, g)
+    expected = theirs(
+        hidden_states=img, encoder_hidden_states=txt, pooled_projections=y, timestep=t, img_ids=ids[0],
+        txt_ids=txt_ids[0], guidance=g, return_dict=False,
+    )[0]  # fmt: skip
+    assert (out - expected).abs().max() <= 2e-5
+    out.square().mean().backward()
+    expected.square().mean().backward()
+    for layer, modules in pairs:
+        grad_a = sum(m.lora_A["default"].weight.grad for m in modules)
+        grad_b = torch.cat([m.lora_B["default"].weight.grad for m in modules])
+        for mine, their in ((layer.lora_A.grad, grad_a), (layer.lora_B.grad, grad_b)):
+            assert their.abs().max() > 1e-4
+            assert (mine - their).abs().max() <= 1e-5 * max(1.0, their.abs().max().item())
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 

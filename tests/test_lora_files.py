@@ -636,7 +636,7 @@ def test_files_that_are_none(pair, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """weights/tiny's transformer in bfloat16, as the official file is, and a LoRA of the size that training gives."""
+    """weights/tiny's transformer, in bfloat16 as the official one, and a LoRA of the size that training gives."""
     folder = tmp_path_factory.mktemp("merge")
     flux = load_flux(TINY, dtype=torch.bfloat16)
     lora_files.save_bfl(flux, folder / "base.safetensors")
@@ -722,9 +722,12 @@ def test_straight_to_codes_is_more_exact_than_over_bfloat16(base, tmp_path, kind
     flux = load_flux(base / "base.safetensors")
     load_lora(flux, base / "a.safetensors")
     merge(flux, kind)
+    again = load_flux(tmp_path / "out", dtype=torch.bfloat16, kind=kind)  # and loads as them, not quantised once more
     for name, m in flux.named_modules():
         if isinstance(m, QuantizedLinear):
             assert torch.equal(m.dequantize(), straight.get_submodule(name).weight), name
+            assert again.get_submodule(name).codes.dtype == m.codes.dtype
+            assert torch.equal(again.get_submodule(name).dequantize(), m.dequantize()), name
 
 
 def weight(linear):
@@ -752,6 +755,36 @@ def test_merging_into_a_base_that_is_quantised_already(base, kind):
     assert 0 < rounding.lost < rounding.entries
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8", "fp8 without scales"])
+def test_a_base_file_of_codes_stays_one(base, tmp_path, kind, capsys):
+    """Scales follow the sum; without scales (plain casts, as some fp8 files are) the sum is cast. Or it is widened."""
+    stored, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    if kind == "fp8 without scales":
+        tensors = load_file(base / "base.safetensors")
+        save_file({k: v.to(torch.float8_e4m3fn) if v.ndim == 2 else v for k, v in tensors.items()}, stored)
+    else:
+        lora_files.save_bfl(quantize_(load_flux(base / "base.safetensors"), kind), stored)
+    args = ["merge", str(out), "--weights", str(stored), "--lora", str(base / "a.safetensors")]
+    assert lora_files.main(args) == 2
+    assert "no 8-bit weights" in capsys.readouterr().err
+    assert lora_files.main([*args, "--layout", "bfl"]) == 0
+    before, after = (load_flux(f, dtype=torch.bfloat16, kind="stored") for f in (stored, out))
+    load_lora(before, base / "a.safetensors")
+    merge(before)
+    codes = {n: m for n, m in before.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(codes) > 20
+    for name, m in codes.items():
+        assert after.get_submodule(name).codes.dtype == m.codes.dtype
+        assert torch.equal(after.get_submodule(name).dequantize(), m.dequantize()), name
+    assert lora_files.main([*args, "--dtype", "bfloat16", "--layout", "bfl"]) == 0
+    assert {x.dtype for x in load_file(out).values()} == {torch.bfloat16}
+    widened, exact = load_flux(out), load_flux(stored, dtype=torch.float32)
+    load_lora(exact, base / "a.safetensors")
+    merge_lora(exact)
+    for name, p in exact.named_parameters():
+        assert torch.equal(widened.get_parameter(name), p.bfloat16()), name
+
+
 def test_merging_a_bridge_says_so(base, tmp_path, capsys):
     flux = with_lora(load_flux(TINY, dtype=torch.float32), 1, 1, "single_blocks.0.linear2")
     about = {"objective": "bridge", "prompt": "Restore."}
@@ -763,10 +796,23 @@ def test_merging_a_bridge_says_so(base, tmp_path, capsys):
         assert trained_with(f.metadata()) == about | {"merged": ["a.safetensors"]}
 
 
+def test_a_wider_base_is_rounded_once(pair, tmp_path):
+    """A float32 base written in bfloat16: the merged weights are the rounded sums, the others are rounded."""
+    lora_files.save_bfl(pair[0], tmp_path / "base.safetensors")
+    flux = with_lora(pair[0], 4, 2, "attention-mlp")
+    save_lora(flux, tmp_path / "a.safetensors")
+    args = ["merge", tmp_path / "out", "--weights", tmp_path / "base.safetensors", "--lora", tmp_path / "a.safetensors"]
+    assert lora_files.main([*map(str, args), "--dtype", "bfloat16"]) == 0
+    merge_lora(flux)
+    merged = load_flux(tmp_path / "out").state_dict()
+    for name, p in flux.state_dict().items():
+        assert torch.equal(merged[name], p.bfloat16()), name
+
+
 def test_merging_says_what_is_wrong(base, tmp_path, capsys):
     args = ["merge", str(tmp_path / "out"), "--weights", str(base / "base.safetensors")]
     for flags, message in (
-        (["--lora", str(base / "a.safetensors"), "--quantize", "int8"], "use --layout bfl"),
+        (["--lora", str(base / "a.safetensors"), "--quantize", "int8"], "no 8-bit weights; use --layout bfl"),
         (["--lora", str(tmp_path / "nowhere")], "no such LoRA file"),
         (["--lora", str(base / "base.safetensors")], "it is no LoRA"),
     ):
@@ -811,7 +857,7 @@ def test_flux_kontext_pipeline_draws_the_picture_of_sample_py(kontext_run, tmp_p
     image.save(tmp_path / "in.png")
     flags = ["--input", tmp_path / "in.png", "--cache-dir", kontext_run / "cache", "--seed", seed, "--steps", steps]
     assert sample.main([str(f) for f in [*flags, "--output", tmp_path / "a.png", "--lora", f"{lora}={strength}"]]) == 0
-    assert f"kontext, {steps} euler steps" in capsys.readouterr().out
+    assert f"kontext, {steps} network evaluations" in capsys.readouterr().out
     about = trained_with(read_lora(lora)[1])
     ours = np.asarray(Image.open(tmp_path / "a.png"), dtype=int)
 

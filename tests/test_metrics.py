@@ -1,13 +1,15 @@
-"""PSNR and SSIM against scikit-image, the oracle; luma and texture against their definitions."""
+"""PSNR, PSNR-Y and SSIM against scikit-image, the oracle; luma and texture against their definitions."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from kontext_min.metrics import luma, psnr, ssim, texture
+from kontext_min import metrics
+from kontext_min.metrics import luma, mean_row, psnr, psnr_y, row, scores, ssim, table, texture
 
 PHOTOS = sorted(Path(__file__).parent.glob("photos/*.jpg"))
 
@@ -51,6 +53,34 @@ def test_pictures_bytes_and_floats_agree():
     assert ssim(a, b) == ssim(x, y) == pytest.approx(ssim(x / 255, y / 255))
 
 
+def test_psnr_y_agrees_with_scikit_image():
+    a, b = (rgb2ycbcr(np.asarray(p))[..., 0] for p in pair())
+    assert psnr_y(*pair()) == pytest.approx(peak_signal_noise_ratio(b, a, data_range=255), abs=1e-4)  # its 7 digits
+    assert psnr_y(*pair()) > psnr(*pair()) + 1  # 219 of 255 levels, and colour errors count less
+
+
+def test_the_same_however_many_rows_at_once(monkeypatch):
+    """Every window in one band and in one only, so the sums differ in their order alone."""
+    whole = scores(*pair())
+    for rows in (7, 177):
+        monkeypatch.setattr(metrics, "ROWS", rows)
+        assert scores(*pair()) == pytest.approx(whole, rel=1e-12)
+
+
+def test_table_and_mean():
+    a, b = pair()
+    rows = [row("a.png", a, a, b), row("a long name.png", a, b, b)]
+    assert rows[0]["input"] == rows[0]["restored"] == scores(a, b)
+    assert rows[1]["restored"] == {"psnr": np.inf, "psnr_y": np.inf, "ssim": pytest.approx(1), "texture": 1}
+    mean = mean_row(rows)
+    assert mean["restored"]["ssim"] == pytest.approx((ssim(a, b) + 1) / 2)
+    lines = table([*rows, mean]).splitlines()
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    digits = [n for _, n in metrics.SCORES.values()]
+    cells = [f"{value:.{n}f}" for value, n in zip(scores(a, b).values(), digits, strict=True) for _ in range(2)]
+    assert lines[1].split() == ["a.png", *cells]
+
+
 def test_known_values():
     black, grey = np.zeros((16, 16)), np.full((16, 16), 0.1)
     assert psnr(black, grey) == pytest.approx(20)  # -10 log10 0.01
@@ -74,6 +104,8 @@ def test_luma():
 def test_texture():
     blurred, clean = pair()
     assert texture(clean, clean) == 1
+    flat = Image.new("RGB", clean.size)
+    assert texture(clean, flat) == np.inf and texture(flat, flat) == 1
     assert texture(blurred, clean) < 0.1  # a blur of sigma 1.5 takes most of the Laplacian's energy
     assert texture(np.asarray(clean) / 255 * 0.5, clean) == pytest.approx(0.25)  # an energy, hence the square
     rough = np.asarray(clean) / 255 + np.random.default_rng(0).normal(0, 0.1, (*clean.size[::-1], 3))
@@ -89,3 +121,14 @@ def test_shapes_that_do_not_match():
             metric(a, a[..., 0])  # would broadcast if it were let through
     with pytest.raises(ValueError, match="at least 11 x 11 pixels, got 16 x 10"):
         ssim(a[:10], a[:10])
+
+
+@pytest.mark.parametrize("kind", ["int64", "int32", "uint16", "int8"])
+def test_integers_that_are_no_bytes_are_refused(kind):
+    """Taken for floats they would be 255 times too large: -48 dB."""
+    a, b = (np.asarray(p) for p in pair())
+    for f in (psnr, psnr_y, ssim, texture):
+        with pytest.raises(ValueError, match=f"^a picture of {kind}; a metric needs bytes"):
+            f(a, b.astype(kind))
+    with pytest.raises(ValueError, match=f"^a picture of {kind}"):
+        luma(a.astype(kind))

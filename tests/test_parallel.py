@@ -214,3 +214,13 @@ def test_one_process_needs_no_group():
         parallel.spread(torch.nn.Linear(1, 1), one, shard=True)
     with pytest.raises(ValueError, match="expected auto, cpu"):
         parallel.start("gpu")
+
+
+@pytest.mark.parametrize(("flag", "number"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_one_gpu_is_chosen_by_its_number(monkeypatch, flag, number):
+    """torch.cuda.set_device refuses `cuda` without a number."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert parallel.start(flag).device == torch.device("cuda", number)
+    assert chosen == [torch.device("cuda", number)]

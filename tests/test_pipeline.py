@@ -1,5 +1,6 @@
 """A whole Kontext edit on weights/tiny, from prompt and picture to picture: ours and diffusers' FluxKontextPipeline."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from kontext_min import checkpoints, flow, prompts
 from kontext_min.flow import Objective
@@ -77,3 +79,28 @@ def test_prompts_are_cached_by_content_and_the_encoders_stay_closed(tmp_path, mo
     assert not torch.equal(again["b"][0], again[PROMPT][0])
     with pytest.raises(pytest.fail.Exception):
         prompts.encode(["c"], weights, tmp_path, torch.float32, "cpu")
+
+
+def test_the_cache_knows_its_weights_and_its_dtype(tmp_path):
+    """Over one cache: other weights of either encoder, or another dtype, give other states and not those of before."""
+    folder = shutil.copytree(TINY, tmp_path / "w", ignore=shutil.ignore_patterns("transformer", "vae"))
+    weights, cache = checkpoints.Weights(folder), tmp_path / "cache"
+
+    def encode(dtype=torch.float32):
+        return prompts.encode([PROMPT], weights, cache, dtype, "cpu")[PROMPT]
+
+    def spoil(part):
+        (file,) = (folder / part).glob("*.safetensors")
+        tensors = {k: 1.5 * v if v.is_floating_point() else v for k, v in load_file(file).items()}
+        save_file(tensors, file)
+
+    before = [x.clone() for x in encode()]
+    narrow = encode(torch.bfloat16)
+    assert [x.dtype for x in narrow] == [torch.bfloat16] * 2 and [x.dtype for x in encode()] == [torch.float32] * 2
+    spoil("text_encoder_2")
+    txt, y = (x.clone() for x in encode())
+    assert not torch.equal(txt, before[0]) and torch.equal(y, before[1])
+    spoil("text_encoder")
+    again = encode()
+    assert torch.equal(again[0], txt) and not torch.equal(again[1], y)
+    assert len(list(cache.iterdir())) == 4

@@ -2,8 +2,16 @@
 
 import ast
 import re
+import shlex
 import sys
 from pathlib import Path
+
+import pytest
+
+import sample
+import train
+from kontext_min import degrade
+from kontext_min.flags import parse
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"torch", "safetensors", "sentencepiece", "PIL", "numpy", "einops"}
@@ -57,3 +65,48 @@ def test_no_pickle():
     for file in FILES:
         text = file.read_text(encoding="utf-8")
         assert not re.search(r"\bpickle\b|torch\.(save|load)\(", text), file
+
+
+# ------------------------------------------------------------------------------------------- command lines in the texts
+
+TEXTS = ("README.md", "weights/README.md", "weights/tiny/README.md", "Makefile")
+
+
+def commands(name: str) -> list[list[str]]:
+    """Every call of train.py and sample.py in a text: [program, argument, ...], between backticks with `...` behind."""
+    text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    pieces = [line for line in text.splitlines() if "`" not in line]
+    pieces += [f"{piece} ..." for piece in re.findall(r"`([^`\n]+)`", text)]
+    found = []
+    for piece in pieces:
+        match = re.search(r"(?:^|[\s/])(train|sample)\.py((?:\s+.*)?)$", piece)
+        if match and re.search(r"python|torchrun|^\S*(train|sample)\.py\s+-", piece):
+            found.append([match[1], *shlex.split(match[2].split("#")[0])])
+    return found
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_command_lines_in_the_texts_are_understood(name):
+    """Unknown flags and values fail; `...` stands for flags that are left out, and those needed are then put in."""
+    calls = commands(name)
+    mentions = len(re.findall(r"(?:python|torchrun)3? [^\n`]*?(?:train|sample)\.py", (ROOT / name).read_text()))
+    assert len(calls) >= mentions > 0
+    needed = {"train": ["--hr-root", "DIR"], "sample": ["--input", "a.jpg", "--output", "b.jpg"]}
+    for program, *argv in calls:
+        module = {"train": train, "sample": sample}[program]
+        short = any(a in ("...", "--help") for a in argv)
+        argv = [a for a in argv if a not in ("...", "--help")]
+        settings = parse(module.Settings, needed[program] + argv if short else argv, "")
+        module.check(settings)
+        if settings.degrade:
+            degrade.parse(settings.degrade)
+
+
+def test_a_wrong_command_line_would_be_seen(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    for line in ("python train.py --hr-root x --lr-rate 1", "`sample.py --input a --output b --solver rk4`"):
+        (tmp_path / "README.md").write_text(f"```\n{line}\n```\nor `python train.py ...`\n")
+        with pytest.raises(SystemExit):
+            test_command_lines_in_the_texts_are_understood("README.md")
+    error = capsys.readouterr().err
+    assert "--lr-rate" in error and "rk4" in error

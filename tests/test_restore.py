@@ -1,5 +1,6 @@
 """Tiles blend without a seam; bytes, batches, solvers, strength and fidelity do what their equations say."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
-from kontext_min import data, prompts
+from kontext_min import data, flow, prompts
 from kontext_min.checkpoints import Weights, load_autoencoder, load_flux
 from kontext_min.flow import Objective, Prompt
 from kontext_min.restore import (
@@ -65,6 +67,16 @@ def test_no_seam_where_tiles_disagree():
 def test_pictures_survive_the_way_to_tensors_and_back():
     image = Image.open(PHOTO).convert("RGB").crop((0, 0, 50, 33))
     assert to_image(to_tensor(image)[0]).tobytes() == image.tobytes()
+
+
+def test_golden_pictures():
+    """Bytes to [-1, 1] as officially; back they are rounded half to even as in diffusers, not cut off as by BFL."""
+    units = load_file(ROOT / "tests" / "golden" / "units.safetensors")
+    original = Image.fromarray(units["image.in_uint8_hwc"].numpy())
+    resized = original.resize((64, 48), Image.Resampling.LANCZOS)
+    assert torch.equal(to_tensor(resized)[0], units["image.normalised_chw"])
+    assert torch.equal(to_bytes(units["image.decoded"]), units["image.diffusers_uint8_round"])
+    assert not torch.equal(to_bytes(units["image.decoded"]), units["image.bfl_uint8_trunc"])
 
 
 def test_bytes_are_padded_by_reflection():
@@ -135,6 +147,44 @@ def test_a_picture_is_the_same_alone_and_in_a_batch():
     assert not torch.allclose(together[:1], restored(x[:1], constant(0.1), objective, seed=6), atol=0.01)
     noise = torch.randn(x[:1].shape[1:], generator=torch.Generator().manual_seed(5))
     assert torch.allclose(together - x, (0.3 * noise + 0.1).expand(x.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_noise_of_a_seed_is_the_official_noise(number):
+    """Float32, where the official code draws bfloat16; the same generator, shape and order."""
+    units = load_file(ROOT / "tests" / "golden" / "units.safetensors")
+    seed, height, width = units[f"noise{number}.seed_h_w"].tolist()
+    shape = units[f"noise{number}.shape"].tolist()
+    autoencoder = SimpleNamespace(
+        factor=8, encode=lambda x: torch.zeros(shape), decode=lambda z: z[:, :3].repeat_interleave(8, -1)[..., :1, :]
+    )
+    seen = []
+
+    def flux(img, *_):
+        seen.append(img)
+        return img * 0
+
+    image = torch.zeros(1, 3, height, width)
+    restore(image, flux, autoencoder, PROMPT, Objective("kontext"), 1, seed=seed, tile=4096)
+    z = flow.unpack(seen[0][:, : shape[2] * shape[3] // 4], *shape[2:])
+    assert torch.equal(z.flatten()[:64], units[f"noise{number}.f32_first64"])
+
+
+@pytest.mark.parametrize(("size", "tile", "tokens"), [((32, 32), 64, 256), ((32, 80), 32, 256), ((24, 80), 40, 240)])
+def test_bridges_take_equal_steps_and_kontext_those_of_its_tile(size, tile, tokens):
+    for objective in (Objective(), Objective(source_noise=0.3), Objective("kontext")):
+        times = []
+
+        def flux(img, img_ids, txt, txt_ids, t, *_, times=times):
+            times.append(t.item())
+            return img * 0
+
+        restored(torch.zeros(1, 3, *size), flux, objective, steps=4, tile=tile)
+        expected = torch.tensor([1, 0.75, 0.5, 0.25], dtype=torch.float64)
+        if objective.name == "kontext":
+            mu = 0.5 + (tokens - 256) * 0.65 / 3840
+            expected = math.exp(mu) / (math.exp(mu) + 1 / expected - 1)
+        assert sorted(set(times), reverse=True) == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", [Objective("kontext"), Objective(source_noise=0.5), Objective(start_time=0.5)])

@@ -1,5 +1,6 @@
 """sample.py: a picture or a folder in, the same names, sizes and metadata out; bad input named in one line."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from safetensors.torch import save_file
 
+import large_bench
 import sample
 from kontext_min import data, degrade, metrics, pictures
 from kontext_min.checkpoints import load_flux
@@ -64,7 +66,7 @@ def test_a_picture_comes_back_at_its_own_size(small, small_bundle, tmp_path, cap
         (["--output", "{here}/o.xyz"], "unknown picture format"),
         (["--output", "{here}/o.png", "--weights", "weights/nowhere"], "weights/nowhere"),
         (["--output", "{here}/o.png", "--vae", "{lora}"], "It looks like a LoRA"),
-        (["--output", "{here}/o.png", "--lora", "{weights}"], "not kohya names of this model"),
+        (["--output", "{here}/o.png", "--lora", "{weights}"], "it is no LoRA"),
         (["--output", "{here}/o.png", "--lora", "nowhere.safetensors"], "no such LoRA file"),
         (["--output", "{here}/o.png", "--lora", "{lora}", "--objective", "kontext"], "was trained for bridge"),
         (["--output", "{here}/o.png", "--degrade", "blurr=2"], "blurr"),
@@ -266,8 +268,10 @@ def test_transparency_passes_through(identity, small_bundle, tmp_path, capsys):
     assert metrics.psnr(Image.open(tmp_path / "out.jpg").convert("RGB"), on_white) > 35
 
 
-@pytest.mark.parametrize("kind", ["16-bit grey", "16-bit colour", "grey profile", "frames", "plain"])
-def test_what_is_not_kept_is_said_in_one_line(identity, small_bundle, tmp_path, capsys, kind):
+@pytest.mark.parametrize(
+    "kind", ["16-bit grey", "16-bit colour", "grey profile", "frames", "broken EXIF", "opaque alpha", "plain"]
+)
+def test_what_is_not_kept_is_said_in_one_line(identity, small_bundle, tmp_path, capsys, monkeypatch, kind):
     file, grey = tmp_path / "in.png", np.asarray(crop(40, 30).convert("L"), dtype=np.uint16) * 257
     if kind == "16-bit grey":
         Image.fromarray(grey).save(file)
@@ -279,11 +283,15 @@ def test_what_is_not_kept_is_said_in_one_line(identity, small_bundle, tmp_path, 
         crop(40, 30).convert("L").save(file, icc_profile=bytes(profile))
     elif kind == "frames":
         crop(40, 30).save(file, save_all=True, append_images=[crop(40, 30, 9)])
-    else:
+    elif kind == "broken EXIF":
         crop(40, 30).save(file)
+        monkeypatch.setattr(Image.Image, "getexif", lambda self: 1 / 0)
+    else:
+        crop(40, 30).convert("RGBA" if kind == "opaque alpha" else "RGB").save(file)
     assert run("--input", file, "--output", tmp_path / "o.png", "--weights", small_bundle, "--cache-dir", tmp_path) == 0
-    error, words = capsys.readouterr().err, {"16": "8 bits", "gr": "GRAY colour profile", "fr": "2 frames", "pl": ""}
-    assert error.count("\n") == (kind != "plain") and words[kind[:2]] in error
+    words = {"16": "8 bits", "gr": "GRAY colour profile", "fr": "2 frames", "br": "EXIF", "op": "", "pl": ""}[kind[:2]]
+    error = capsys.readouterr().err
+    assert error.count("\n") == bool(words) and words in error
     with Image.open(tmp_path / "o.png") as made:
         assert made.mode == "RGB" and "icc_profile" not in made.info
         if kind.startswith("16"):  # scaled, not clipped
@@ -372,6 +380,72 @@ def test_degradation_depends_on_seed_and_name(identity, small_bundle, tmp_path):
     assert np.array_equal(b, alone) and not np.array_equal(a, b) and not np.array_equal(b, other)
     expected = degrade.parse("noise=0.1")(crop(32, 32), data.generator(42, "degrade", 0, "b.png"))
     assert np.array_equal(b, np.asarray(expected))
+
+
+# --------------------------------------------------------------------------------------------------- what the LoRA does
+
+ABOUT = {"objective": "bridge", "context": False, "source_noise": 0.1, "start_time": 1.0, "guidance": 2.0,
+         "prompt": "Remove the noise from this photo.", "resolution": 64}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pixels(small_bundle, tmp_path_factory):
+    """pixels(flags, about, lora): bytes that sample.py makes with a LoRA that does something, of the given header."""
+    folder = tmp_path_factory.mktemp("lora")
+    crop(40, 32).save(folder / "in.png")
+    flux = load_flux(small_bundle, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in add_lora(flux, rank=2):
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+    @functools.cache
+    def made(flags, about, lora):
+        save_lora(flux, folder / "lora.safetensors", metadata={"kontext_min": about})
+        args = ["--input", folder / "in.png", "--output", folder / "out.png", "--steps", 2, "--cache-dir", folder]
+        loras = ["--lora", lora.format(folder / "lora.safetensors")] if lora else []
+        assert run(*args, "--weights", small_bundle, *loras, *flags) == 0
+        return np.asarray(Image.open(folder / "out.png")).astype(int)
+
+    return lambda *flags, about=ABOUT, lora="{}": made(flags, json.dumps(about), lora)
+
+
+def differ(a, b):
+    return a.shape != b.shape or np.abs(a - b).mean() > 0.1  # of 255; equal runs are equal to the last bit
+
+
+@pytest.mark.parametrize("name", ["prompt", "guidance", "source_noise", "context", "start_time", "objective"])
+def test_each_default_comes_from_the_header(pixels, name):
+    """Another header, other pixels; and where there is a flag, it brings the first ones back."""
+    other = {"prompt": "Remove the blur from this photo.", "guidance": 6.0, "source_noise": 0.5, "context": True,
+             "start_time": 0.6, "objective": "kontext"}  # fmt: skip
+    about = ABOUT | {name: other[name]}
+    if name == "objective":
+        about["source_noise"] = 0.0
+    assert differ(pixels(), pixels(about=about))
+    if name in ("prompt", "guidance"):
+        assert np.array_equal(pixels(), pixels(f"--{name}", ABOUT[name], about=about))
+        assert np.array_equal(pixels(f"--{name}", other[name]), pixels(about=about))
+
+
+def test_the_lora_its_strength_and_the_seed_change_pixels(pixels):
+    whole = pixels()
+    assert np.array_equal(whole, pixels(lora="{}=1.0"))
+    base = {k: ABOUT[k] for k in ("prompt", "guidance")}
+    silent = pixels(lora="{}=0.0")  # the source noise of the header, but no correction
+    assert differ(whole, silent) and differ(whole, pixels(lora="{}=0.5")) and differ(silent, pixels(lora="{}=0.5"))
+    without = pixels("--prompt", base["prompt"], "--guidance", base["guidance"], lora="")
+    still = ABOUT | {"source_noise": 0.0}
+    assert np.array_equal(without, pixels(about=still, lora="{}=0.0"))  # the bare base: a bridge without noise
+    assert differ(without, pixels(about=still))
+    assert differ(whole, pixels("--seed", 1))
+    assert np.array_equal(pixels(about=still), pixels("--seed", 1, about=still))  # no noise, no seed
+
+
+def test_tiles_are_as_large_as_the_lora_was_trained_at(identity, pixels):
+    for flags, about, tile in (((), ABOUT | {"resolution": 48}, 48), (("--tile", 24), ABOUT, 24)):
+        pixels(*flags, about=about)
+        assert identity[-1]["tile"] == tile
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
@@ -484,3 +558,14 @@ def test_a_file_may_go_to_a_folder(identity, small_bundle, tmp_path):
     args = ["--input", tmp_path / "in.gif", "--output", tmp_path / "out", "--weights", small_bundle]
     assert run(*args, "--cache-dir", tmp_path) == 0
     assert Image.open(tmp_path / "out" / "in.gif.png").size == (32, 32)
+
+
+@pytest.mark.slow
+def test_memory_grows_by_the_picture_and_its_latent_alone(small_bundle, tmp_path):
+    """Bytes a pixel: 4 + 4 in Pillow, 3 + 3 as tensors, 1 for each of five latents. Floats in and out would be 24."""
+    peaks = []
+    for megapixels in (1, 6):
+        file, _ = large_bench.make(tmp_path, megapixels)
+        peaks.append(large_bench.measure(file, tmp_path / "o.jpg", "--tile", 256, "--weights", small_bundle)[1])
+    print(peaks, "MB at 1 and 6 MP")
+    assert (peaks[1] - peaks[0]) / 5 < 20

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 from transformers import T5Tokenizer as OfficialTokenizer
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
+from kontext_min.checkpoints import load_t5
 from kontext_min.t5 import RMSNorm, T5Encoder, T5Params, T5Tokenizer, relative_position_bucket
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -141,6 +142,21 @@ def test_bfloat16_is_as_close_to_float32_as_the_official_one():
     states = ours.bfloat16()(ids)
     assert states.dtype == torch.bfloat16
     assert 0 < (states.float() - exact).pow(2).mean().sqrt() < 1.3 * official_error
+
+
+def test_eps_is_that_of_the_hub():
+    """config.json may leave it out."""
+    assert T5Params().layer_norm_epsilon == T5Config().layer_norm_epsilon == 1e-6
+
+
+def test_float16_is_refused_and_float16_files_are_not(tmp_path):
+    state = {name: x.half() for name, x in load_file(GOLDEN / "t5_tiny.safetensors").items()}
+    save_file(state, tmp_path / "t5.safetensors")
+    params = T5Params(**{k: v for k, v in json.loads((GOLDEN / "t5_tiny.json").read_text())["config"].items()
+                         if k in T5Params.__dataclass_fields__})  # fmt: skip
+    with pytest.raises(ValueError, match=r"^T5: got dtype float16, in which it overflows; take bfloat16 or float32\.$"):
+        load_t5(tmp_path / "t5.safetensors", params, dtype=torch.float16)
+    assert load_t5(tmp_path / "t5.safetensors", params, dtype=torch.bfloat16).shared.weight.dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------------------------- the tokenizer

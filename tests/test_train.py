@@ -2,17 +2,22 @@
 
 import json
 import math
+import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import kill_test
 import memorise
 import train
-from kontext_min import flow, runs
+from kontext_min import degrade, flow, prompts, runs
 from train import Settings
 
 FLAGS = (
@@ -92,6 +97,50 @@ def test_a_changed_setting_is_named_and_must_be_confirmed(run, capsys):
     assert "going on from" in capsys.readouterr().out
 
 
+def test_a_run_is_overwritten_only_when_all_else_is_right(run, tmp_path, capsys):
+    assert run("--steps", 2) == 0
+    before = (tmp_path / "run" / "lora.safetensors").read_bytes()
+    for wrong in (["--lora-targets", "nothing"], ["--shard"], ["--weights", tmp_path / "nowhere"]):
+        assert run("--overwrite", *wrong) == 2
+        assert (tmp_path / "run" / "lora.safetensors").read_bytes() == before
+        assert runs.latest_checkpoint(tmp_path / "run").name == "step-000002"
+    assert run("--overwrite", "--steps", 1) == 0
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    assert len(rows(tmp_path / "run")) == 1
+
+
+def test_a_run_that_lost_its_settings_or_has_other_pictures_says_so(run, pictures, tmp_path, capsys):
+    hr = shutil.copytree(pictures, tmp_path / "hr")
+    assert run("--hr-root", hr, "--steps", 2) == 0
+    (hr / "03.png").unlink()
+    assert run("--hr-root", hr, "--steps", 2) == 2
+    assert "pictures was " in capsys.readouterr().err
+    for text in ("{ not JSON", None):
+        (tmp_path / "run" / "settings.json").unlink()
+        if text:
+            (tmp_path / "run" / "settings.json").write_text(text)
+        assert run("--hr-root", hr, "--steps", 2) == 2
+        assert "settings.json: gone or broken" in capsys.readouterr().err
+
+
+def test_a_picture_that_breaks_later_is_named_once_and_counted(run, pictures, tmp_path, capsys):
+    """A TIFF that is cut off looks whole until it is decoded; eight epochs meet it eight times."""
+    hr = shutil.copytree(pictures, tmp_path / "hr")
+    Image.open(hr / "00.png").save(hr / "cut.tif")
+    (hr / "cut.tif").write_bytes((hr / "cut.tif").read_bytes()[:-3000])
+    assert run("--hr-root", hr, "--steps", 60, "--val-count", 0, "--checkpoint-every", 60) == 0
+    assert capsys.readouterr().out.count("cut.tif") == 1
+    assert [r["unreadable"] for r in rows(tmp_path / "run")][-1] == 1
+
+
+def test_results_have_the_permissions_that_the_umask_gives(run, tmp_path):
+    assert run("--steps", 1) == 0
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    for file in (tmp_path / "run" / "lora.safetensors", *(tmp_path / "cache" / "prompts").iterdir()):
+        assert file.stat().st_mode == plain.stat().st_mode, file
+
+
 def test_a_loss_that_is_not_finite_is_skipped_and_in_the_end_stops_the_run(run, tmp_path, monkeypatch, capsys):
     true_losses, calls = flow.losses, []
 
@@ -145,6 +194,18 @@ def test_four_crops_are_learnt_by_heart(objective, full, lr, bound):
     assert memorise.fall(objective, full, steps=60, lr=lr) < bound
 
 
+@pytest.mark.parametrize(("fallen", "code"), [((0.1, 0.4), 0), ((0.11, 0.4), 1), ((0.1, 0.41), 1), ((math.nan, 0), 1)])
+def test_memorise_fails_when_a_bound_is_missed(monkeypatch, capsys, fallen, code):
+    monkeypatch.setattr(memorise, "fall", lambda objective, full, steps, lr: fallen[0 if full else 1])
+    assert memorise.main() == code
+    assert capsys.readouterr().out.count("loss falls by") == 4
+
+
+@pytest.mark.slow
+def test_four_crops_are_learnt_by_heart_to_the_end():
+    assert memorise.main() == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -159,6 +220,11 @@ def test_four_crops_are_learnt_by_heart(objective, full, lr, bound):
         (["--objective", "kontext", "--source-noise", "0.1"], "starts from pure noise"),
         (["--lora-targets", "nothing"], "matches no Linear"),
         (["--shard"], "torchrun"),
+        (["--guidance", "nan"], "--guidance: got nan"),
+        (["--alpha", "inf"], "--alpha: got inf"),
+        (["--val-root", "{here}/empty"], "--val-root {here}/empty: no usable picture"),
+        (["--val-lr-root", "{here}/empty"], "add that"),
+        (["--hr-root", "{here}", "--output-dir", "{here}/run"], "lies in --hr-root"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, tmp_path, capsys, flags, message):
@@ -173,7 +239,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, tmp_path
     printed = capsys.readouterr()
     error = printed.err.strip().splitlines()[-1]
     assert error.startswith("train.py: ")
-    assert message in error
+    assert message.format(here=tmp_path) in error
     assert "Traceback" not in printed.err
     if "broken" in flags[-1]:
         assert "text.jpg: not a picture" in printed.out
@@ -189,5 +255,163 @@ def test_one_broken_picture_among_good_ones_is_named_and_the_run_goes_on(run, pi
     assert run("--hr-root", folder) == 0
     printed = capsys.readouterr().out
     assert "1 files left out" in printed
+    assert (tmp_path / "run" / "left-out.txt").read_text() == "bad.jpg: not a picture that Pillow can read\n"
     assert "bad.jpg: not a picture that Pillow can read" in printed
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["hr_root"] == str(folder)
+
+
+# ----------------------------------------------------------------------------------------------- what flags come to do
+
+
+def watched(argv):
+    """train.main(argv), and the arguments that its parts were given, in the order of the calls; not those of validate.
+
+    t5 holds weak references to the T5 encoders, t5_gone whether all were gone when the transformer was loaded.
+    """
+    names = {"losses": flow, "density": flow, "weight": flow, "batch": prompts, "AdamW": torch.optim}
+    names |= {"checkpoint": train, "validate": train, "load_t5": prompts, "load_flux": train}
+    seen = SimpleNamespace(**{name: [] for name in names}, t5=[], t5_gone=None, made=[])
+    validating = []
+
+    def spy(real, name):
+        def call(*args, **kwargs):
+            if not validating:
+                getattr(seen, name).append((args, kwargs))
+            if name == "load_flux":
+                seen.t5_gone = all(t5() is None for t5 in seen.t5)
+            validating.extend([1] * (name == "validate"))
+            result = real(*args, **kwargs)
+            if name == "validate":
+                validating.pop()
+            if name == "load_t5":
+                seen.t5.append(weakref.ref(result))
+            if name in ("batch", "density") and not validating:
+                seen.made.append((result, args, kwargs))
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in names.items():
+            patch.setattr(module, name, spy(getattr(module, name), name))
+        seen.code = train.main([str(a) for a in argv])
+    return seen
+
+
+@pytest.fixture(scope="module")
+def two_runs(small_bundle, pictures, tmp_path_factory):
+    """A run by the defaults, and one with another value of every flag below; two steps of three batches of three."""
+    here = tmp_path_factory.mktemp("flags")
+    for picture in pictures.glob("*.png"):  # partners of one colour
+        (here / "lr").mkdir(exist_ok=True)
+        Image.new("RGB", Image.open(picture).size, (90, 60, 30)).save(here / "lr" / picture.name)
+    (here / "val").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.open(pictures / "03.png").save(here / "val" / name)
+        Image.open(here / "lr" / "03.png").save(here / "lr" / name)
+    common = [
+        *("--hr-root", pictures, "--weights", small_bundle, "--resolution", 64, "--steps", 2, "--accumulate", 3),
+        *("--batch-size", 3, "--warmup", 0, "--workers", 0, "--val-count", 2, "--validation-steps", 1),
+    ]
+    others = [
+        *("--lr-root", here / "lr", "--upscale", "--prompt", "Mend this.", "--drop-last", "--alpha", 4, "--context"),
+        *("--start-time", 0.75, "--sigma", "mode", "--weighting", "cosmap", "--guidance", 3.5, "--lr", 2e-4),
+        *("--lr-schedule", "constant", "--weight-decay", 0.25, "--val-root", here / "val"),
+        *("--validate-every-epochs", 1, "--validation-prompt", "Mend that.", "--gradient-checkpointing"),
+    ]
+    both = []
+    for name, more in (("plain", []), ("other", others)):
+        folder = here / name
+        seen = watched([*common, *more, "--output-dir", folder, "--cache-dir", here / f"{name}-cache"])
+        assert seen.code == 0
+        seen.rows, seen.lora = rows(folder), load_file(folder / "lora.safetensors")
+        seen.texts = {text for (_, texts, *_), _ in seen.batch for text in texts}
+        seen.again = [*common, *more, "--output-dir", folder, "--cache-dir", here / f"{name}-cache", "--overwrite"]
+        both.append(seen)
+    return both
+
+
+GUIDE = degrade.PROMPTS["guide"]
+REACHES = {  # flag: what arrives, its value by default, its value in the other run
+    "lr-root": (lambda seen: [(c - c[:1]).abs().max().item() < 1e-4 for (_, c, *_), _ in seen.losses], [False, True]),
+    "prompt": (lambda seen: (GUIDE in seen.texts, "Mend this." in seen.texts), [(True, False), (False, True)]),
+    "drop-last": (lambda seen: [len(call[0][1]) for call in seen.losses], None),
+    "alpha": (lambda seen: {v.item() for k, v in seen.lora.items() if k.endswith("alpha")}, [{16.0}, {4.0}]),
+    "context": (lambda seen: {a[6].context for a, _ in seen.losses}, [{False}, {True}]),
+    "start-time": (lambda seen: {a[6].start_time for a, _ in seen.losses}, [{1.0}, {0.75}]),
+    "sigma": (lambda seen: {a[1] for a, _ in seen.density}, [{"uniform"}, {"mode"}]),
+    "weighting": (lambda seen: {a[1] for a, _ in seen.weight}, [{"uniform"}, {"cosmap"}]),
+    "guidance": (lambda seen: {g for a, _ in seen.losses for g in a[5].guidance.tolist()}, [{1.5}, {3.5}]),
+    "lr": (lambda seen: seen.rows[0]["lr"], [1e-4, 2e-4]),
+    "lr-schedule": (lambda seen: seen.rows[1]["lr"] / seen.rows[0]["lr"], [0.5, 1.0]),
+    "weight-decay": (lambda seen: [k["weight_decay"] for _, k in seen.AdamW], [[1e-4], [0.25]]),
+    "val-root": (lambda seen: {len(a[2]) for a, _ in seen.validate}, [{1}, {2}]),
+    "validate-every-epochs": (lambda seen: len(seen.validate), [1, 2]),
+    "validation-prompt": (lambda seen: "Mend that." in seen.texts, [False, True]),
+    "gradient-checkpointing": (lambda seen: len(seen.checkpoint) > 0, [False, True]),
+}
+
+
+@pytest.mark.parametrize("flag", REACHES)
+def test_a_flag_reaches_its_part(two_runs, flag):
+    what, expected = REACHES[flag]
+    plain, other = (what(seen) for seen in two_runs)
+    if flag == "lr-root":
+        assert not any(plain[:1]) and all(other)  # pictures of one colour have one latent
+    elif flag == "drop-last":
+        assert min(plain) < 3 and set(other) == {3}
+    else:
+        assert [plain, other] == expected
+
+
+def test_captions_and_places_reach_the_loss(two_runs):
+    """Rows of the prompt are those of the pictures' own texts; sigma is what the density made of the draw."""
+    for seen in two_runs:
+        assert {"fix photo 0", "fix photo 1"} <= seen.texts
+        assert len(seen.losses) == len(seen.weight) == 6
+        called = {id(result): (args, kwargs) for result, args, kwargs in seen.made}
+        for ((_, _, target, _, sigma, prompt, _), _), (weighed, _) in zip(seen.losses, seen.weight, strict=True):
+            (encoded, texts, *_), _ = called[id(prompt)]
+            assert torch.equal(prompt.txt, torch.stack([encoded[t][0] for t in texts]))
+            assert torch.equal(prompt.y, torch.stack([encoded[t][1] for t in texts]))
+            assert called[id(sigma)][1] == {"image_tokens": target.shape[2] * target.shape[3] // 4}
+            assert weighed[0] is sigma
+
+
+def test_text_encoders_are_loaded_once_and_gone_before_the_transformer(two_runs):
+    """And not loaded at all where every prompt is cached."""
+    for seen in two_runs:
+        assert len(seen.t5) == 1 and seen.t5_gone
+    again = watched(two_runs[0].again)
+    assert again.code == 0 and again.t5 == []
+
+
+def test_small_pictures_are_used_only_with_upscale_and_a_start_time_can_be_found(run, tmp_path, capsys):
+    few = ("--steps", 1, "--resolution", 96, "--val-count", 0)
+    assert run(*few) == 2
+    assert "no usable picture" in capsys.readouterr().err
+    assert run(*few, "--upscale", "--start-time", "auto") == 0
+    metadata = read_about(tmp_path / "run" / "lora.safetensors")
+    assert 0 < metadata["start_time"] < 1 and metadata["resolution"] == 96
+
+
+def read_about(file):
+    with safe_open(file, "pt") as f:
+        return json.loads(f.metadata()["kontext_min"])
+
+
+def test_cached_latents_follow_resolution_and_partners(run, pictures, tmp_path):
+    """Over one cache another --resolution or --lr-root gives other latents, and those of a run without a cache."""
+
+    def loss(*flags):
+        assert run("--steps", 1, "--val-count", 0, "--overwrite", *flags) == 0
+        return rows(tmp_path / "run")[0]["loss"]
+
+    for name, colour in (("one", 200), ("two", 50)):
+        (tmp_path / name).mkdir()
+        for picture in pictures.glob("*.png"):
+            Image.new("L", Image.open(picture).size, colour).save(tmp_path / name / picture.name)
+    kinds = [(), ("--resolution", 48), ("--lr-root", tmp_path / "one"), ("--lr-root", tmp_path / "two")]
+    assert len({round(loss("--cache-latents", 1, *kind), 5) for kind in kinds}) == 4
+    for kind in (kinds[1], kinds[3]):
+        assert loss("--cache-latents", 1, *kind) == pytest.approx(loss(*kind), rel=1e-4)

@@ -7,6 +7,7 @@
     python weights/make_tiny.py --stage measure                           its PSNR on WORK/kept-out
     python weights/make_tiny.py --stage transformer                       random start, which train.py --full trains
     python weights/make_tiny.py --stage pairs                             WORK/pairs: crops, degraded, their prompts
+    python weights/make_tiny.py --stage base --trained RUN/transformer    what train.py --full made of them, in bfloat16
 
 Every random number is a function of --seed, its purpose and the step. The autoencoder's own story, how it starts from a
 linear code, is told in make_tiny_autoencoder.py; results and credits are in tiny/README.md.
@@ -27,7 +28,7 @@ from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
 from kontext_min import degrade
-from kontext_min.checkpoints import load_autoencoder, save_flux
+from kontext_min.checkpoints import find, load_autoencoder, load_flux, metadata, save_flux
 from kontext_min.clip import ClipParams, ClipTextEncoder, byte_characters, merge
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.names import autoencoder_modules
@@ -323,6 +324,11 @@ def make_pairs(work: Path, seed: int, count: int, side: int = 64) -> None:
         (clean / f"{k:06d}.txt").write_text(degrade.PROMPTS.get(name, degrade.PROMPTS["guide"]), encoding="utf-8")
 
 
+def take_base(trained: Path) -> None:
+    """transformer/ from the folder that train.py --full wrote, with what it was trained for in the header."""
+    save_flux(load_flux(trained, dtype=torch.bfloat16), TINY / "transformer", metadata(find(trained, "transformer")[0]))
+
+
 # ------------------------------------------------------------------------------------------------------ files and flags
 
 
@@ -342,9 +348,10 @@ def write_weights(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> N
 def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("vocabulary", "text", "photographs", "autoencoder", "measure", "transformer", "pairs")
+    stages = ("vocabulary", "text", "photographs", "autoencoder", "measure", "transformer", "pairs", "base")
     parser.add_argument("--stage", choices=stages, required=True)
     parser.add_argument("--photos", type=Path, help="folder of photographs, for the stage of that name")
+    parser.add_argument("--trained", type=Path, help="folder of the trained transformer, for the stage base")
     parser.add_argument("--work", type=Path, default=Path("runs/make-tiny"), help="prepared photographs and states")
     parser.add_argument("--steps", type=int, default=2000, help="of the autoencoder's training; 0: its linear start")
     parser.add_argument("--linear-steps", type=int, default=3000, help="of its linear start")
@@ -366,6 +373,8 @@ def main() -> None:
             make_transformer(args.seed)
         case "pairs":
             make_pairs(args.work, args.seed, args.pairs)
+        case "base":
+            take_base(args.trained)
 
 
 if __name__ == "__main__":
