@@ -691,7 +691,8 @@ def test_what_bfloat16_loses_is_counted(base, tmp_path, capsys):
     for name, weight in exact.items():
         after, before = merged.get_submodule(name).weight, stored.get_submodule(name).weight
         assert after.dtype == torch.bfloat16
-        assert ((after - weight).abs() <= (2**-8 + 1e-6) * weight.abs()).all()  # rounded once: half a step at most
+        single = 2**-23 * weight.abs().max()  # a step of float32 at the largest weight: the sum itself is not exact
+        assert ((after - weight).abs() <= 2**-8 * weight.abs() + single).all()  # rounded once: half a step at most
         lost += (after == before).sum().item()
         total += weight.numel()
         error += (after.double() - weight).square().sum().item()

@@ -316,7 +316,8 @@ def two_runs(small_bundle, pictures, tmp_path_factory):
     others = [
         *("--lr-root", here / "lr", "--upscale", "--prompt", "Mend this.", "--drop-last", "--alpha", 4, "--context"),
         *("--start-time", 0.75, "--sigma", "mode", "--weighting", "cosmap", "--guidance", 3.5, "--lr", 2e-4),
-        *("--lr-schedule", "constant", "--weight-decay", 0.25, "--val-root", here / "val"),
+        *("--lr-schedule", "constant", "--weight-decay", 0.25),
+        *("--val-root", here / "val", "--val-lr-root", here / "lr"),
         *("--validate-every-epochs", 1, "--validation-prompt", "Mend that.", "--gradient-checkpointing"),
     ]
     both = []
@@ -372,8 +373,9 @@ def test_captions_and_places_reach_the_loss(two_runs):
         called = {id(result): (args, kwargs) for result, args, kwargs in seen.made}
         for ((_, _, target, _, sigma, prompt, _), _), (weighed, _) in zip(seen.losses, seen.weight, strict=True):
             (encoded, texts, *_), _ = called[id(prompt)]
-            assert torch.equal(prompt.txt, torch.stack([encoded[t][0] for t in texts]))
-            assert torch.equal(prompt.y, torch.stack([encoded[t][1] for t in texts]))
+            files = [load_file(encoded[t]) for t in texts]
+            assert torch.equal(prompt.txt, torch.stack([f["txt"] for f in files]))
+            assert torch.equal(prompt.y, torch.stack([f["y"] for f in files]))
             assert called[id(sigma)][1] == {"image_tokens": target.shape[2] * target.shape[3] // 4}
             assert weighed[0] is sigma
 
