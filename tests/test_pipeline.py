@@ -68,15 +68,21 @@ def test_text_encoders_agree_on_the_bundle(pipeline):
         assert (ours[1] - pooled[0]).abs().max() <= 2e-5
 
 
+def states(encoded, text):
+    """txt and y of a text, from the file that keeps them."""
+    tensors = load_file(encoded[text])
+    return tensors["txt"], tensors["y"]
+
+
 def test_prompts_are_cached_by_content_and_the_encoders_stay_closed(tmp_path, monkeypatch):
     weights = checkpoints.Weights(TINY)
     first = prompts.encode([PROMPT, "b"], weights, tmp_path, torch.float32, "cpu")
     monkeypatch.setattr(prompts, "load_t5", lambda *a, **k: pytest.fail("T5 was loaded although all is cached"))
     again = prompts.encode(["b", PROMPT, PROMPT], weights, tmp_path, torch.float32, "cpu")
     for text in (PROMPT, "b"):
-        assert torch.equal(first[text][0], again[text][0])
-        assert torch.equal(first[text][1], again[text][1])
-    assert not torch.equal(again["b"][0], again[PROMPT][0])
+        kept, fresh = states(again, text), prompts.batch(first, [text], 1.0, torch.float32, "cpu")
+        assert torch.equal(kept[0][None], fresh.txt) and torch.equal(kept[1][None], fresh.y)
+    assert first == again and not torch.equal(states(again, "b")[0], states(again, PROMPT)[0])
     with pytest.raises(pytest.fail.Exception):
         prompts.encode(["c"], weights, tmp_path, torch.float32, "cpu")
 
@@ -87,7 +93,7 @@ def test_the_cache_knows_its_weights_and_its_dtype(tmp_path):
     weights, cache = checkpoints.Weights(folder), tmp_path / "cache"
 
     def encode(dtype=torch.float32):
-        return prompts.encode([PROMPT], weights, cache, dtype, "cpu")[PROMPT]
+        return states(prompts.encode([PROMPT], weights, cache, dtype, "cpu"), PROMPT)
 
     def spoil(part):
         (file,) = (folder / part).glob("*.safetensors")
