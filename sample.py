@@ -111,7 +111,7 @@ def check(settings: Settings) -> None:
         raise ValueError("--json: scores need a clean picture; add --reference, or --degrade on a clean input.")
     if settings.json and not settings.json.parent.is_dir():
         raise FileNotFoundError(f"--json {settings.json}: no such folder; make it first.")
-    if settings.report and not settings.input.is_dir():
+    if settings.report and settings.input.exists() and not settings.input.is_dir():
         raise ValueError("--report: is for folders; of one picture, --compare shows before and after.")
 
 
