@@ -60,10 +60,10 @@ class _Correct(torch.autograd.Function):
 
 
 def _pieces(x: Tensor) -> list[Tensor]:
-    """(..., D) -> PIECES views of its rows; tensor_split would make torch.compile care for the rest of the division."""
+    """(..., D) -> PIECES views of its rows, the last one with the rest: torch.compile need not know if there is one."""
     x = x.flatten(0, -2)
-    rows = -(-x.shape[0] // PIECES)
-    return [x[i * rows : (i + 1) * rows] for i in range(PIECES)]
+    rows = x.shape[0] // PIECES
+    return [*(x[i * rows : (i + 1) * rows] for i in range(PIECES - 1)), x[(PIECES - 1) * rows :]]
 
 
 class LoRALinear(nn.Module):

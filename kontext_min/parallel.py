@@ -76,9 +76,10 @@ def spread(model: nn.Module, processes: Processes, shard: bool) -> nn.Module:
         return fully_shard(model, mesh=mesh, reshard_after_forward=True)
     if processes.world > 1:
         devices = [processes.device] if processes.device.type == "cuda" else None
-        # The weights come from the same file and A from the same seed, so nothing need be sent around at the start;
-        # nor later: the buffers are frozen weights (quantize.py).
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, init_sync=False, broadcast_buffers=False)
+        # The weights come from the same file and A from the same seed, so nothing need be sent around at the start,
+        # nor at every step: buffers are frozen weights (quantize.py).
+        model = nn.parallel.DistributedDataParallel(model, device_ids=devices, init_sync=False)
+        model.broadcast_buffers = False  # the argument of this name is deprecated, the new one is not in torch 2.6
     return model
 
 

@@ -56,7 +56,7 @@ FLOPS = flop_registry | {  # which lacks the fused attention of CPUs
         g.shape, q.shape, k.shape, v.shape
     ),
 }
-CUDA_CONTEXT = 0.6 * GB  # kernels and workspaces of CUDA and cuBLAS, about
+CUDA_CONTEXT = 0.5 * GB  # kernels and workspaces of CUDA and cuBLAS, about
 
 
 @dataclass(frozen=True)

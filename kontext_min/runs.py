@@ -89,7 +89,7 @@ def open_run(
 MAY_CHANGE = (  # settings that change no result, but for rounding
     *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions"),
     *("checkpoint_every", "keep", "max_skips", "tensorboard", "validate_every_epochs", "validate_every_steps"),
-    *("device", "shard", "gradient_checkpointing", "compile", "lora_format"),
+    *("device", "shard", "gradient_checkpointing", "compile", "lora_format", "plan", "budget"),
     "batch_size",  # what counts is its product with the number of processes
 )
 
