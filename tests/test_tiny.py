@@ -12,9 +12,11 @@ import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
 
-from kontext_min import metrics
-from kontext_min.checkpoints import load_autoencoder, load_clip, load_t5
+from kontext_min import degrade, metrics, prompts
+from kontext_min.checkpoints import Weights, load_autoencoder, load_clip, load_flux, load_t5
 from kontext_min.clip import ClipTokenizer
+from kontext_min.flow import Objective
+from kontext_min.restore import restore, to_image, to_tensor
 from kontext_min.t5 import T5Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -193,3 +195,21 @@ def test_photographs_of_the_tests_are_kept_out():
             assert ae.kept_out(f"package--main--{name}"), name
     names = [f"{i}.jpg" for i in range(400)]
     assert 30 < sum(map(ae.kept_out, names)) < 70  # one in eight
+
+
+def test_the_prompt_chooses_the_restoration(autoencoder):
+    """Dark and noisy crops of photographs that the base has not seen, each restored under each of two prompts."""
+    flux, names = load_flux(TINY, dtype=torch.float32), ("low-light", "denoise")
+    texts = [degrade.PROMPTS[name] for name in names]
+    encoded = prompts.encode(texts, Weights(TINY), None, torch.float32, "cpu")
+    gain = dict.fromkeys([(a, b) for a in names for b in names], 0.0)
+    for k, path in enumerate(PHOTOS[:4]):
+        clean = Image.open(path).convert("RGB").reduce(2).crop((100, 100, 164, 164))
+        for name in names:
+            bad = degrade.parse(name)(clean, np.random.default_rng(k))
+            for other, text in zip(names, texts, strict=True):
+                prompt = prompts.batch(encoded, [text], 1.5, torch.float32, "cpu")
+                x = restore(to_tensor(bad), flux, autoencoder, prompt, Objective(), steps=1)
+                gain[name, other] += (metrics.psnr(to_image(x[0]), clean) - metrics.psnr(bad, clean)) / 4
+    assert gain["low-light", "low-light"] > 3 > 1 > gain["low-light", "denoise"], gain
+    assert gain["denoise", "denoise"] > 3 > 0 > gain["denoise", "low-light"], gain
