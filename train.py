@@ -368,8 +368,7 @@ def train(settings: Settings) -> int:
             num_workers=settings.workers,
             collate_fn=data.collate,
             pin_memory=me.device.type == "cuda",
-            # A fork server, the default from Python 3.14 on, dies of a signal to the group, and its workers with it.
-            multiprocessing_context="fork" if settings.workers and sys.platform == "linux" else None,
+            multiprocessing_context=data.worker_context(settings.workers),
             worker_init_fn=runs.outlive_signals,
         )
     )

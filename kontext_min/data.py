@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -540,6 +541,15 @@ def _caption(picture: Picture, prompt: str) -> str:
         return " ".join(picture.caption.read_text(encoding="utf-8-sig").split()) or prompt
     except UnicodeDecodeError as error:
         raise ValueError(f"{_text(picture.caption)}: not UTF-8 ({error.reason}); expected a caption.") from error
+
+
+def worker_context(workers: int) -> str | None:
+    """How DataLoader is to start its processes: forked, where the system can.
+
+    A fork server, the default from Python 3.14 on, dies of a signal to the group, and its workers with it; where the
+    run itself is killed, both live on.
+    """
+    return "fork" if workers and sys.platform == "linux" else None
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

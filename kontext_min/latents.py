@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kontext_min.checkpoints import save_file
-from kontext_min.data import Draw, Pairs, Size, UnreadableError, collate
+from kontext_min.data import Draw, Pairs, Size, UnreadableError, collate, worker_context
 
 VERSION = 1  # to be raised when crop, mirroring or any degradation comes out differently than before
 
@@ -139,7 +139,13 @@ def fill(
             if cache.read(cache.key(pairs, k, i), header_only=True) is None:
                 missing.setdefault(bucket, []).append(Draw(epoch=k, index=i))
     batches = [draws[a : a + batch_size] for draws in missing.values() for a in range(0, len(draws), batch_size)]
-    loader = torch.utils.data.DataLoader(pairs, batch_sampler=batches, num_workers=workers, collate_fn=_with_items)
+    loader = torch.utils.data.DataLoader(
+        pairs,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_with_items,
+        multiprocessing_context=worker_context(workers),
+    )
     unreadable = []
     for done, (draws, (batch, items)) in enumerate(zip(batches, loader, strict=True)):
         control, target = encode(batch["control"]), encode(batch["target"])
