@@ -84,7 +84,7 @@ LAYOUTS = ["bfl", "diffusers", "diffusers in shards", "fp8", "fp8 scaled", "floa
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_streamed_runs_give_the_numbers_of_the_plain_run(tmp_path, layout):
-    """Ordinary Linears, which a float32 file gives the plain run, sum their backward pass in another order on 2 threads."""
+    """Of a float32 file the plain run has ordinary Linears, whose backward pass sums in another order on 2 threads."""
     file = write(tmp_path, layout)
     plain = learn(with_lora(load_flux(file, dtype=torch.float32, kind="stored")))
     flux, stream = load_streamed("transformer", file, torch.float32)
