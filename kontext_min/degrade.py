@@ -33,12 +33,13 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 Array = np.ndarray
 Rng = np.random.Generator
 
-# N(0, 1) by its 65,536 quantiles, up to 4.3 deviations: a table look-up takes 12 ms a megapixel, exact draws 33.
+# N(0, 1) by its 65,536 quantiles, up to 4.3 deviations: a table look-up takes 5 ms a megapixel, exact draws 33.
 NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 65536) for i in range(65536)], dtype=np.float32)
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as in JPEG
 # Pillow averages over the pixels that it merges, so none of these aliases; [1]'s own bilinear and bicubic do.
@@ -65,21 +66,25 @@ def _convolve(x: Array, kernel: Array) -> Array:
 def _separable(x: Array, k: Array) -> Array:
     """_convolve for the kernel k k^T of a symmetric (2r+1,) k of sum 1, which a round Gaussian is: columns, then rows.
 
-    In strips of 32 rows, which stay in the cache: 21 ms at sigma 1.5, 1.6 ms a tap. Pillow's GaussianBlur takes 41 ms
-    and is three box blurs of bytes, off by 27 of 255 at worst on white noise.
+    Each pass multiplies 16 rows or columns of the result by a band matrix that holds k once for each of them: two
+    thirds of its products are with zeros, and still it takes half the time of adding shifted copies (10 ms against 20
+    at 1024 x 1024 and sigma 1.5). Pillow's GaussianBlur takes 41 and is three box blurs of bytes, off by 27 of 255.
     """
-    r, (h, w) = len(k) // 2, x.shape[:2]
-    x, out = np.pad(x, ((r, r), (r, r), (0, 0)), mode="reflect"), np.empty_like(x)
-    for top in range(0, h, 32):
-        n = min(32, h - top)
-        strip, rows = x[top : top + n + 2 * r], out[top : top + n]
-        columns = k[r] * strip[r : r + n]
-        for i in range(1, r + 1):
-            columns += k[r - i] * (strip[r - i : r - i + n] + strip[r + i : r + i + n])
-        np.multiply(columns[:, r : r + w], k[r], out=rows)
-        for i in range(1, r + 1):
-            rows += k[r - i] * (columns[:, r - i : r - i + w] + columns[:, r + i : r + i + w])
-    return out
+    n, r, (h, w) = 16, len(k) // 2, x.shape[:2]
+    band = torch.zeros(n, n + 2 * r)
+    for i in range(n):
+        band[i, i : i + 2 * r + 1] = torch.from_numpy(k)
+    across = torch.kron(band, torch.eye(3)).T.contiguous()  # the three channels lie side by side
+    x = torch.from_numpy(np.pad(x, ((r, r), (r, r), (0, 0)), mode="reflect")).flatten(1)  # (h + 2r, 3 (w + 2r))
+    y, out = x.new_empty(h, x.shape[1]), x.new_empty(h, 3 * w)
+    for top in range(0, h, n):
+        m = min(n, h - top)
+        torch.mm(band[:m, : m + 2 * r], x[top : top + m + 2 * r], out=y[top : top + m])
+    for left in range(0, w, n):
+        m = min(n, w - left)
+        part = y[:, 3 * left : 3 * (left + m + 2 * r)]
+        torch.mm(part, across[: part.shape[1], : 3 * m], out=out[:, 3 * left : 3 * (left + m)])
+    return out.view(h, w, 3).numpy()
 
 
 def _grid(radius: float, angle: float = 0.0) -> tuple[Array, Array]:
@@ -179,11 +184,13 @@ def resize(x: Array, rng: Rng, scale: float, method: str, size: tuple[int, int])
 
 def noise(x: Array, rng: Rng, std: float, kind: str) -> Array:
     """y = x + std n, n ~ N(0, 1), drawn for each channel (colour) or once for the three (grey). [1]."""
-    y = np.empty_like(x)
+    y, channels = np.empty_like(x), 1 if kind == "grey" else 3
     for top in range(0, len(x), 32):  # strips stay in the cache
-        strip = x[top : top + 32]
-        index = rng.integers(0, len(NORMAL), (*strip.shape[:2], 1 if kind == "grey" else 3), dtype=np.uint16)
-        np.add(strip, np.float32(std) * NORMAL[index], out=y[top : top + 32])
+        strip, rows = x[top : top + 32], y[top : top + 32]
+        count = strip[..., :channels].size
+        index = rng.bit_generator.random_raw(ceil(count / 4)).view(np.uint16)[:count]  # 64 random bits are 4 places
+        n = NORMAL.take(index, mode="clip").reshape(*strip.shape[:2], channels)  # no place is outside: no check
+        np.add(strip, np.multiply(n, np.float32(std), out=n), out=rows)
     return y
 
 
@@ -403,9 +410,11 @@ def from_image(image: Image.Image) -> Array:
 
 def to_image(x: Array) -> Image.Image:
     """Float32 RGB in [0, 1] to bytes, rounded to the nearest; cutting off would darken by half a level."""
-    y = x * np.float32(255)
-    y += np.float32(0.5)
-    return Image.fromarray(y.astype(np.uint8))
+    out = np.empty(x.shape, dtype=np.uint8)
+    for top in range(0, len(x), 32):  # strips stay in the cache
+        strip = x[top : top + 32] * np.float32(255)
+        out[top : top + 32] = np.add(strip, np.float32(0.5), out=strip)
+    return Image.fromarray(out)
 
 
 def parse(spec: str) -> Callable[[Image.Image, Rng], Image.Image]:
