@@ -229,6 +229,8 @@ def check(settings: Settings) -> None:
     folder = settings.output_dir or Path("runs")
     if settings.hr_root.exists() and folder.resolve().is_relative_to(settings.hr_root.resolve()):
         raise ValueError(f"--output-dir {folder}: lies in --hr-root, so its pictures would be trained on; move it.")
+    if settings.full and settings.dtype not in ("auto", "float32"):
+        raise ValueError(f"--dtype {settings.dtype}: with --full all weights train, in float32; leave --dtype out.")
     if settings.full and settings.init_lora:
         merging = "merge it into the base first: python -m kontext_min.lora_files merge"
         raise ValueError(f"--init-lora {settings.init_lora}: with --full no LoRA trains; {merging}.")
@@ -243,7 +245,8 @@ def train(settings: Settings) -> int:
     me = parallel.start(settings.device)
     first = me.rank == 0  # the one that writes and speaks
     say = partial(print, flush=True) if first else lambda *_: None
-    dtype = compute_dtype(settings.dtype, me.device)
+    # Steps of 1e-4 of a weight vanish in bfloat16's 8 bits: weights that train are float32, LoRA or all.
+    dtype = torch.float32 if settings.full else compute_dtype(settings.dtype, me.device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     sizes = plan.Sizes.of(weights)
     asked, small = plan.for_training(settings, sizes, dtype, me.device)
@@ -306,7 +309,7 @@ def train(settings: Settings) -> int:
             made = settings.cache_dir / "quantized"
             flux, stream = load_streamed("transformer", base, dtype, me.device, settings.quantize, made)
     elif settings.full or settings.shard:
-        flux = load_flux(base, dtype=torch.float32 if settings.full else dtype, device=me.device)
+        flux = load_flux(base, dtype=dtype, device=me.device)
     else:
         flux = load_flux(base, dtype=dtype, device=me.device, kind=settings.quantize or "stored")
     if settings.full:

@@ -199,7 +199,7 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
     with torch.device("meta"):
         flux = Flux(replace(params, depth=depth, depth_single_blocks=singles))
     with FakeTensorMode():
-        hollow(flux, torch.float32 if setting.full else setting.dtype)
+        hollow(flux, setting.dtype)
         if setting.full:
             flux.requires_grad_(True)
         else:
