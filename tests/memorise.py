@@ -2,6 +2,10 @@
 
     python tests/memorise.py            both objectives, some minutes; exit code 1 if a loss falls too little
 
+Each step sees every crop at four places on the path. The LoRA is on all Linears: the base is a bridge, and from pure
+noise the velocity holds the noise itself, which the layers at the two ends have to let through. On the blocks alone
+the kontext loss stops at the variance of that noise, half of what it was.
+
 Measured is not the noisy loss of a step but one that can be compared: the mean of flow.losses over the four crops at
 sigma 0.1, 0.3, 0.5, 0.7, 0.9 with noise of its own, which the training never drew, before and after.
 """
@@ -25,7 +29,10 @@ TEXT = degrade.PROMPTS["guide"]
 SPEC = "blur=2,noise=0.1,fade=0.7/0.15"
 
 
-def crops(autoencoder: torch.nn.Module, side: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+PLACES = 4  # on the path, of each crop in each step
+
+
+def crops(autoencoder: torch.nn.Module, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (4, C, h, w) of four degraded and clean crops."""
     pairs = []
     for k, name in enumerate(("bowl", "brushes", "life", "picosdeeuropa")):
@@ -41,22 +48,23 @@ def fall(objective: str, full: bool, steps: int, lr: float, weights: Path = ROOT
     where = checkpoints.Weights(weights)
     control, target = crops(checkpoints.load_autoencoder(weights, dtype=torch.float32))
     flux = checkpoints.load_flux(weights, dtype=torch.float32)
-    params = list(flux.requires_grad_(True).parameters()) if full else add_lora(flux, rank=16)
+    params = list(flux.requires_grad_(True).parameters()) if full else add_lora(flux, rank=16, targets="all")
     encoded = prompts.encode([TEXT], where, None, torch.float32, "cpu")
-    prompt = prompts.batch(encoded, [TEXT] * 4, 1.5, torch.float32, "cpu")
+    few, many = (prompts.batch(encoded, [TEXT] * n, 1.5, torch.float32, "cpu") for n in (4, 4 * PLACES))
     what = Objective(objective)
 
     @torch.no_grad()
     def measure() -> float:
         eps, _ = flow.draw(1, 0, range(4), target.shape[1:])
         at = (0.1, 0.3, 0.5, 0.7, 0.9)
-        return sum(flow.losses(flux, control, target, eps, torch.full((4,), s), prompt, what).mean().item() for s in at)
+        return sum(flow.losses(flux, control, target, eps, torch.full((4,), s), few, what).mean().item() for s in at)
 
     before = measure()
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0)
     for step in range(steps):
-        eps, u = flow.draw(0, step, range(4), target.shape[1:], total=4)
-        flow.losses(flux, control, target, eps, u, prompt, what).mean().backward()
+        eps, u = flow.draw(0, step, range(4 * PLACES), target.shape[1:])
+        pair = (x.repeat(PLACES, 1, 1, 1) for x in (control, target))
+        flow.losses(flux, *pair, eps, u, many, what).mean().backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / 20, (steps - step) / steps * 1.5, 1)
@@ -68,7 +76,7 @@ def fall(objective: str, full: bool, steps: int, lr: float, weights: Path = ROOT
 def main() -> int:
     missed = 0
     for objective in ("bridge", "kontext"):
-        for full, steps, lr, bound in ((True, 2000, 2e-3, 0.1), (False, 1200, 5e-3, 0.4)):
+        for full, steps, lr, bound in ((True, 300, 2e-3, 0.1), (False, 200, 5e-3, 0.4)):
             ratio = fall(objective, full, steps, lr)
             what = "all weights" if full else "LoRA, rank 16"
             wanted = f"(wanted {1 - bound:.0%})"
