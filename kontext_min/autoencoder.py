@@ -42,13 +42,36 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
 
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """silu(norm(.)) of some rows of x, with the statistics of all of x."""
-    variance, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0)  # (B, groups)
+def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each group of channels, over all positions: (B, groups) each.
+
+    In two passes, the second over rows that fit in the cache: torch.var_mean takes seven times as long on maps whose
+    channels lie together in memory.
+    """
+    rows = max(1, 2**16 // (x.shape[1] * x.shape[3]))
+    mean = x.mean(dim=(2, 3)).unflatten(1, (groups, -1)).mean(dim=2)
+    centre = mean.repeat_interleave(x.shape[1] // groups, dim=1)[:, :, None, None]
+    squares = sum((piece - centre).square_().sum(dim=(2, 3)) for piece in x.split(rows, dim=2))  # (B, C)
+    return mean, squares.unflatten(1, (groups, -1)).mean(dim=2) / (x.shape[2] * x.shape[3])
+
+
+def _normalize(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """norm(.) of some rows of x, with the statistics of all of x.
+
+    Not norm(x): where the channels lie together, torch's takes the variance as E[x^2] - E[x]^2 in float32, which is off
+    by 6 percent of a deviation in groups whose mean is far from zero.
+    """
+    mean, variance = _statistics(x, norm.num_groups)
     per_group = x.shape[1] // norm.num_groups
     scale = norm.weight * torch.rsqrt(variance + norm.eps).repeat_interleave(per_group, dim=1)  # (B, C)
     shift = norm.bias - mean.repeat_interleave(per_group, dim=1) * scale
-    return lambda rows: F.silu(torch.addcmul(shift[:, :, None, None], rows, scale[:, :, None, None]), inplace=True)
+    return lambda rows: torch.addcmul(shift[:, :, None, None], rows, scale[:, :, None, None])
+
+
+def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """silu(norm(.)) of some rows of x, likewise."""
+    normalize = _normalize(norm, x)
+    return lambda rows: F.silu(normalize(rows), inplace=True)
 
 
 def _strips(conv: nn.Conv2d, prepare: Callable[[Tensor], Tensor], x: Tensor, enlarge: int = 1) -> Tensor:
@@ -111,7 +134,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        h = self.norm(x)
+        h = _normalize(self.norm, x)(x)
         # Contiguous, or the attention falls back to a kernel that holds all (HW)^2 weights: 17 GB for 65,000 positions.
         q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # scale 1/sqrt(C)
@@ -192,7 +215,8 @@ class Encoder(nn.Module):
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))  # all that follows keeps this order
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
+        x = self.mid(x)
+        return _strips(self.conv_out, _norm_silu(self.norm_out, x), x)
 
 
 class Decoder(nn.Module):
@@ -217,7 +241,7 @@ class Decoder(nn.Module):
             for block in level.block:  # not level(x), which would keep its input, at full size 1 GB, until its end
                 x = block(x)
             x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        return _strips(self.conv_out, _norm_silu(self.norm_out, x), x)
 
 
 class Autoencoder(nn.Module):
