@@ -122,9 +122,9 @@ def headline(training: Sequence[Row], validations: Sequence[Row], settings: Row)
     return fact_list(facts) if facts else "<p>Nothing has been measured yet.</p>"
 
 
-def from_to(before: float, after: float) -> str:
-    """PSNR of a picture before and after."""
-    return f"{before:.2f} → {after:.2f} dB"
+def from_to(before: float | None, after: float | None) -> str:
+    """PSNR of a picture before and after; None is infinite, the same as the clean one."""
+    return " → ".join("∞" if x is None else f"{x:.2f}" for x in (before, after)) + " dB"
 
 
 def fact_list(facts: Sequence[tuple[str, str, str]]) -> str:
