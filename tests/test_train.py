@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import kill_test
 import memorise
+import peer_training
 import train
 from kontext_min import degrade, flow, prompts, runs
 from train import Settings
@@ -418,3 +419,10 @@ def test_cached_latents_follow_resolution_and_partners(run, pictures, tmp_path):
     cached = [loss("--cache-latents", 1, *kind) for kind in kinds]
     assert len({round(x, 5) for x in cached}) == 4
     assert cached[3] == pytest.approx(loss(*kinds[3]), rel=1e-4)
+
+
+def test_the_same_training_written_with_diffusers_and_peft(tmp_path):
+    """Six of the fifty steps of `python tests/peer_training.py`."""
+    argv = ["--hr-root", str(Path(__file__).parent / "photos"), "--cache-dir", str(tmp_path / "cache")]
+    argv += [*peer_training.FLAGS.split(), "--resolution", "64", "--warmup", "3", "--steps", "6"]
+    assert peer_training.compare(argv, tmp_path / "run") <= 1e-4

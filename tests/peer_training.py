@@ -1,0 +1,137 @@
+"""The same training twice: by train.py, and written with diffusers and peft on the same weights, batches and seeds.
+
+    python tests/peer_training.py [--steps 50] [flags of train.py]       weights/tiny on tests/photos, a minute or two
+
+Shared are the pictures (kontext_min.data), the random numbers (flow.draw) and torch's AdamW. Theirs are the text
+encoders, autoencoder, packing and ids of FluxKontextPipeline, FluxTransformer2DModel, peft's LoRA and diffusers'
+cosine schedule. Where diffusers splits a layer of Flux (q, k, v), ours has one A for the whole; peft's three are tied
+to one parameter, and what they start from is copied. Printed are the largest difference of the loss, relative to it,
+and images per second of both, reading and encoding of pictures included; exit code 1 above 1e-4.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from diffusers import FluxKontextPipeline  # noqa: E402
+from diffusers.optimization import get_cosine_schedule_with_warmup  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+
+import train  # noqa: E402
+from kontext_min import checkpoints, data, degrade, flow, prompts, runs  # noqa: E402
+from kontext_min.flags import parse  # noqa: E402
+from kontext_min.lora import add_lora, lora_layers  # noqa: E402
+
+FLAGS = (
+    "--resolution 128 --batch-size 4 --accumulate 1 --workers 0 --val-count 0 --lr 1e-3 --warmup 10 --dtype float32 "
+    "--weight-decay 0.01 --weighting clean --validate-every-epochs 0"
+)
+
+
+def ours(argv: list[str], folder: Path) -> tuple[list[float], list[float]]:
+    """Losses and seconds of the steps of train.py."""
+    assert train.main([*argv, "--output-dir", str(folder)]) == 0
+    rows = runs.read_metrics(folder)
+    return [row["loss"] for row in rows], [row["seconds"] for row in rows]
+
+
+def their_lora(transformer, settings) -> list[torch.nn.Parameter]:
+    """peft's LoRA with the numbers that ours starts from; the parameters that train."""
+    flux = checkpoints.load_flux(settings.weights / "transformer", dtype=torch.float32)
+    add_lora(flux, settings.rank, settings.alpha, settings.lora_targets, seed=settings.seed)
+    names = {name: checkpoints.flux_modules(flux.params)[name] for name in lora_layers(flux)}
+    targets = [n for theirs in names.values() for n in theirs]
+    transformer.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets))
+    modules = dict(transformer.named_modules())
+    for name, theirs in names.items():
+        tied = torch.nn.Parameter(lora_layers(flux)[name].lora_A.detach().clone())
+        for n in theirs:
+            modules[n].lora_A["default"].weight = tied
+    return [p for p in transformer.parameters() if p.requires_grad]
+
+
+def theirs(argv: list[str]) -> tuple[list[float], list[float]]:
+    """The same steps with diffusers and peft."""
+    settings = parse(train.Settings, argv, "")
+    pipe = FluxKontextPipeline.from_pretrained(settings.weights, torch_dtype=torch.float32)
+    transformer, vae = pipe.transformer.requires_grad_(False), pipe.vae.requires_grad_(False)
+    prompt = settings.prompt or degrade.PROMPTS.get(settings.degrade, degrade.PROMPTS["guide"])
+    length = prompts.max_length(checkpoints.Weights(settings.weights))
+    with torch.no_grad():
+        txt, pooled, txt_ids = pipe.encode_prompt(prompt, None, max_sequence_length=length)
+    params = their_lora(transformer, settings)
+    optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
+    # Theirs begins the warm-up with the rate 0, ours one step further on; after it they are the same.
+    rate = get_cosine_schedule_with_warmup(optimizer, settings.warmup, settings.steps).lr_lambdas[0]
+
+    buckets = data.buckets(settings.resolution, multiple=2 * 2 ** (len(vae.config.block_out_channels) - 1))
+    pictures, _ = data.usable(data.scan(settings.hr_root)[0], buckets, settings.upscale)
+    pairs = data.Pairs(pictures, buckets, degrade.parse(settings.degrade), settings.seed, prompt)
+    sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed)
+    loader = iter(torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=data.collate))
+
+    @torch.no_grad()
+    def encode(images):
+        z = vae.encode(images.float() / 127.5 - 1).latent_dist.mode()
+        return (z - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def pack(z):
+        return pipe._pack_latents(z, *z.shape)
+
+    losses, seconds = [], []
+    for step in range(settings.steps):
+        began = time.monotonic()
+        batch = next(loader)
+        control, target = encode(torch.cat([batch["control"], batch["target"]])).chunk(2)
+        count, (h, w) = len(control), target.shape[-2:]
+        _, sigma = flow.draw(settings.seed, step, batch["position"].tolist(), target.shape[1:])
+        weight = 3 * (1 - sigma) ** 2 if settings.weighting == "clean" else torch.ones_like(sigma)
+        s = sigma[:, None, None, None]
+        out = transformer(
+            hidden_states=pack((1 - s) * control + s * target), timestep=1 - sigma,
+            guidance=torch.full((count,), settings.guidance), pooled_projections=pooled.expand(count, -1),
+            encoder_hidden_states=txt.expand(count, -1, -1), txt_ids=txt_ids,
+            img_ids=pipe._prepare_latent_image_ids(count, h // 2, w // 2, "cpu", torch.float32), return_dict=False,
+        )[0]  # fmt: skip
+        loss = (out - pack(control - target)).square().mean(dim=(1, 2))  # Flux points from the clean to the noisy end
+        ((weight * loss).sum() / count).backward()
+        torch.nn.utils.clip_grad_norm_(params, settings.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * rate(step + (step < settings.warmup))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.mean().item())
+        seconds.append(time.monotonic() - began)
+    return losses, seconds
+
+
+def compare(argv: list[str], folder: Path) -> float:
+    """The largest difference of the two loss curves, relative to the loss."""
+    (a, fast), (b, slow) = ours(argv, folder), theirs(argv)
+    assert len(a) == len(b)
+    difference = max(abs(x - y) / y for x, y in zip(a, b, strict=True))
+    print(f"{len(a)} steps: loss {b[0]:.4f} -> {b[-1]:.4f}, largest difference {difference:.1e} of the loss")
+    batch = parse(train.Settings, argv, "").batch_size
+    ips = [batch * len(s[3:]) / sum(s[3:]) for s in (fast, slow)]  # the first steps make room
+    print(f"images per second: ours {ips[0]:.2f}, diffusers and peft {ips[1]:.2f}, ratio {ips[0] / ips[1]:.2f}")
+    return difference
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    known, more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["--hr-root", str(ROOT / "tests" / "photos"), "--cache-dir", f"{folder}/cache"]
+        argv += [*FLAGS.split(), "--steps", str(known.steps), *more]
+        return int(compare(argv, Path(folder) / "run") > 1e-4)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
