@@ -291,9 +291,9 @@ def make_transformer(seed: int) -> None:
 
 
 MIXTURE = {  # what the base learns, in parts of its pairs; old-photo is left to the demo
-    "blur=1.5,downsample=2,noise=0.05,jpeg=50": 0.35,
+    "blur=1.5,downsample=2,noise=0.05,jpeg=50": 0.3,
     "guide": 0.15,
-    "denoise": 0.15,
+    "denoise": 0.2,
     "deblur": 0.1,
     "super-resolution": 0.1,
     "real-esrgan": 0.1,
@@ -301,24 +301,25 @@ MIXTURE = {  # what the base learns, in parts of its pairs; old-photo is left to
 }
 
 
-def make_pairs(work: Path, seed: int, count: int, side: int = 64) -> None:
+def make_pairs(work: Path, seed: int, count: int, side: int, only: str | None) -> None:
     """WORK/pairs/clean, degraded: crops with the prompt of their degradation beside them, for train.py --lr-root.
 
-    A photograph is drawn by the root of its area; of two places in it, half of the time the sharper is taken: most of
-    a photograph is smooth and learnt soon.
+    A photograph is drawn by the root of its area, the place in it anywhere. `only`: one degradation instead of MIXTURE.
     """
     photos = ae.load_photos(work)
     weights = np.sqrt([photo.shape[0] * photo.shape[1] for photo in photos])
-    clean, degraded = work / "pairs" / "clean", work / "pairs" / "degraded"
-    for folder in (clean, degraded):
-        folder.mkdir(parents=True, exist_ok=True)
-    degradations = {name: degrade.parse(name) for name in MIXTURE}
+    folder = work / (f"pairs-{only}" if only else "pairs")
+    clean, degraded = folder / "clean", folder / "degraded"
+    for where in (clean, degraded):
+        where.mkdir(parents=True, exist_ok=True)
+    mixture = {only: 1.0} if only else MIXTURE
+    degradations = {name: degrade.parse(name) for name in mixture}
     for k in range(count):
         rng = np.random.default_rng([seed, 2, k])
         photo = photos[rng.choice(len(photos), p=weights / weights.sum())]
-        places = [[rng.integers(length - side + 1) for length in photo.shape[:2]] for _ in range(rng.integers(1, 3))]
-        crop = max((Image.fromarray(photo[y : y + side, x : x + side]) for y, x in places), key=ae.sharpness)
-        name = rng.choice(list(MIXTURE), p=list(MIXTURE.values()))
+        y, x = (rng.integers(length - side + 1) for length in photo.shape[:2])
+        crop = Image.fromarray(photo[y : y + side, x : x + side])
+        name = rng.choice(list(mixture), p=list(mixture.values()))
         degradations[name](crop, rng).save(degraded / f"{k:06d}.png", compress_level=1)
         crop.save(clean / f"{k:06d}.png", compress_level=1)
         (clean / f"{k:06d}.txt").write_text(degrade.PROMPTS.get(name, degrade.PROMPTS["guide"]), encoding="utf-8")
@@ -355,7 +356,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/make-tiny"), help="prepared photographs and states")
     parser.add_argument("--steps", type=int, default=2000, help="of the autoencoder's training; 0: its linear start")
     parser.add_argument("--linear-steps", type=int, default=3000, help="of its linear start")
-    parser.add_argument("--pairs", type=int, default=24_000, help="how many pairs the stage of that name makes")
+    parser.add_argument("--pairs", type=int, default=12_000, help="how many pairs the stage of that name makes")
+    parser.add_argument("--side", type=int, default=96, help="of a pair's crops, in pixels")
+    parser.add_argument("--degrade", help="pairs of this degradation alone, in WORK/pairs-DEGRADE, for a LoRA")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     match args.stage:
@@ -372,7 +375,7 @@ def main() -> None:
         case "transformer":
             make_transformer(args.seed)
         case "pairs":
-            make_pairs(args.work, args.seed, args.pairs)
+            make_pairs(args.work, args.seed, args.pairs, args.side, args.degrade)
         case "base":
             take_base(args.trained)
 
