@@ -31,6 +31,16 @@ class Processes:
     world: int
     device: torch.device
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.first:
+            print(text, flush=True)
+
 
 def start(device: str) -> Processes:
     """Join the other processes if torchrun started us; `auto` takes a GPU if there is one.
@@ -123,10 +133,10 @@ def wait() -> None:
 @contextmanager
 def first_goes_ahead(processes: Processes) -> Iterator[None]:
     """Process 0 does what stands below alone, then the others do: they find the files that it wrote."""
-    if processes.rank > 0:
+    if not processes.first:
         wait()
     yield
-    if processes.rank == 0:
+    if processes.first:
         wait()
 
 

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.checkpoints import Weights, fingerprint, load_clip, load_t5, save_file
+from kontext_min.checkpoints import Weights, fingerprint, load_clip, save_file
 from kontext_min.clip import ClipTokenizer
 from kontext_min.flow import Prompt
-from kontext_min.stream import load_streamed
+from kontext_min.stream import load_network
 from kontext_min.t5 import T5Tokenizer
 
 Encoded = dict[str, tuple[Tensor, Tensor] | Path]  # text -> ((L_txt, context_in_dim), (vec_in_dim,)) or their file
@@ -90,11 +90,9 @@ def encode(
     clip = load_clip(weights.path("clip"), dtype=dtype, device=device)
     y = [clip(ids[None].to(device))[1][0].cpu() for ids in clip_ids]
     del clip
-    if stream:
-        t5, blocks = load_streamed("t5", weights.path("t5"), dtype, device)
+    t5, blocks = load_network("t5", weights.path("t5"), dtype, device, "stored", stream)
+    if blocks:
         blocks.wrap()
-    else:
-        t5 = load_t5(weights.path("t5"), dtype=dtype, device=device, kind="stored")
     for text, ids, pooled in zip(new, t5_ids, y, strict=True):
         txt = t5(ids[None].to(device))[0].cpu()
         done[text] = txt, pooled
@@ -104,7 +102,7 @@ def encode(
             save_file({"txt": txt, "y": pooled}, aside)
             aside.replace(file)
             done[text] = file
-    if stream:
+    if blocks:
         print(f"T5 {blocks.report()}")
         del t5, blocks
         gc.collect()  # blocks and their stream know each other, so nothing less frees the slots now

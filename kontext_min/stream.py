@@ -40,6 +40,8 @@ from kontext_min.checkpoints import (
     TensorReader,
     assemble,
     fingerprint,
+    load_flux,
+    load_t5,
     narrow,
     outline,
     read_at,
@@ -200,6 +202,32 @@ def _return_freed_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
+def load_network(
+    part: str,
+    path: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    kind: str | None,
+    streamed: bool,
+    cache: Path | None = None,
+) -> tuple[Any, Stream | None]:
+    """A Flux or T5 whole, or, if `streamed`, with its blocks left in their files and the stream that brings them.
+
+    Args:
+        part: transformer or t5.
+        path: file or folder, in any official layout.
+        dtype: of the computation.
+        device: where it runs.
+        kind: int8, fp8, nf4; "stored": as the files hold the weights; None: in dtype, where it is not streamed.
+        streamed: leave the blocks in their files; the stream's `wrap` is to be called before the network runs.
+        cache: folder for what `kind` makes; needed with it if streamed.
+    """
+    if streamed:
+        return load_streamed(part, path, dtype, device, None if kind == "stored" else kind, cache)
+    load = load_flux if part == "transformer" else load_t5
+    return load(path, dtype=dtype, device=device, kind=kind), None
 
 
 def load_streamed(
