@@ -366,16 +366,9 @@ def learn(run: Run, learner: Learner, batches: Iterator[dict[str, Any]]) -> None
 
 
 def add_gradients(run: Run, learner: Learner, micro: Sequence[dict[str, Any]], count: int) -> Tensor:
-    """The gradients of a step, summed over its batches and averaged over its pictures.
+    """The gradient of a step: of the mean loss over its `count` pictures in the batches of all processes.
 
-    Args:
-        run: as prepared.
-        learner: its gradients are added to.
-        micro: the batches of this process, from data.collate.
-        count: pictures of the step, in all processes.
-
-    Returns:
-        (2, INTERVALS): sum of the losses, and number of pictures, of this process by interval of sigma.
+    Returns (2, INTERVALS): sum of the losses, and number of pictures, of this process by interval of sigma.
     """
     settings, world = run.settings, run.me.world
     tally = torch.zeros(2, INTERVALS)
@@ -451,10 +444,9 @@ def save_result(run: Run, learner: Learner, values: dict[str, Tensor], where: Pa
 def prepare(
     settings: Settings, me: parallel.Processes, weights: Weights, dtype: torch.dtype
 ) -> tuple[Run, Learner, Iterator[dict[str, Any]]]:
-    """All that comes before the first step: pictures, run folder, prompts, network, batches, in this order.
+    """Pictures, run folder, prompts, network and endless batches (data.collate), in this order.
 
-    Returns:
-        What is settled, what trains, and endless batches (data.collate), from where a stopped run was left.
+    A resumed run enters the stream of batches where it was left.
     """
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=me.device)
     pairs, validation_pairs, left_out = load_pairs(settings, me, autoencoder)
@@ -477,7 +469,7 @@ def prepare(
         cache = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {written['fingerprint']['vae']}")
         report = partial(runs.Progress().show, text="latents") if me.first else lambda *_: None
         encode = partial(to_latents, autoencoder)
-        for line in fill(pairs, cache, encode, 1, settings.workers, me.rank, me.world, report):
+        for line in fill(pairs, cache, encode, settings.workers, me.rank, me.world, report):
             print(f"left out: {line}")
         parallel.wait()
         pairs = CachedPairs(pairs, cache)
@@ -554,15 +546,7 @@ def load_pairs(
 def load_learner(
     settings: Settings, me: parallel.Processes, base: Path, dtype: torch.dtype, last: Path | None
 ) -> Learner:
-    """The transformer, frozen but for its LoRA, and its optimizer, as they are at the start or in a checkpoint.
-
-    Args:
-        settings: all flags.
-        me: this process.
-        base: file or folder of the transformer.
-        dtype: of the computation.
-        last: the checkpoint to go on from, if any.
-    """
+    """The transformer, frozen but for its LoRA, and its optimizer, as at the start or in the `last` checkpoint."""
     kind = None if settings.full or settings.shard else settings.quantize or "stored"  # these take the weights as such
     with parallel.first_goes_ahead(me) if settings.stream else nullcontext():
         flux, stream = load_network(
@@ -632,13 +616,7 @@ def prompts_of(settings: Settings) -> tuple[str, str]:
 
 
 def trained_for(settings: Settings, objective: Objective, written: dict[str, Any]) -> dict[str, Any]:
-    """What a LoRA was trained for, kept in its header; sample.py takes its defaults from here.
-
-    Args:
-        settings: all flags.
-        objective: with the start time that was found.
-        written: settings.json.
-    """
+    """What a LoRA was trained for, kept in its header; sample.py takes its defaults from here."""
     names = ["degrade", "resolution", "guidance", "rank", "alpha", "lora_targets"]
     names += ["steps", "lr", "lr_schedule", "warmup", "accumulate", "ema", "seed", "sigma", "weighting"]
     return {

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -155,9 +156,25 @@ os.umask(UMASK)
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with the usual permissions; the library's own can be read by their owner alone."""
-    save_private(dict(tensors), path, metadata=dict(metadata) if metadata else None)
-    path.chmod(0o666 & ~UMASK)
+    """Write a safetensors file aside and rename it, so that it is whole or absent.
+
+    The library's own can be read by their owner alone, and have their metadata in a random order; here permissions are
+    the usual ones, and equal tensors and texts are equal files, byte by byte.
+    """
+    aside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")  # machines may share the folder
+    try:
+        save_private(dict(tensors), aside, metadata=dict(metadata) if metadata else None)
+        aside.chmod(0o666 & ~UMASK)
+        with aside.open("r+b") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+            if metadata:
+                header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+                f.seek(8)
+                f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def metadata(file: Path) -> dict[str, str]:
@@ -668,7 +685,5 @@ def save_flux(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{os.getpid()}.tmp"
-    save_file(state, aside, metadata={"format": "pt", **(metadata or {})})
-    aside.replace(folder / "diffusion_pytorch_model.safetensors")
+    save_file(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt", **(metadata or {})})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -79,6 +79,7 @@ ENDINGS = {ending for ending, name in Image.registered_extensions().items() if n
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # a whole file has it in its last bytes
 TAIL = 4096
 SMALLEST = 16  # pixels a side
+THREADS = 8  # that read headers: on a network disk this is mostly waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Picture:
     caption: Path | None = None  # the .txt beside it
 
 
-def scan(root: Path, index: Path | None = None, workers: int = 8) -> tuple[list[Picture], list[tuple[str, str]]]:
+def scan(root: Path, index: Path | None = None) -> tuple[list[Picture], list[tuple[str, str]]]:
     """All pictures below a folder, whatever their format and the case of their endings; headers only are read.
 
     Hidden files and folders and files with other endings are passed over. A file that looks cut off is decoded as a
@@ -102,7 +103,6 @@ def scan(root: Path, index: Path | None = None, workers: int = 8) -> tuple[list[
     Args:
         root: the folder.
         index: where to remember headers, as JSON keyed by root, name, size and time of change.
-        workers: threads, as on a network disk a header is mostly waiting.
 
     Returns:
         The pictures, sorted by name, and (name, reason) of every picture file that cannot be used.
@@ -122,8 +122,8 @@ def scan(root: Path, index: Path | None = None, workers: int = 8) -> tuple[list[
     def read(names: list[str]) -> dict[str, tuple[Any, ...] | str]:
         return {name: _read_header(files[name][0]) for name in names}
 
-    with ThreadPoolExecutor(workers) as pool:
-        for part in pool.map(read, [new[i::workers] for i in range(workers)]):
+    with ThreadPoolExecutor(THREADS) as pool:
+        for part in pool.map(read, [new[i::THREADS] for i in range(THREADS)]):
             for name, header in part.items():
                 if isinstance(header, str):  # is not remembered: the next start may have a better disk or Pillow
                     rejected.append((name, header))

@@ -11,7 +11,6 @@ NO attention mask is used, neither here nor in the transformer; the pooled vecto
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -77,8 +76,7 @@ def encode(
     keys = _keys(texts, weights, dtype)
     done: Encoded = {}
     for text, key in keys.items():
-        file = cache / f"{key}.safetensors" if cache else None
-        if file and file.exists():
+        if cache and (file := cache / f"{key}.safetensors").exists():
             done[text] = file
     new = [text for text in keys if text not in done]
     if not new:
@@ -98,10 +96,8 @@ def encode(
         done[text] = txt, pooled
         if cache:
             cache.mkdir(parents=True, exist_ok=True)
-            file, aside = cache / f"{keys[text]}.safetensors", cache / f"{keys[text]}.{os.getpid()}.tmp"
-            save_file({"txt": txt, "y": pooled}, aside)
-            aside.replace(file)
-            done[text] = file
+            done[text] = cache / f"{keys[text]}.safetensors"
+            save_file({"txt": txt, "y": pooled}, done[text])
     if blocks:
         print(f"T5 {blocks.report()}")
         del t5, blocks

@@ -295,16 +295,11 @@ def load_streamed(
 def _write_quantized(
     file: Path, read: TensorReader, sources: dict[str, list[str]], kind: str, device: torch.device
 ) -> None:
-    """Codes and scales of a block's Linears, made on the device; written aside and renamed."""
+    """Codes and scales of a block's Linears, made on the device."""
     tensors = {}
     for name, stored in sources.items():
         codes, scales = narrow(read, stored, storage(name, kind), device)
         tensors[f"{name}.codes"] = codes.cpu()
         if scales is not None:
             tensors[f"{name}.scales"] = scales.cpu()
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file(tensors, aside)
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    save_file(tensors, file)

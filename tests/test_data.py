@@ -612,7 +612,7 @@ def cached(root, cache, k, epochs, start=0, **options):
     pictures, _ = data.scan(root)
     pairs = Pairs(pictures, SMALL, noisy, options.pop("seed", 1), "restore", variants=k, **options)
     encoded = []
-    unreadable = fill(pairs, cache, lambda x: encoded.append(len(x)) or pooled(x), batch_size=3)
+    unreadable = fill(pairs, cache, lambda x: encoded.append(len(x)) or pooled(x))
     plain = Pairs(pictures, SMALL, noisy, pairs.seed, "restore", flip=pairs.flip)
     sampler = BucketSampler(pairs.bucket_of, 2, 9, start=start)
     batches = stream(CachedPairs(pairs, cache), sampler, 0, epochs * sampler.batches_per_epoch)
