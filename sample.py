@@ -32,7 +32,7 @@ from kontext_min import data, degrade, metrics, parallel, pictures, plan, report
 from kontext_min.autoencoder import Autoencoder
 from kontext_min.checkpoints import Weights, find, fingerprint, load_autoencoder, metadata
 from kontext_min.colour import COLOUR_FIXES
-from kontext_min.flags import flag, parse
+from kontext_min.flags import check_numbers, flag, parse
 from kontext_min.flow import SOLVERS, Network, Objective, Prompt
 from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of, trained_with
 from kontext_min.prompts import batch, encode
@@ -50,11 +50,13 @@ class Settings:
     input: Path = flag(..., "the picture to restore, or a folder of pictures", "pictures")
     output: Path = flag(..., "where it goes: a file, whose ending chooses the format, or a folder", "pictures")
     overwrite: bool = flag(False, "of a folder, restore again what is in --output already", "pictures")
-    samples: int = flag(1, "restore each picture so many times, with seeds from --seed up", "pictures")
+    samples: int = flag(1, "restore each picture so many times, with seeds from --seed up", "pictures", least=1)
     quality: int = flag(95, "of JPEG and WebP, 1 to 100", "pictures")
-    max_side: int | None = flag(None, "restore larger pictures at this longest side in pixels, then resize", "pictures")
+    max_side: int | None = flag(
+        None, "restore larger pictures at this longest side in pixels, then resize", "pictures", least=1
+    )
     resolution: int | None = flag(
-        None, "restore at the area of this square in pixels (best the LoRA's), then resize", "pictures"
+        None, "restore at the area of this square in pixels (best the LoRA's), then resize", "pictures", least=1
     )
     degrade: str | None = flag(None, "degrade the input first (a preset or e.g. blur=1.5,noise=0.02)", "pictures")
     reference: Path | None = flag(None, "clean picture or folder of the same names; with --degrade the input", "scores")
@@ -72,17 +74,20 @@ class Settings:
     objective: str | None = flag(None, "else the LoRA's, else bridge", "method", ("bridge", "kontext"))
     guidance: float | None = flag(None, "distilled guidance; else the LoRA's, else 1.5", "method")
     steps: int | None = flag(
-        None, f"network evaluations, more is more texture; else {STEPS['bridge']}, kontext {STEPS['kontext']}", "method"
+        None,
+        f"network evaluations, more is more texture; else {STEPS['bridge']}, kontext {STEPS['kontext']}",
+        "method",
+        least=1,
     )
     solver: str = flag("euler", "midpoint and heun take two evaluations a step", "method", SOLVERS)
     strength: float = flag(1.0, "part of the path that is followed, above 0 to 1: less changes less", "method")
     fidelity: float = flag(0.0, "pull towards the input, 0 to 1", "method")
     color_fix: str = flag("none", "colours of the input; not for faded or dark pictures", "method", COLOUR_FIXES)
-    seed: int = flag(42, "seed of the source noise and of --degrade", "method")
+    seed: int = flag(42, "seed of the source noise and of --degrade", "method", least=0)
     tile: int | None = flag(
-        None, "side of a tile in pixels; else the LoRA's resolution, else 64 tokens (1024 with Flux)", "method"
+        None, "side of a tile in pixels; else the LoRA's resolution, else 64 tokens (1024 with Flux)", "method", least=1
     )
-    batch_size: int = flag(1, "pictures of one shape restored together", "machine")
+    batch_size: int = flag(1, "pictures of one shape restored together", "machine", least=1)
     cache_dir: Path = flag(Path("runs/cache"), "where encoded prompts are kept", "machine")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
     dtype: str = flag("auto", "of the computation; auto: bfloat16 where the hardware multiplies it", "machine", DTYPES)
@@ -93,13 +98,9 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Settings that contradict each other or lie outside their range, in one line, before anything is loaded."""
-    for name in ("samples", "steps", "batch_size", "max_side", "resolution", "tile"):
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1.")
+    check_numbers(settings)
     if not 1 <= settings.quality <= 100:
         raise ValueError(f"--quality: got {settings.quality}, expected 1 to 100.")
-    if settings.seed < 0:
-        raise ValueError(f"--seed: got {settings.seed}, expected at least 0.")
     if not 0 < settings.strength <= 1:
         raise ValueError(f"--strength: got {settings.strength}, expected more than 0 and at most 1.")
     if not 0 <= settings.fidelity <= 1:

@@ -25,14 +25,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
 from kontext_min import __version__, data, degrade, flow, parallel, plan, prompts, runs
 from kontext_min.autoencoder import Autoencoder
 from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, save_flux
 from kontext_min.data import Picture
-from kontext_min.flags import flag, parse, to_json
+from kontext_min.flags import check_numbers, flag, parse, to_json
 from kontext_min.flow import Objective
 from kontext_min.flux import Flux
 from kontext_min.latents import CachedPairs, LatentCache, fill
@@ -40,7 +38,7 @@ from kontext_min.lora import add_lora
 from kontext_min.lora_files import FORMATS, init_lora, outside_of_blocks, save_lora
 from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
 from kontext_min.report import write_report
-from kontext_min.stream import Stream, load_network
+from kontext_min.stream import Stream, checkpoint_blocks, load_network
 from kontext_min.validation import validate
 
 INTERVALS = 5  # of sigma, for which losses are logged apart
@@ -58,8 +56,10 @@ class Settings:
     upscale: bool = flag(False, "use pictures smaller than their bucket too, blown up", "pictures")
     flip: bool = flag(False, "mirror half of the pictures", "pictures")
     prompt: str | None = flag(None, "for pictures without a .txt beside them; else the preset's own", "pictures")
-    workers: int = flag(2, "processes that load and degrade pictures", "pictures")
-    cache_latents: int = flag(0, "keep K degraded variants of every picture encoded on disk; 0 = off", "pictures")
+    workers: int = flag(2, "processes that load and degrade pictures", "pictures", least=0)
+    cache_latents: int = flag(
+        0, "keep K degraded variants of every picture encoded on disk; 0 = off", "pictures", least=0
+    )
     drop_last: bool = flag(False, "leave out the incomplete last batch of a bucket", "pictures")
     cache_dir: Path = flag(Path("runs/cache"), "where prompts, latents and picture headers are kept", "pictures")
 
@@ -85,32 +85,32 @@ class Settings:
     weighting: str = flag("uniform", "weight of the error along the path", "method", flow.WEIGHTINGS)
     guidance: float = flag(1.5, "distilled guidance that the network is told", "method")
 
-    steps: int = flag(3000, "optimizer steps", "optimization")
-    batch_size: int = flag(1, "pictures at a time, in each process", "optimization")
-    accumulate: int = flag(4, "batches that make one step", "optimization")
-    lr: float = flag(1e-4, "learning rate at its peak", "optimization")
+    steps: int = flag(3000, "optimizer steps", "optimization", least=1)
+    batch_size: int = flag(1, "pictures at a time, in each process", "optimization", least=1)
+    accumulate: int = flag(4, "batches that make one step", "optimization", least=1)
+    lr: float = flag(1e-4, "learning rate at its peak", "optimization", least=0)
     lr_schedule: str = flag("cosine", "shape after the warm-up", "optimization", ("cosine", "linear", "constant"))
-    warmup: int = flag(100, "steps over which the learning rate rises", "optimization")
-    weight_decay: float = flag(1e-4, "of AdamW", "optimization")
-    clip_norm: float = flag(1.0, "gradients are scaled down to this norm; 0 = off", "optimization")
+    warmup: int = flag(100, "steps over which the learning rate rises", "optimization", least=0)
+    weight_decay: float = flag(1e-4, "of AdamW", "optimization", least=0)
+    clip_norm: float = flag(1.0, "gradients are scaled down to this norm; 0 = off", "optimization", least=0)
     ema: float = flag(0.0, "decay of an average of the weights, e.g. 0.999; 0 = off", "optimization")
-    max_skips: int = flag(10, "stop after so many steps in a row whose loss is not finite", "optimization")
-    seed: int = flag(42, "of everything that is random", "optimization")
+    max_skips: int = flag(10, "stop after so many steps in a row whose loss is not finite", "optimization", least=1)
+    seed: int = flag(42, "of everything that is random", "optimization", least=0)
 
     val_root: Path | None = flag(None, "pictures to validate on; else some are held out of --hr-root", "validation")
     val_lr_root: Path | None = flag(None, "degraded partners of --val-root, as --lr-root", "validation")
-    val_count: int = flag(8, "at most so many (and of --hr-root at most one in eight); 0 = none", "validation")
-    validate_every_epochs: int = flag(5, "epochs between validations; 0 = off", "validation")
-    validate_every_steps: int = flag(0, "steps between validations, instead of epochs; 0 = off", "validation")
+    val_count: int = flag(8, "at most so many (and of --hr-root at most one in eight); 0 = none", "validation", least=0)
+    validate_every_epochs: int = flag(5, "epochs between validations; 0 = off", "validation", least=0)
+    validate_every_steps: int = flag(0, "steps between validations, instead of epochs; 0 = off", "validation", least=0)
     validation_prompt: str | None = flag(None, "else the training prompt", "validation")
-    validation_steps: int = flag(4, "solver steps of the validation pictures", "validation")
+    validation_steps: int = flag(4, "solver steps of the validation pictures", "validation", least=1)
 
     output_dir: Path | None = flag(None, "the run folder; else runs/ and the date", "run")
     resume: bool = flag(True, "go on from the last checkpoint of --output-dir, if it has one", "run")
     accept_changes: bool = flag(False, "resume although settings changed", "run")
     overwrite: bool = flag(False, "delete a run that --output-dir holds already", "run")
-    checkpoint_every: int = flag(500, "steps between checkpoints", "run")
-    keep: int = flag(3, "checkpoints to keep besides the best; 0 = all", "run")
+    checkpoint_every: int = flag(500, "steps between checkpoints", "run", least=1)
+    keep: int = flag(3, "checkpoints to keep besides the best; 0 = all", "run", least=0)
     tensorboard: bool = flag(False, "write tensorboard files too, if it is installed", "run")
 
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
@@ -136,22 +136,9 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.lr * shapes[settings.lr_schedule]
 
 
-def checkpoint_blocks(flux: nn.Module, offload: bool = False) -> None:
-    """Keep only each block's input, with `offload` in the host's memory; its inside is computed again in the backward
-    pass (Chen et al. 2016).
-    """
-
-    def run(*args: Tensor, forward: Callable[..., Any]) -> Any:
-        with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
-            return checkpoint(forward, *args, use_reentrant=False)
-
-    for block in (*flux.double_blocks, *flux.single_blocks):
-        block.forward = partial(run, forward=block.forward)
-
-
-def compile_blocks(flux: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_blocks(flux: Flux, backend: str | Callable[..., Any] = "inductor") -> None:
     """Each kind of block becomes one graph for any number of tokens; all blocks of the kind share it."""
-    for block in (*flux.double_blocks, *flux.single_blocks):
+    for block in flux.blocks:
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=True)
 
 
@@ -199,16 +186,7 @@ def validation_due(settings: Settings, batches_per_epoch: int, done: int) -> boo
 
 def check(settings: Settings) -> None:
     """Refuse numbers that make no sense, before anything is loaded."""
-    least = dict.fromkeys(("steps", "batch_size", "accumulate", "checkpoint_every", "max_skips", "validation_steps"), 1)
-    least |= dict.fromkeys(("workers", "cache_latents", "warmup", "keep", "clip_norm", "lr", "weight_decay", "seed"), 0)
-    least |= dict.fromkeys(("val_count", "validate_every_epochs", "validate_every_steps"), 0)
-    for name, value in vars(settings).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected a finite number.")
-    for name, minimum in least.items():
-        if not getattr(settings, name) >= minimum:
-            flag_name = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag_name}: got {getattr(settings, name)}, expected at least {minimum}.")
+    check_numbers(settings)
     if not 0 <= settings.ema < 1:
         raise ValueError(f"--ema: got {settings.ema}, expected a decay from 0 to below 1, e.g. 0.999.")
     try:

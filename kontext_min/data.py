@@ -334,19 +334,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # convert() copies even if there is nothing to do
 
 
-def cover_crop(image: Image.Image, size: Size, rng: np.random.Generator | None, flip: bool = False) -> Image.Image:
-    """Resize to cover `size` with Lanczos and crop: anywhere if there is a generator, else centred.
-
-    Args:
-        image: RGB.
-        size: (width, height) of the result.
-        rng: where the crop comes from.
-        flip: mirror with a chance of one half, if there is a generator.
-    """
-    window = _window(*image.size, size, rng)
-    return _cut(image, window, size, flip and rng is not None and rng.random() < 0.5)
-
-
 def _window(width: int, height: int, size: Size, rng: np.random.Generator | None) -> tuple[float, float, float, float]:
     """What a crop shows, (left, top, right, bottom) as fractions of the picture; places are whole target pixels."""
     scale = max(size[0] / width, size[1] / height)

@@ -80,7 +80,7 @@ def spread(model: nn.Module, processes: Processes, shard: bool) -> nn.Module:
 
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # about in-place operations that there are none of
         mesh = init_device_mesh(processes.device.type, (processes.world,))
-        for block in (*model.double_blocks, *model.single_blocks):
+        for block in model.blocks:
             fully_shard(block, mesh=mesh)
         # By default the outermost module stays whole after a forward pass, and would not see weights changed since.
         return fully_shard(model, mesh=mesh, reshard_after_forward=True)

@@ -9,8 +9,8 @@ with read(2) into the slot, not through mapped pages, which would count as resid
 go through page-locked memory and a stream of their own, and blocks that fit half of the machine's memory stay there
 after the first pass. A thread does this while the block before computes. Biases, norms, scales and LoRA are resident.
 
-In training each block must be checkpointed (train.py): its forward pass is run again in the backward pass, and brings
-the block again. Without that, autograd finds that a saved weight was overwritten, and says so.
+In training `checkpoint_blocks` is needed too: the forward pass of each block is run again in the backward pass, and
+brings the block again. Without it, autograd finds that a saved weight was overwritten, and says so.
 
 int8, fp8 and nf4 of a wider file are made once, block by block, and kept in a cache folder: quantising anew at every
 pass would read the wide file each time, which is the slower half of the work.
@@ -26,13 +26,16 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from kontext_min.checkpoints import (
     DTYPES,
@@ -49,6 +52,7 @@ from kontext_min.checkpoints import (
     save_file,
     scales_of,
 )
+from kontext_min.flux import Flux
 from kontext_min.quantize import QuantizedLinear, storage
 
 ALIGN = 64  # codes start at multiples of so many bytes in a slot
@@ -185,6 +189,19 @@ class Stream:
         )
 
 
+def checkpoint_blocks(flux: Flux, offload: bool = False) -> None:
+    """Keep only each block's input, with `offload` in the host's memory; its inside is computed again in the backward
+    pass (Chen et al. 2016).
+    """
+
+    def run(*args: Tensor, forward: Callable[..., Any]) -> Any:
+        with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
+            return checkpoint(forward, *args, use_reentrant=False)
+
+    for block in flux.blocks:
+        block.forward = partial(run, forward=block.forward)
+
+
 def _page_locked(nbytes: int) -> Tensor:
     """Host memory that a GPU reads by itself, of this size: pin_memory=True rounds up to a power of two."""
     data = torch.empty(nbytes, dtype=torch.uint8)
@@ -255,7 +272,7 @@ def load_streamed(
     """
     device = torch.device(device)
     model, headers, sources = outline(part, path, params)
-    blocks = (*model.double_blocks, *model.single_blocks) if part == "transformer" else tuple(model.encoder.block)
+    blocks = model.blocks if part == "transformer" else tuple(model.encoder.block)
     names = {module: name for name, module in model.named_modules()}
     linears = [[m for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
     assemble(model, headers, sources, dtype, device, leave={f"{names[m]}.weight" for block in linears for m in block})

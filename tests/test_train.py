@@ -275,7 +275,7 @@ def watched(argv):
     t5 holds weak references to the T5 encoders, t5_gone whether all were gone when the transformer was loaded.
     """
     names = {"losses": flow, "density": flow, "weight": flow, "batch": prompts, "AdamW": torch.optim}
-    names |= {"checkpoint": train, "validate": train, "load_t5": stream, "load_flux": stream}
+    names |= {"checkpoint": stream, "validate": train, "load_t5": stream, "load_flux": stream}
     seen = SimpleNamespace(**{name: [] for name in names}, t5=[], t5_gone=None, made=[])
     validating = []
 
