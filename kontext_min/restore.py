@@ -26,24 +26,22 @@ Two dials between what is there and what the model makes of it, besides the numb
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from kontext_min import data
 from kontext_min.autoencoder import Autoencoder
-from kontext_min.data import to_float
+from kontext_min.data import Size, to_float
 from kontext_min.flow import SOLVERS, Network, Objective, Prompt, integrate, schedule, velocity
 
-Size = tuple[int, int]
 STEPS = {"bridge": 4, "kontext": 28}  # network evaluations unless the user says otherwise; more is more texture
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (1, 3, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
-    array = np.asarray(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)[None].contiguous()
+    """A picture -> (1, 3, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
+    return to_float(data.to_tensor(image.convert("RGB")))[None].contiguous()
 
 
 def to_bytes(tensor: Tensor) -> Tensor:

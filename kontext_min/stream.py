@@ -230,16 +230,9 @@ def load_network(
     streamed: bool,
     cache: Path | None = None,
 ) -> tuple[Any, Stream | None]:
-    """A Flux or T5 whole, or, if `streamed`, with its blocks left in their files and the stream that brings them.
+    """A Flux or T5, whole, or (`streamed`) with its blocks left in their files; arguments as for load_streamed.
 
-    Args:
-        part: transformer or t5.
-        path: file or folder, in any official layout.
-        dtype: of the computation.
-        device: where it runs.
-        kind: int8, fp8, nf4; "stored": as the files hold the weights; None: in dtype, where it is not streamed.
-        streamed: leave the blocks in their files; the stream's `wrap` is to be called before the network runs.
-        cache: folder for what `kind` makes; needed with it if streamed.
+    `kind` may also be "stored": as the files hold the weights, which None widens to dtype unless they are streamed.
     """
     if streamed:
         return load_streamed(part, path, dtype, device, None if kind == "stored" else kind, cache)
