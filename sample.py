@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -53,11 +52,9 @@ class Settings:
     samples: int = flag(1, "restore each picture so many times, with seeds from --seed up", "pictures", least=1)
     quality: int = flag(95, "of JPEG and WebP, 1 to 100", "pictures")
     max_side: int | None = flag(
-        None, "restore larger pictures at this longest side in pixels, then resize", "pictures", least=1
+        None, "longest side, in pixels, that larger pictures are restored at", "pictures", least=1
     )
-    resolution: int | None = flag(
-        None, "restore at the area of this square in pixels (best the LoRA's), then resize", "pictures", least=1
-    )
+    resolution: int | None = flag(None, "side, in pixels, of a square whose area to restore at", "pictures", least=1)
     degrade: str | None = flag(None, "degrade the input first (a preset or e.g. blur=1.5,noise=0.02)", "pictures")
     reference: Path | None = flag(None, "clean picture or folder of the same names; with --degrade the input", "scores")
     json: Path | None = flag(None, "write the scores against the clean pictures into this file too", "scores")
@@ -75,7 +72,7 @@ class Settings:
     guidance: float | None = flag(None, "distilled guidance; else the LoRA's, else 1.5", "method")
     steps: int | None = flag(
         None,
-        f"network evaluations, more is more texture; else {STEPS['bridge']}, kontext {STEPS['kontext']}",
+        f"network evaluations; else {STEPS['bridge']}, kontext {STEPS['kontext']}; more is more texture",
         "method",
         least=1,
     )
@@ -84,9 +81,7 @@ class Settings:
     fidelity: float = flag(0.0, "pull towards the input, 0 to 1", "method")
     color_fix: str = flag("none", "colours of the input; not for faded or dark pictures", "method", COLOUR_FIXES)
     seed: int = flag(42, "seed of the source noise and of --degrade", "method", least=0)
-    tile: int | None = flag(
-        None, "side of a tile in pixels; else the LoRA's resolution, else 64 tokens (1024 with Flux)", "method", least=1
-    )
+    tile: int | None = flag(None, "side in pixels; else the LoRA's resolution, else 64 tokens", "method", least=1)
     batch_size: int = flag(1, "pictures of one shape restored together", "machine", least=1)
     cache_dir: Path = flag(Path("runs/cache"), "where encoded prompts are kept", "machine")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
@@ -107,6 +102,8 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--fidelity: got {settings.fidelity}, expected 0 to 1.")
     if settings.degrade and settings.reference:
         raise ValueError("--reference: with --degrade the input is the clean picture; leave one of the two out.")
+    if settings.degrade:
+        degrade.parse(settings.degrade)
     if settings.reference and not settings.reference.exists():
         raise FileNotFoundError(f"--reference {settings.reference}: no such file or folder.")
     if settings.reference and settings.input.is_dir() and not settings.reference.is_dir():
@@ -136,7 +133,6 @@ def sample(settings: Settings) -> int:
     device = parallel.start(settings.device).device
     dtype = compute_dtype(settings.dtype, device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
-    degradation = degrade.parse(settings.degrade) if settings.degrade else None
     found, failed = pictures.find(settings.input, settings.output, settings.samples)
     for name, reason in failed:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
@@ -167,7 +163,7 @@ def sample(settings: Settings) -> int:
     for lora in settings.lora:
         load_lora(flux, *strength_of(lora))
     began = time.monotonic()
-    restored, rows, figures = restore_all(settings, jobs, failed, method, flux, autoencoder, prompt, degradation)
+    restored, rows, figures = restore_all(settings, jobs, failed, method, flux, autoencoder, prompt)
     seconds = time.monotonic() - began
     evaluations = math.ceil(method.steps / SOLVERS[settings.solver]) * SOLVERS[settings.solver]
     how = f"{method.objective.name}, {evaluations} network evaluations, {settings.solver}, {seconds:.1f} s"
@@ -222,7 +218,6 @@ def restore_all(
     flux: Network,
     autoencoder: Autoencoder,
     prompt: Callable[[Sequence[str]], Prompt],
-    degradation: Callable[[Image.Image, np.random.Generator], Image.Image] | None,
 ) -> tuple[int, list[metrics.Row], dict[str, str]]:
     """Restore and write the pictures of all jobs, those of one shape together.
 
@@ -230,6 +225,7 @@ def restore_all(
         How many were written; their scores, where there are clean pictures; their figures for the report, by title.
         A bad file of a folder is added to `failed` and does not stop the rest.
     """
+    degradation = degrade.parse(settings.degrade) if settings.degrade else None
     tile = settings.tile or method.resolution or 128 * autoencoder.factor  # 64 x 64 tokens
     groups = pictures.batches(jobs, settings.batch_size)
     worked_at = {j.size: working_size(*j.size, settings.resolution, settings.max_side) for j in jobs}

@@ -34,7 +34,7 @@ from kontext_min.flags import check_numbers, flag, parse, to_json
 from kontext_min.flow import Objective
 from kontext_min.flux import Flux
 from kontext_min.latents import CachedPairs, LatentCache, fill
-from kontext_min.lora import add_lora
+from kontext_min.lora import TARGETS, add_lora
 from kontext_min.lora_files import FORMATS, init_lora, outside_of_blocks, save_lora
 from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
 from kontext_min.report import write_report
@@ -57,9 +57,7 @@ class Settings:
     flip: bool = flag(False, "mirror half of the pictures", "pictures")
     prompt: str | None = flag(None, "for pictures without a .txt beside them; else the preset's own", "pictures")
     workers: int = flag(2, "processes that load and degrade pictures", "pictures", least=0)
-    cache_latents: int = flag(
-        0, "keep K degraded variants of every picture encoded on disk; 0 = off", "pictures", least=0
-    )
+    cache_latents: int = flag(0, "degraded variants of each picture kept encoded on disk", "pictures", least=0)
     drop_last: bool = flag(False, "leave out the incomplete last batch of a bucket", "pictures")
     cache_dir: Path = flag(Path("runs/cache"), "where prompts, latents and picture headers are kept", "pictures")
 
@@ -70,7 +68,7 @@ class Settings:
     t5: Path | None = flag(None, "file of the T5 encoder, likewise", "model")
     rank: int = flag(16, "rank of the LoRA", "model")
     alpha: float | None = flag(None, "the correction counts alpha / rank; else alpha = rank", "model")
-    lora_targets: str = flag("attention-mlp", "attention, attention-mlp, all, or a pattern of module names", "model")
+    lora_targets: str = flag("attention-mlp", f"{', '.join(TARGETS)}, or a pattern of module names", "model")
     lora_format: str = flag("kohya", "names in the LoRA file: see kontext_min/lora_files.py", "model", FORMATS)
     init_lora: Path | None = flag(None, "start from this LoRA; its rank may be lower than --rank", "model")
     full: bool = flag(False, "train all weights of the transformer instead of a LoRA", "model")
@@ -455,16 +453,7 @@ def prepare(
         bucket_of, settings.batch_size, settings.seed, me.rank, me.world, settings.drop_last,
         start=state["step"] * settings.accumulate,
     )  # fmt: skip
-    batches = torch.utils.data.DataLoader(
-        pairs,
-        batch_sampler=sampler,
-        num_workers=settings.workers,
-        collate_fn=data.collate,
-        pin_memory=me.device.type == "cuda",
-        multiprocessing_context=data.worker_context(settings.workers),
-        worker_init_fn=runs.outlive_signals,
-    )
-    batches = iter(batches)  # the loader's processes start now
+    batches = iter(data.load(pairs, sampler, settings.workers, me.device.type == "cuda", runs.outlive_signals))
     objective = objective_of(settings, me, pairs, autoencoder)
     header = {"kontext_min": json.dumps(trained_for(settings, objective, written))}
 

@@ -54,6 +54,7 @@ class Stored:
 
 
 Headers = dict[str, Stored]
+Device = str | torch.device
 
 FOLDERS = {"transformer": "transformer", "vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
 SINGLE_FILES = {
@@ -364,9 +365,7 @@ def scales_of(read: TensorReader, names: Sequence[str]) -> Tensor | None:
     return torch.cat([(torch.ones(1, 1) if s is None else s).expand(r, 1) for s, r in zip(found, rows, strict=True)])
 
 
-def narrow(
-    read: TensorReader, names: Sequence[str], kind: str, device: str | torch.device
-) -> tuple[Tensor, Tensor | None]:
+def narrow(read: TensorReader, names: Sequence[str], kind: str, device: Device) -> tuple[Tensor, Tensor | None]:
     """The weight that some stored tensors make, joined along the rows, as codes and scales of quantize.py.
 
     What a file holds in fp8 stays so unless 4 bits are asked for: a second rounding would add its error, save nothing.
@@ -386,7 +385,7 @@ def assemble(
     headers: Headers,
     sources: Mapping[str, list[str]],
     dtype: torch.dtype | None,
-    device: str | torch.device,
+    device: Device,
     kind: str | None = None,
     leave: Container[str] = (),
 ) -> Model:
@@ -591,7 +590,7 @@ def load_flux(
     path: str | Path,
     params: FluxParams | None = None,
     dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     kind: str | None = None,
 ) -> Flux:
     """The transformer, frozen, from any official layout.
@@ -611,20 +610,14 @@ def load_flux(
 
 
 def load_autoencoder(
-    path: str | Path,
-    params: AutoencoderParams | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    path: str | Path, params: AutoencoderParams | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> Autoencoder:
     """The autoencoder; arguments and errors as for load_flux."""
     return assemble(*outline("vae", path, params), dtype, device)
 
 
 def load_clip(
-    path: str | Path,
-    params: ClipParams | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    path: str | Path, params: ClipParams | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> ClipTextEncoder:
     """The CLIP text encoder, with or without `text_model.` in its names; arguments and errors as for load_flux."""
     return assemble(*outline("clip", path, params), dtype, device)
@@ -634,7 +627,7 @@ def load_t5(
     path: str | Path,
     params: T5Params | None = None,
     dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     kind: str | None = None,
 ) -> T5Encoder:
     """The T5 encoder; arguments and errors as for load_flux. ValueError for float16, in which T5-XXL overflows."""

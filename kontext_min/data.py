@@ -20,7 +20,7 @@ import os
 import platform
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -530,13 +530,23 @@ def _caption(picture: Picture, prompt: str) -> str:
         raise ValueError(f"{_text(picture.caption)}: not UTF-8 ({error.reason}); expected a caption.") from error
 
 
-def worker_context(workers: int) -> str | None:
-    """How DataLoader is to start its processes: forked, where the system can.
+def load(
+    pairs: torch.utils.data.Dataset,
+    batches: Iterable[list[Draw]],
+    workers: int,
+    pin_memory: bool = False,
+    prepare_worker: Callable[[int], None] | None = None,
+) -> torch.utils.data.DataLoader:
+    """Batches (see `collate`) of what is asked for, loaded and degraded by so many processes.
 
-    A fork server, the default from Python 3.14 on, dies of a signal to the group, and its workers with it; where the
-    run itself is killed, both live on.
+    The processes are forked, where the system can: a fork server, the default from Python 3.14 on, dies of a signal to
+    the group, and its workers with it; where the run itself is killed, both live on.
     """
-    return "fork" if workers and sys.platform == "linux" else None
+    return torch.utils.data.DataLoader(
+        pairs, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
+        worker_init_fn=prepare_worker,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )  # fmt: skip
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

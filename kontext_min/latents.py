@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kontext_min.checkpoints import save_file
-from kontext_min.data import Draw, Pairs, Size, UnreadableError, collate, worker_context
+from kontext_min.data import Draw, Pairs, Size, UnreadableError, load
 
 VERSION = 1  # to be raised when crop, mirroring or any degradation comes out differently than before
 
@@ -127,13 +127,7 @@ def fill(
     mine = range(rank, len(pairs), world)  # shared out by picture: what is missing changes while the others write
     draws = [Draw(epoch=k, index=i) for i in mine for k in range(pairs.variants)]
     missing = [d for d in draws if cache.read(cache.key(pairs, d.epoch, d.index), header_only=True) is None]
-    loader = torch.utils.data.DataLoader(
-        pairs,
-        batch_sampler=[[draw] for draw in missing],  # pictures have many shapes
-        num_workers=workers,
-        collate_fn=collate,
-        multiprocessing_context=worker_context(workers),
-    )
+    loader = load(pairs, [[draw] for draw in missing], workers)  # one by one: they have many shapes
     unreadable = []
     for done, (draw, batch) in enumerate(zip(missing, loader, strict=True), 1):
         if batch["unreadable"]:  # another picture stands in, which must not be kept under this one's name

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.checkpoints import Weights, fingerprint, load_clip, save_file
+from kontext_min.checkpoints import Device, Weights, fingerprint, load_clip, save_file
 from kontext_min.clip import ClipTokenizer
 from kontext_min.flow import Prompt
 from kontext_min.stream import load_network
@@ -59,7 +59,7 @@ def encode(
     weights: Weights,
     cache: Path | None,
     dtype: torch.dtype,
-    device: str | torch.device,
+    device: Device,
     stream: bool = False,
 ) -> Encoded:
     """Encode some prompts, loading the encoders only if one of them is not in the cache.
@@ -111,9 +111,7 @@ def _read(file: Path) -> tuple[Tensor, Tensor]:
     return tensors["txt"], tensors["y"]
 
 
-def batch(
-    encoded: Encoded, texts: Sequence[str], guidance: float, dtype: torch.dtype, device: str | torch.device
-) -> Prompt:
+def batch(encoded: Encoded, texts: Sequence[str], guidance: float, dtype: torch.dtype, device: Device) -> Prompt:
     """The rows of some pictures: txt (B, L_txt, D) and y (B, V) in `dtype`, guidance (B,) float32."""
     rows = [_read(x) if isinstance(x := encoded[t], Path) else x for t in texts]
     return Prompt(

@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kontext_min.checkpoints import (
     DTYPES,
+    Device,
     Stored,
     TensorReader,
     assemble,
@@ -225,7 +226,7 @@ def load_network(
     part: str,
     path: str | Path,
     dtype: torch.dtype,
-    device: str | torch.device,
+    device: Device,
     kind: str | None,
     streamed: bool,
     cache: Path | None = None,
@@ -244,7 +245,7 @@ def load_streamed(
     part: str,
     path: str | Path,
     dtype: torch.dtype,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     kind: str | None = None,
     cache: Path | None = None,
     params: Any = None,
