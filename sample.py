@@ -27,15 +27,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from kontext_min import data, degrade, metrics, parallel, pictures, plan, report
+from kontext_min import data, degrade, metrics, parallel, pictures, plan, prompts, report
 from kontext_min.autoencoder import Autoencoder
 from kontext_min.checkpoints import Weights, find, fingerprint, load_autoencoder, metadata
 from kontext_min.colour import COLOUR_FIXES
 from kontext_min.flags import check_numbers, flag, parse
 from kontext_min.flow import SOLVERS, Network, Objective, Prompt
 from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of, trained_with
-from kontext_min.prompts import batch, encode
-from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
+from kontext_min.quantize import COMPUTE_DTYPES, QUANTIZED, compute_dtype
 from kontext_min.restore import STEPS, passes, restore, to_image, working_size
 from kontext_min.runs import Progress, finite
 from kontext_min.stream import load_network
@@ -85,7 +84,9 @@ class Settings:
     batch_size: int = flag(1, "pictures of one shape restored together", "machine", least=1)
     cache_dir: Path = flag(Path("runs/cache"), "where encoded prompts are kept", "machine")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
-    dtype: str = flag("auto", "of the computation; auto: bfloat16 where the hardware multiplies it", "machine", DTYPES)
+    dtype: str = flag(
+        "auto", "of the computation; auto: bfloat16 if the hardware multiplies it", "machine", COMPUTE_DTYPES
+    )
     stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
     plan: bool = flag(False, "print how much memory the restoration will take, and stop", "machine")
     budget: str = flag("16G", "memory of the device that --plan looks for flags for", "machine")
@@ -153,8 +154,9 @@ def sample(settings: Settings) -> int:
         return 0
     plan.refuse(asked, sizes, device)
     cache = settings.cache_dir
-    encoded = encode([method.prompt], weights, cache / "prompts", dtype, device, settings.stream)  # then T5 is gone
-    prompt = partial(batch, encoded, guidance=method.guidance, dtype=dtype, device=device)
+    # The text encoders are gone before the transformer comes.
+    encoded = prompts.encode([method.prompt], weights, cache / "prompts", dtype, device, settings.stream)
+    prompt = partial(prompts.batch, encoded, guidance=method.guidance, dtype=dtype, device=device)
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
     base, kind = weights.path("transformer"), settings.quantize or "stored"
     flux, stream = load_network("transformer", base, dtype, device, kind, settings.stream, cache / "quantized")

@@ -36,7 +36,7 @@ from kontext_min.flux import Flux
 from kontext_min.latents import CachedPairs, LatentCache, fill
 from kontext_min.lora import TARGETS, add_lora
 from kontext_min.lora_files import FORMATS, init_lora, outside_of_blocks, save_lora
-from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
+from kontext_min.quantize import COMPUTE_DTYPES, QUANTIZED, compute_dtype
 from kontext_min.report import write_report
 from kontext_min.stream import Stream, checkpoint_blocks, load_network
 from kontext_min.validation import validate
@@ -113,7 +113,9 @@ class Settings:
 
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
     shard: bool = flag(False, "spread the weights over the processes (FSDP2)", "machine")
-    dtype: str = flag("auto", "of the computation; auto: bfloat16 where the hardware multiplies it", "machine", DTYPES)
+    dtype: str = flag(
+        "auto", "of the computation; auto: bfloat16 if the hardware multiplies it", "machine", COMPUTE_DTYPES
+    )
     stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
     gradient_checkpointing: bool = flag(False, "recompute each block in the backward pass: less memory", "machine")
     offload_activations: bool = flag(False, "with it or --stream: block inputs wait in the host's memory", "machine")

@@ -230,7 +230,7 @@ def strip_prefix(headers: Headers, part: str) -> Headers:
     return dict(headers)
 
 
-def plan(model: nn.Module, headers: Headers, modules: Mapping[str, list[str]], part: str) -> dict[str, list[str]]:
+def sources_of(model: nn.Module, headers: Headers, modules: Mapping[str, list[str]], part: str) -> dict[str, list[str]]:
     """Which stored tensors make each parameter: every parameter once, every stored tensor used or an error.
 
     Args:
@@ -583,7 +583,7 @@ def outline(part: str, path: str | Path, params: Any = None) -> tuple[Any, Heade
             raise ValueError(f"{files[0]}: no {NOUNS[part]}. {likely(headers, part)}") from None
     with torch.device("meta"):
         model = network(params)
-    return model, headers, plan(model, headers, modules(params) if modules else {}, part)
+    return model, headers, sources_of(model, headers, modules(params) if modules else {}, part)
 
 
 def load_flux(
