@@ -250,7 +250,7 @@ class Learner:
 
 
 def train(settings: Settings) -> int:
-    """The whole run, from the folder of pictures to the LoRA file. Returns the exit code."""
+    """The whole run, from the folder of pictures to the LoRA file: `prepare`, `learn`, save. Returns the exit code."""
     check(settings)
     me = parallel.start(settings.device)
     # Steps of 1e-4 of a weight vanish in bfloat16's 8 bits: weights that train are float32, LoRA or all.
@@ -529,7 +529,7 @@ def load_learner(
             init_lora(flux, settings.init_lora)
         if settings.lora_format == "kohya" and (outside := outside_of_blocks(flux)):
             me.say(f"note: diffusers drops {', '.join(outside)} from kohya files; --lora-format peft keeps them")
-    # Each wraps the one before: inside out a compiled block, its weights brought, and this again in the backward pass.
+    # Each wraps what stands above: a compiled block, the bringing of its weights, and both again in the backward pass.
     if settings.compile:
         compile_blocks(flux)
     if stream:
