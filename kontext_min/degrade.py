@@ -434,8 +434,8 @@ def parse(spec: str) -> Callable[[Image.Image, Rng], Image.Image]:
 
 def describe() -> str:
     """The operators with the names of their values, and each preset with what it stands for, for --help."""
-    operators = ", ".join(_usage(name) for name in OPERATORS)
-    return "\n".join([f"operators: {operators}", "presets:", *(f"  {name}: {PRESETS[name]}" for name in PRESETS)])
+    operators = [f"  {_usage(name)}" for name in OPERATORS]
+    return "\n".join(["operators:", *operators, "presets:", *(f"  {name}: {PRESETS[name]}" for name in PRESETS)])
 
 
 def _degrade(step: Step, image: Image.Image, rng: Rng) -> Image.Image:

@@ -37,22 +37,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from kontext_min.checkpoints import (
-    DTYPES,
-    Device,
-    Stored,
-    TensorReader,
-    assemble,
-    fingerprint,
-    load_flux,
-    load_t5,
-    narrow,
-    outline,
-    read_at,
-    read_headers,
-    save_file,
-    scales_of,
-)
+from kontext_min import checkpoints
+from kontext_min.checkpoints import Device, Stored, TensorReader, load_flux, load_t5, save_file
 from kontext_min.flux import Flux
 from kontext_min.quantize import QuantizedLinear, storage
 
@@ -175,7 +161,7 @@ class Stream:
             for part in c.parts:
                 if part.file not in self.files:
                     self.files[part.file] = part.file.open("rb", buffering=0)
-                read_at(self.files[part.file], part.offset, data[start : start + part.nbytes])
+                checkpoints.read_at(self.files[part.file], part.offset, data[start : start + part.nbytes])
                 start += part.nbytes
             self.bytes_read += c.stop - c.start
 
@@ -265,13 +251,15 @@ def load_streamed(
         The network, frozen, all but the weights of its blocks in place, and its stream.
     """
     device = torch.device(device)
-    model, headers, sources = outline(part, path, params)
+    model, headers, sources = checkpoints.outline(part, path, params)
     blocks = model.blocks if part == "transformer" else tuple(model.encoder.block)
     names = {module: name for name, module in model.named_modules()}
     linears = [[m for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
-    assemble(model, headers, sources, dtype, device, leave={f"{names[m]}.weight" for block in linears for m in block})
+    checkpoints.assemble(
+        model, headers, sources, dtype, device, leave={f"{names[m]}.weight" for block in linears for m in block}
+    )
     if kind:
-        cache = cache / f"{fingerprint(path, part)}-{kind}"
+        cache = cache / f"{checkpoints.fingerprint(path, part)}-{kind}"
         cache.mkdir(parents=True, exist_ok=True)
 
     placed = []
@@ -281,7 +269,7 @@ def load_streamed(
             file = cache / f"{names[block]}.safetensors"
             if not file.exists():
                 _write_quantized(file, read, {names[m]: sources[f"{names[m]}.weight"] for m in chosen}, kind, device)
-            made = read_headers([file])
+            made = checkpoints.read_headers([file])
         start, codes = 0, []
         for linear in chosen:
             name = names[linear]
@@ -291,13 +279,13 @@ def load_streamed(
                 shape = parts[0].shape
             else:
                 parts = tuple(headers[s] for s in sources[f"{name}.weight"])
-                scales, shape = scales_of(read, sources[f"{name}.weight"]), linear.weight.shape
+                scales, shape = checkpoints.scales_of(read, sources[f"{name}.weight"]), linear.weight.shape
             if len({p.dtype for p in parts}) > 1:
                 raise ValueError(f"{parts[0].file}: {name} is stored in several dtypes, which --stream can't join.")
             layer = QuantizedLinear(linear, None, None if scales is None else scales.to(device))
             model.set_submodule(name, layer)
             stop = start + sum(p.nbytes for p in parts)
-            codes.append(Codes(layer, DTYPES[parts[0].dtype], torch.Size(shape), parts, start, stop))
+            codes.append(Codes(layer, checkpoints.DTYPES[parts[0].dtype], torch.Size(shape), parts, start, stop))
             start = -(-stop // ALIGN) * ALIGN
         placed.append(codes)
     return model, Stream(blocks, placed, device)
@@ -309,7 +297,7 @@ def _write_quantized(
     """Codes and scales of a block's Linears, made on the device."""
     tensors = {}
     for name, stored in sources.items():
-        codes, scales = narrow(read, stored, storage(name, kind), device)
+        codes, scales = checkpoints.narrow(read, stored, storage(name, kind), device)
         tensors[f"{name}.codes"] = codes.cpu()
         if scales is not None:
             tensors[f"{name}.scales"] = scales.cpu()
