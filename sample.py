@@ -18,25 +18,26 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from kontext_min import data, degrade, metrics, parallel, pictures, plan, report
-from kontext_min.checkpoints import Weights, find, fingerprint, load_autoencoder, load_flux, metadata
+from kontext_min import data, degrade, metrics, parallel, pictures, plan, prompts, report
+from kontext_min.autoencoder import Autoencoder
+from kontext_min.checkpoints import Weights, find, fingerprint, load_autoencoder, metadata
 from kontext_min.colour import COLOUR_FIXES
-from kontext_min.flags import flag, parse
-from kontext_min.flow import SOLVERS, Objective
+from kontext_min.flags import check_numbers, flag, parse
+from kontext_min.flow import SOLVERS, Network, Objective, Prompt
 from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of, trained_with
-from kontext_min.prompts import batch, encode
-from kontext_min.quantize import DTYPES, QUANTIZED, compute_dtype
+from kontext_min.quantize import COMPUTE_DTYPES, QUANTIZED, compute_dtype
 from kontext_min.restore import STEPS, passes, restore, to_image, working_size
 from kontext_min.runs import Progress, finite
-from kontext_min.stream import load_streamed
+from kontext_min.stream import load_network
 from kontext_min.validation import grid
 
 
@@ -47,12 +48,12 @@ class Settings:
     input: Path = flag(..., "the picture to restore, or a folder of pictures", "pictures")
     output: Path = flag(..., "where it goes: a file, whose ending chooses the format, or a folder", "pictures")
     overwrite: bool = flag(False, "of a folder, restore again what is in --output already", "pictures")
-    samples: int = flag(1, "restore each picture so many times, with seeds from --seed up", "pictures")
+    samples: int = flag(1, "restore each picture so many times, with seeds from --seed up", "pictures", least=1)
     quality: int = flag(95, "of JPEG and WebP, 1 to 100", "pictures")
-    max_side: int | None = flag(None, "restore larger pictures at this longest side in pixels, then resize", "pictures")
-    resolution: int | None = flag(
-        None, "restore at the area of this square in pixels (best the LoRA's), then resize", "pictures"
+    max_side: int | None = flag(
+        None, "longest side, in pixels, that larger pictures are restored at", "pictures", least=1
     )
+    resolution: int | None = flag(None, "side, in pixels, of a square whose area to restore at", "pictures", least=1)
     degrade: str | None = flag(None, "degrade the input first (a preset or e.g. blur=1.5,noise=0.02)", "pictures")
     reference: Path | None = flag(None, "clean picture or folder of the same names; with --degrade the input", "scores")
     json: Path | None = flag(None, "write the scores against the clean pictures into this file too", "scores")
@@ -69,20 +70,23 @@ class Settings:
     objective: str | None = flag(None, "else the LoRA's, else bridge", "method", ("bridge", "kontext"))
     guidance: float | None = flag(None, "distilled guidance; else the LoRA's, else 1.5", "method")
     steps: int | None = flag(
-        None, f"network evaluations, more is more texture; else {STEPS['bridge']}, kontext {STEPS['kontext']}", "method"
+        None,
+        f"network evaluations; else {STEPS['bridge']}, kontext {STEPS['kontext']}; more is more texture",
+        "method",
+        least=1,
     )
     solver: str = flag("euler", "midpoint and heun take two evaluations a step", "method", SOLVERS)
     strength: float = flag(1.0, "part of the path that is followed, above 0 to 1: less changes less", "method")
     fidelity: float = flag(0.0, "pull towards the input, 0 to 1", "method")
     color_fix: str = flag("none", "colours of the input; not for faded or dark pictures", "method", COLOUR_FIXES)
-    seed: int = flag(42, "seed of the source noise and of --degrade", "method")
-    tile: int | None = flag(
-        None, "side of a tile in pixels; else the LoRA's resolution, else 64 tokens (1024 with Flux)", "method"
-    )
-    batch_size: int = flag(1, "pictures of one shape restored together", "machine")
+    seed: int = flag(42, "seed of the source noise and of --degrade", "method", least=0)
+    tile: int | None = flag(None, "side in pixels; else the LoRA's resolution, else 64 tokens", "method", least=1)
+    batch_size: int = flag(1, "pictures of one shape restored together", "machine", least=1)
     cache_dir: Path = flag(Path("runs/cache"), "where encoded prompts are kept", "machine")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
-    dtype: str = flag("auto", "of the computation; auto: bfloat16 where the hardware multiplies it", "machine", DTYPES)
+    dtype: str = flag(
+        "auto", "of the computation; auto: bfloat16 if the hardware multiplies it", "machine", COMPUTE_DTYPES
+    )
     stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
     plan: bool = flag(False, "print how much memory the restoration will take, and stop", "machine")
     budget: str = flag("16G", "memory of the device that --plan looks for flags for", "machine")
@@ -90,19 +94,17 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Settings that contradict each other or lie outside their range, in one line, before anything is loaded."""
-    for name in ("samples", "steps", "batch_size", "max_side", "resolution", "tile"):
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1.")
+    check_numbers(settings)
     if not 1 <= settings.quality <= 100:
         raise ValueError(f"--quality: got {settings.quality}, expected 1 to 100.")
-    if settings.seed < 0:
-        raise ValueError(f"--seed: got {settings.seed}, expected at least 0.")
     if not 0 < settings.strength <= 1:
         raise ValueError(f"--strength: got {settings.strength}, expected more than 0 and at most 1.")
     if not 0 <= settings.fidelity <= 1:
         raise ValueError(f"--fidelity: got {settings.fidelity}, expected 0 to 1.")
     if settings.degrade and settings.reference:
         raise ValueError("--reference: with --degrade the input is the clean picture; leave one of the two out.")
+    if settings.degrade:
+        degrade.parse(settings.degrade)
     if settings.reference and not settings.reference.exists():
         raise FileNotFoundError(f"--reference {settings.reference}: no such file or folder.")
     if settings.reference and settings.input.is_dir() and not settings.reference.is_dir():
@@ -115,129 +117,63 @@ def check(settings: Settings) -> None:
         raise ValueError("--report: is for folders; of one picture, --compare shows before and after.")
 
 
+@dataclass(frozen=True)
+class Method:
+    """How pictures are restored: as the LoRA was trained for, unless a flag says otherwise."""
+
+    prompt: str
+    guidance: float
+    objective: Objective
+    steps: int  # network evaluations
+    resolution: int | None  # that the LoRA was trained at, in pixels
+
+
 def sample(settings: Settings) -> int:
     """Restore a picture, or all of a folder, as the settings say; returns the exit code."""
     check(settings)
     device = parallel.start(settings.device).device
     dtype = compute_dtype(settings.dtype, device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
-    degradation = degrade.parse(settings.degrade) if settings.degrade else None
-    jobs, failed = pictures.find(settings.input, settings.output, settings.samples)
-    folder = settings.input.is_dir()
+    found, failed = pictures.find(settings.input, settings.output, settings.samples)
     for name, reason in failed:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
-    there = {j.name for j in jobs if folder and not settings.overwrite and all(file.exists() for file in j.outputs)}
-    jobs = [job for job in jobs if job.name not in there]
+    again = settings.overwrite or not settings.input.is_dir()
+    jobs = [job for job in found if again or not all(file.exists() for file in job.outputs)]
+    there = len(found) - len(jobs)
     if not jobs and there:
-        print(f"{settings.output}: all {len(there)} pictures are there already; --overwrite restores them again")
+        print(f"{settings.output}: all {there} pictures are there already; --overwrite restores them again")
         return 1 if failed else 0
     if not jobs:
         raise ValueError(f"--input {settings.input}: none of its {len(failed)} pictures can be read.")
 
-    about = trained_with(metadata(find(weights.path("transformer"), "transformer")[0]))  # by train.py --full
-    lora, model = {**about, "base": None, **purpose(settings.lora)}, " + ".join(settings.lora) or settings.weights
-    text = settings.prompt or lora.get("prompt") or degrade.PROMPTS["guide"]
-    guidance = settings.guidance if settings.guidance is not None else lora.get("guidance", 1.5)
-    name = settings.objective or lora.get("objective", "bridge")
-    if name != lora.get("objective", name):
-        raise ValueError(f"--objective {name}: {model} was trained for {lora['objective']}; leave the flag out.")
-    objective = Objective(name, **{k: lora[k] for k in ("context", "source_noise", "start_time") if k in lora})
-    if settings.samples > 1 and not (name == "kontext" or objective.source_noise):
-        raise ValueError(f"--samples {settings.samples}: a bridge without source noise has one result; leave it out.")
-    steps = settings.steps or STEPS[name]
-    if lora["base"] not in (None, fingerprint(weights.path("transformer"), "transformer")):
-        print(f"note: {model} was trained on another base model than --weights", file=sys.stderr)
-
+    method = method_of(settings, weights)
     sizes = plan.Sizes.of(weights)
-    asked, smaller = plan.for_sampling(settings, sizes, lora.get("resolution"), objective.sees_control, dtype, device)
+    asked, smaller = plan.for_sampling(settings, sizes, method.resolution, method.objective.sees_control, dtype, device)
     if settings.plan:
         print(plan.show(asked, sizes, plan.budget_bytes(settings.budget), smaller))
         return 0
     plan.refuse(asked, sizes, device)
-    encoded = encode([text], weights, settings.cache_dir / "prompts", dtype, device, settings.stream)  # then T5 is gone
+    cache = settings.cache_dir
+    # The text encoders are gone before the transformer comes.
+    encoded = prompts.encode([method.prompt], weights, cache / "prompts", dtype, device, settings.stream)
+    prompt = partial(prompts.batch, encoded, guidance=method.guidance, dtype=dtype, device=device)
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
-    if settings.stream:
-        made = settings.cache_dir / "quantized"
-        flux, stream = load_streamed("transformer", weights.path("transformer"), dtype, device, settings.quantize, made)
+    base, kind = weights.path("transformer"), settings.quantize or "stored"
+    flux, stream = load_network("transformer", base, dtype, device, kind, settings.stream, cache / "quantized")
+    if stream:
         stream.wrap()
-    else:
-        kind = settings.quantize or "stored"
-        flux = load_flux(weights.path("transformer"), dtype=dtype, device=device, kind=kind)
-    for each in settings.lora:
-        load_lora(flux, *strength_of(each))
-    if settings.lora and lora.get("objective") == "bridge":
-        print(f"{model}: {BRIDGE_ONLY}")
-    tile = settings.tile or lora.get("resolution", 128 * autoencoder.factor)  # 64 x 64 tokens
-
-    @contextmanager
-    def spared(job: pictures.Job) -> Iterator[None]:
-        """One bad file of a folder is named and does not stop the rest."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            if not folder or getattr(error, "errno", None) == errno.ENOSPC:
-                raise
-            print(f"not restored: {job.name}: {error}", file=sys.stderr)
-            failed.append((job.name, str(error)))
-
-    def tick() -> None:
-        nonlocal passed
-        passed += 1
-        progress.show(passed, total, f"tiles, {label}")
-
-    began, progress, restored, rows, figures = time.monotonic(), Progress(), 0, [], {}
-    groups = pictures.batches(jobs, settings.batch_size)
-    sizes = {j.size: working_size(*j.size, settings.resolution, settings.max_side) for j in jobs}
-    cost = {s: settings.samples * passes(*sizes[s], autoencoder, tile, steps, settings.solver) for s in sizes}
-    passed, total, label = 0, sum(cost[group[0].size] for group in groups), ""
-    for group in groups:
-        photos, size, label = [], group[0].size, group[0].name
-        for job in group:
-            with spared(job):
-                photos.append(pictures.load(job, degradation, settings.reference, settings.seed))
-        if not photos:
-            passed += cost[size]
-            continue
-        small = [p.degraded if size == sizes[size] else p.degraded.resize(sizes[size], Image.LANCZOS) for p in photos]
-        image = torch.stack([data.to_tensor(picture) for picture in small])  # (B, 3, H, W) bytes
-        for k in range(settings.samples):
-            results = restore(
-                image,
-                flux,
-                autoencoder,
-                batch(encoded, [text] * len(image), guidance, dtype, device),
-                objective,
-                steps,
-                settings.solver,
-                seed=settings.seed + k,
-                tile=tile,
-                strength=settings.strength,
-                fidelity=settings.fidelity,
-                report=tick,
-            )
-            for photo, degraded, tensor in zip(photos, small, results, strict=True):
-                result = COLOUR_FIXES[settings.color_fix](to_image(tensor), degraded)
-                result = result if result.size == size else result.resize(size, Image.LANCZOS)
-                before_after = [photo.degraded, result, *([photo.clean] if photo.clean else [])]
-                with spared(photo.job):
-                    shown = grid([before_after]) if settings.compare else result
-                    pictures.write(photo.job.outputs[k], shown, photo.file, settings.quality)
-                    restored += 1
-                    title, score = photo.job.name + (f" #{k + 1}" if settings.samples > 1 else ""), ""
-                    if photo.clean:
-                        rows.append(metrics.row(title, *before_after))
-                        score = report.from_to(rows[-1]["input"]["psnr"], rows[-1]["restored"]["psnr"])
-                    if settings.report and len(figures) < report.RESTORED:
-                        figures[title] = report.slider(title, *before_after, score=score, side=report.RESTORED_SIDE)
-
+    for lora in settings.lora:
+        load_lora(flux, *strength_of(lora))
+    began = time.monotonic()
+    restored, rows, figures = restore_all(settings, jobs, failed, method, flux, autoencoder, prompt)
     seconds = time.monotonic() - began
-    evaluations = math.ceil(steps / SOLVERS[settings.solver]) * SOLVERS[settings.solver]
-    how = f"{name}, {evaluations} network evaluations, {settings.solver}, {seconds:.1f} s"
-    if folder:
-        print(f"{settings.output}: {restored} restored, {len(there)} there before, {len(failed)} not restored; {how}")
+    evaluations = math.ceil(method.steps / SOLVERS[settings.solver]) * SOLVERS[settings.solver]
+    how = f"{method.objective.name}, {evaluations} network evaluations, {settings.solver}, {seconds:.1f} s"
+    if settings.input.is_dir():
+        print(f"{settings.output}: {restored} restored, {there} there before, {len(failed)} not restored; {how}")
     else:
-        print(f"{jobs[0].outputs[0]}: {size[0]}x{size[1]}, {how}")
-    if settings.stream:
+        print(f"{jobs[0].outputs[0]}: {'x'.join(map(str, jobs[0].size))}, {how}")
+    if stream:
         print(stream.report())
     if rows:
         rows.sort(key=lambda row: row["name"])
@@ -250,6 +186,103 @@ def sample(settings: Settings) -> int:
     if not (restored or there):
         raise ValueError(f"--input {settings.input}: none of its {len(failed)} pictures could be restored.")
     return 1 if failed else 0
+
+
+def method_of(settings: Settings, weights: Weights) -> Method:
+    """What the flags ask for, and where they do not, what the LoRAs or the base were trained for.
+
+    Raises:
+        ValueError: a flag that does not fit what was trained.
+    """
+    about = trained_with(metadata(find(weights.path("transformer"), "transformer")[0]))  # by train.py --full
+    about |= {"base": None, **purpose(settings.lora)}
+    model = " + ".join(settings.lora) or str(settings.weights)
+    name = settings.objective or about.get("objective", "bridge")
+    if name != about.get("objective", name):
+        raise ValueError(f"--objective {name}: {model} was trained for {about['objective']}; leave the flag out.")
+    objective = Objective(name, **{k: about[k] for k in ("context", "source_noise", "start_time") if k in about})
+    if settings.samples > 1 and not (name == "kontext" or objective.source_noise):
+        raise ValueError(f"--samples {settings.samples}: a bridge without source noise has one result; leave it out.")
+    if about["base"] not in (None, fingerprint(weights.path("transformer"), "transformer")):
+        print(f"note: {model} was trained on another base model than --weights", file=sys.stderr)
+    if settings.lora and about.get("objective") == "bridge":
+        print(f"{model}: {BRIDGE_ONLY}")
+    prompt = settings.prompt or about.get("prompt") or degrade.PROMPTS["guide"]
+    guidance = settings.guidance if settings.guidance is not None else about.get("guidance", 1.5)
+    return Method(prompt, guidance, objective, settings.steps or STEPS[name], about.get("resolution"))
+
+
+def restore_all(
+    settings: Settings,
+    jobs: Sequence[pictures.Job],
+    failed: list[tuple[str, str]],
+    method: Method,
+    flux: Network,
+    autoencoder: Autoencoder,
+    prompt: Callable[[Sequence[str]], Prompt],
+) -> tuple[int, list[metrics.Row], dict[str, str]]:
+    """Restore and write the pictures of all jobs, those of one shape together.
+
+    Returns:
+        How many were written; their scores, where there are clean pictures; their figures for the report, by title.
+        A bad file of a folder is added to `failed` and does not stop the rest.
+    """
+    degradation = degrade.parse(settings.degrade) if settings.degrade else None
+    tile = settings.tile or method.resolution or 128 * autoencoder.factor  # 64 x 64 tokens
+    groups = pictures.batches(jobs, settings.batch_size)
+    worked_at = {j.size: working_size(*j.size, settings.resolution, settings.max_side) for j in jobs}
+    cost = {s: passes(*worked_at[s], autoencoder, tile, method.steps, settings.solver) for s in worked_at}
+    progress, passed, total = Progress(), 0, settings.samples * sum(cost[group[0].size] for group in groups)
+    restored, rows, figures = 0, [], {}
+
+    @contextmanager
+    def spared(job: pictures.Job) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if not settings.input.is_dir() or getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            print(f"not restored: {job.name}: {error}", file=sys.stderr)
+            failed.append((job.name, str(error)))
+
+    def tick() -> None:
+        nonlocal passed
+        passed += 1
+        progress.show(passed, total, f"tiles, {group[0].name}")
+
+    def resized(image: Image.Image, size: data.Size) -> Image.Image:
+        return image if image.size == size else image.resize(size, Image.LANCZOS)
+
+    for group in groups:
+        photos, size = [], group[0].size
+        for job in group:
+            with spared(job):
+                photos.append(pictures.load(job, degradation, settings.reference, settings.seed))
+        if not photos:
+            passed += settings.samples * cost[size]
+            continue
+        small = [resized(photo.degraded, worked_at[size]) for photo in photos]
+        image = torch.stack([data.to_tensor(picture) for picture in small])  # (B, 3, H, W) bytes
+        text = prompt([method.prompt] * len(photos))
+        for k in range(settings.samples):
+            results = restore(
+                image, flux, autoencoder, text, method.objective, method.steps, settings.solver,
+                seed=settings.seed + k, tile=tile, strength=settings.strength, fidelity=settings.fidelity, report=tick,
+            )  # fmt: skip
+            for photo, degraded, tensor in zip(photos, small, results, strict=True):
+                result = resized(COLOUR_FIXES[settings.color_fix](to_image(tensor), degraded), size)
+                before_after = [photo.degraded, result, *([photo.clean] if photo.clean else [])]
+                with spared(photo.job):
+                    shown = grid([before_after]) if settings.compare else result
+                    pictures.write(photo.job.outputs[k], shown, photo.file, settings.quality)
+                    restored += 1
+                    title, score = photo.job.name + (f" #{k + 1}" if settings.samples > 1 else ""), ""
+                    if photo.clean:
+                        rows.append(metrics.row(title, *before_after))
+                        score = report.from_to(rows[-1]["input"]["psnr"], rows[-1]["restored"]["psnr"])
+                    if settings.report and len(figures) < report.RESTORED:
+                        figures[title] = report.slider(title, *before_after, score=score, side=report.RESTORED_SIDE)
+    return restored, rows, figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:

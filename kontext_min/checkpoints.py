@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -53,6 +54,7 @@ class Stored:
 
 
 Headers = dict[str, Stored]
+Device = str | torch.device
 
 FOLDERS = {"transformer": "transformer", "vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
 SINGLE_FILES = {
@@ -155,9 +157,25 @@ os.umask(UMASK)
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with the usual permissions; the library's own can be read by their owner alone."""
-    save_private(dict(tensors), path, metadata=dict(metadata) if metadata else None)
-    path.chmod(0o666 & ~UMASK)
+    """Write a safetensors file aside and rename it, so that it is whole or absent.
+
+    The library's own can be read by their owner alone, and have their metadata in a random order; here permissions are
+    the usual ones, and equal tensors and texts are equal files, byte by byte.
+    """
+    aside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")  # machines may share the folder
+    try:
+        save_private(dict(tensors), aside, metadata=dict(metadata) if metadata else None)
+        aside.chmod(0o666 & ~UMASK)
+        with aside.open("r+b") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+            if metadata:
+                header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+                f.seek(8)
+                f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def metadata(file: Path) -> dict[str, str]:
@@ -212,7 +230,7 @@ def strip_prefix(headers: Headers, part: str) -> Headers:
     return dict(headers)
 
 
-def plan(model: nn.Module, headers: Headers, modules: Mapping[str, list[str]], part: str) -> dict[str, list[str]]:
+def sources_of(model: nn.Module, headers: Headers, modules: Mapping[str, list[str]], part: str) -> dict[str, list[str]]:
     """Which stored tensors make each parameter: every parameter once, every stored tensor used or an error.
 
     Args:
@@ -347,9 +365,7 @@ def scales_of(read: TensorReader, names: Sequence[str]) -> Tensor | None:
     return torch.cat([(torch.ones(1, 1) if s is None else s).expand(r, 1) for s, r in zip(found, rows, strict=True)])
 
 
-def narrow(
-    read: TensorReader, names: Sequence[str], kind: str, device: str | torch.device
-) -> tuple[Tensor, Tensor | None]:
+def narrow(read: TensorReader, names: Sequence[str], kind: str, device: Device) -> tuple[Tensor, Tensor | None]:
     """The weight that some stored tensors make, joined along the rows, as codes and scales of quantize.py.
 
     What a file holds in fp8 stays so unless 4 bits are asked for: a second rounding would add its error, save nothing.
@@ -369,7 +385,7 @@ def assemble(
     headers: Headers,
     sources: Mapping[str, list[str]],
     dtype: torch.dtype | None,
-    device: str | torch.device,
+    device: Device,
     kind: str | None = None,
     leave: Container[str] = (),
 ) -> Model:
@@ -567,14 +583,14 @@ def outline(part: str, path: str | Path, params: Any = None) -> tuple[Any, Heade
             raise ValueError(f"{files[0]}: no {NOUNS[part]}. {likely(headers, part)}") from None
     with torch.device("meta"):
         model = network(params)
-    return model, headers, plan(model, headers, modules(params) if modules else {}, part)
+    return model, headers, sources_of(model, headers, modules(params) if modules else {}, part)
 
 
 def load_flux(
     path: str | Path,
     params: FluxParams | None = None,
     dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     kind: str | None = None,
 ) -> Flux:
     """The transformer, frozen, from any official layout.
@@ -594,20 +610,14 @@ def load_flux(
 
 
 def load_autoencoder(
-    path: str | Path,
-    params: AutoencoderParams | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    path: str | Path, params: AutoencoderParams | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> Autoencoder:
     """The autoencoder; arguments and errors as for load_flux."""
     return assemble(*outline("vae", path, params), dtype, device)
 
 
 def load_clip(
-    path: str | Path,
-    params: ClipParams | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    path: str | Path, params: ClipParams | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> ClipTextEncoder:
     """The CLIP text encoder, with or without `text_model.` in its names; arguments and errors as for load_flux."""
     return assemble(*outline("clip", path, params), dtype, device)
@@ -617,7 +627,7 @@ def load_t5(
     path: str | Path,
     params: T5Params | None = None,
     dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     kind: str | None = None,
 ) -> T5Encoder:
     """The T5 encoder; arguments and errors as for load_flux. ValueError for float16, in which T5-XXL overflows."""
@@ -668,7 +678,5 @@ def save_flux(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{os.getpid()}.tmp"
-    save_file(state, aside, metadata={"format": "pt", **(metadata or {})})
-    aside.replace(folder / "diffusion_pytorch_model.safetensors")
+    save_file(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt", **(metadata or {})})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

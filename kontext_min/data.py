@@ -20,7 +20,7 @@ import os
 import platform
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,7 @@ ENDINGS = {ending for ending, name in Image.registered_extensions().items() if n
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # a whole file has it in its last bytes
 TAIL = 4096
 SMALLEST = 16  # pixels a side
+THREADS = 8  # that read headers: on a network disk this is mostly waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Picture:
     caption: Path | None = None  # the .txt beside it
 
 
-def scan(root: Path, index: Path | None = None, workers: int = 8) -> tuple[list[Picture], list[tuple[str, str]]]:
+def scan(root: Path, index: Path | None = None) -> tuple[list[Picture], list[tuple[str, str]]]:
     """All pictures below a folder, whatever their format and the case of their endings; headers only are read.
 
     Hidden files and folders and files with other endings are passed over. A file that looks cut off is decoded as a
@@ -102,7 +103,6 @@ def scan(root: Path, index: Path | None = None, workers: int = 8) -> tuple[list[
     Args:
         root: the folder.
         index: where to remember headers, as JSON keyed by root, name, size and time of change.
-        workers: threads, as on a network disk a header is mostly waiting.
 
     Returns:
         The pictures, sorted by name, and (name, reason) of every picture file that cannot be used.
@@ -122,8 +122,8 @@ def scan(root: Path, index: Path | None = None, workers: int = 8) -> tuple[list[
     def read(names: list[str]) -> dict[str, tuple[Any, ...] | str]:
         return {name: _read_header(files[name][0]) for name in names}
 
-    with ThreadPoolExecutor(workers) as pool:
-        for part in pool.map(read, [new[i::workers] for i in range(workers)]):
+    with ThreadPoolExecutor(THREADS) as pool:
+        for part in pool.map(read, [new[i::THREADS] for i in range(THREADS)]):
             for name, header in part.items():
                 if isinstance(header, str):  # is not remembered: the next start may have a better disk or Pillow
                     rejected.append((name, header))
@@ -334,19 +334,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # convert() copies even if there is nothing to do
 
 
-def cover_crop(image: Image.Image, size: Size, rng: np.random.Generator | None, flip: bool = False) -> Image.Image:
-    """Resize to cover `size` with Lanczos and crop: anywhere if there is a generator, else centred.
-
-    Args:
-        image: RGB.
-        size: (width, height) of the result.
-        rng: where the crop comes from.
-        flip: mirror with a chance of one half, if there is a generator.
-    """
-    window = _window(*image.size, size, rng)
-    return _cut(image, window, size, flip and rng is not None and rng.random() < 0.5)
-
-
 def _window(width: int, height: int, size: Size, rng: np.random.Generator | None) -> tuple[float, float, float, float]:
     """What a crop shows, (left, top, right, bottom) as fractions of the picture; places are whole target pixels."""
     scale = max(size[0] / width, size[1] / height)
@@ -543,13 +530,23 @@ def _caption(picture: Picture, prompt: str) -> str:
         raise ValueError(f"{_text(picture.caption)}: not UTF-8 ({error.reason}); expected a caption.") from error
 
 
-def worker_context(workers: int) -> str | None:
-    """How DataLoader is to start its processes: forked, where the system can.
+def load(
+    pairs: torch.utils.data.Dataset,
+    batches: Iterable[list[Draw]],
+    workers: int,
+    pin_memory: bool = False,
+    prepare_worker: Callable[[int], None] | None = None,
+) -> torch.utils.data.DataLoader:
+    """Batches (see `collate`) of what is asked for, loaded and degraded by so many processes.
 
-    A fork server, the default from Python 3.14 on, dies of a signal to the group, and its workers with it; where the
-    run itself is killed, both live on.
+    The processes are forked, where the system can: a fork server, the default from Python 3.14 on, dies of a signal to
+    the group, and its workers with it; where the run itself is killed, both live on.
     """
-    return "fork" if workers and sys.platform == "linux" else None
+    return torch.utils.data.DataLoader(
+        pairs, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
+        worker_init_fn=prepare_worker,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )  # fmt: skip
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

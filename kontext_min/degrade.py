@@ -329,6 +329,9 @@ METHOD, KIND = Word("method", tuple(FILTERS)), Word("kind", ("colour", "grey"))
 STD, OPACITY, QUALITY = Number("std", 0.0, 1.0), Number("opacity", 0.0, 1.0, 0.8), Number("quality", 1, 100)
 ELECTRONS = (Number("photons", 1.0, 1e6, 4000.0), Number("read", 0.0, 1e4, 4.0))
 
+# To add an operator, write a function (x, rng, values...) above and put it here with its values in their order; the
+# language, its error lines and --help follow. Whoever CHANGES what one gives raises VERSION in latents.py, or latents
+# that are cached already stay those of before.
 OPERATORS: dict[str, tuple[Callable[..., Array], tuple[Number | Word, ...]]] = {
     "blur": (blur, (SIGMA, *TAIL)),
     "aniso-blur": (aniso_blur, (SIGMA, ACROSS, ANGLE, *TAIL)),
@@ -431,8 +434,8 @@ def parse(spec: str) -> Callable[[Image.Image, Rng], Image.Image]:
 
 def describe() -> str:
     """The operators with the names of their values, and each preset with what it stands for, for --help."""
-    operators = ", ".join(_usage(name) for name in OPERATORS)
-    return "\n".join([f"operators: {operators}", "presets:", *(f"  {name}: {PRESETS[name]}" for name in PRESETS)])
+    operators = [f"  {_usage(name)}" for name in OPERATORS]
+    return "\n".join(["operators:", *operators, "presets:", *(f"  {name}: {PRESETS[name]}" for name in PRESETS)])
 
 
 def _degrade(step: Step, image: Image.Image, rng: Rng) -> Image.Image:

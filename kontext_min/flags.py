@@ -9,6 +9,7 @@ becomes `--lr LR`. `--help` shows groups, units and defaults; unknown flags and 
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def flag(default: Any, help: str, group: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of a settings dataclass. `default=...` (Ellipsis) makes it required."""
-    metadata = {"help": help, "group": group, "choices": choices}
+def flag(default: Any, help: str, group: str, choices: Sequence[str] | None = None, least: float | None = None) -> Any:
+    """A field of a settings dataclass, with the least number allowed. `default=...` (Ellipsis) makes it required."""
+    metadata = {"help": help, "group": group, "choices": choices, "least": least}
     if default is ...:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -61,6 +62,17 @@ def parse(settings: type[T], argv: Sequence[str] | None, description: str, epilo
         groups[group].add_argument("--" + field.name.replace("_", "-"), **options)
     values = vars(parser.parse_args(argv))
     return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def check_numbers(settings: Any) -> None:
+    """ValueError, which names the flag, for a number that is not finite or less than the least allowed."""
+    for field in dataclasses.fields(settings):
+        value, least = getattr(settings, field.name), field.metadata["least"]
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: got {value}, expected a finite number.")
+        if None not in (value, least) and value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}.")
 
 
 def to_json(settings: Any) -> dict[str, Any]:

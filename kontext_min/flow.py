@@ -133,6 +133,16 @@ def velocity(flux: Network, x: Tensor, sigma: Tensor, control: Tensor, prompt: P
     return -objective.start_time * unpack(out[:, :generated].float(), h, w)
 
 
+def path(source: Tensor, target: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """THE PATH: x_s and v = d x_s / d s, (B, C, h, w) each, at the places s, (B, 1, 1, 1).
+
+    To try another one, change the line below. Restoring follows the velocity and knows no more of the path than that it
+    begins at the source and ends at the target; --strength and --fidelity (restore.py) take a straight one for granted.
+    Noise on the way can be the eps of `losses`; mind that the source of kontext, or with source_noise, is made of it.
+    """
+    return (1 - s) * source + s * target, target - source
+
+
 def losses(
     flux: Network, control: Tensor, target: Tensor, eps: Tensor, sigma: Tensor, prompt: Prompt, objective: Objective
 ) -> Tensor:
@@ -148,9 +158,7 @@ def losses(
         objective: bridge or kontext.
     """
     source = objective.source(control, eps)
-    s = sigma.to(target)[:, None, None, None]
-    x = (1 - s) * source + s * target
-    v = target - source
+    x, v = path(source, target, sigma.to(target)[:, None, None, None])
     v_pred = velocity(flux, x, sigma, control, prompt, objective)
     return (v_pred - v).square().mean(dim=(1, 2, 3))
 

@@ -298,6 +298,11 @@ class Flux(nn.Module):
         )
         self.final_layer = LastLayer(hidden, params.out_channels)
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """All blocks in the order in which they run."""
+        return (*self.double_blocks, *self.single_blocks)
+
     def forward(
         self,
         img: Tensor,

@@ -12,8 +12,6 @@ Shapes: latents (C, h, w), two to a file; an extra: neither the data pipeline no
 
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kontext_min.checkpoints import save_file
-from kontext_min.data import Draw, Pairs, Size, UnreadableError, collate, worker_context
+from kontext_min.data import Draw, Pairs, Size, UnreadableError, load
 
 VERSION = 1  # to be raised when crop, mirroring or any degradation comes out differently than before
 
@@ -63,13 +61,10 @@ class LatentCache:
             return None
 
     def write(self, key: str, control: Tensor, target: Tensor) -> None:
-        """Keep two latents (C, h, w); the file is written aside and renamed, so that it is whole or absent."""
+        """Keep two latents (C, h, w)."""
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.tmp")
-        tensors = {"control": control.cpu().contiguous(), "target": target.cpu().contiguous()}
-        save_file(tensors, aside, metadata={"key": key})
-        aside.replace(file)
+        save_file({"control": control.cpu().contiguous(), "target": target.cpu().contiguous()}, file, {"key": key})
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / key[2:4] / f"{key}.safetensors"
@@ -105,7 +100,6 @@ def fill(
     pairs: Pairs,
     cache: LatentCache,
     encode: Callable[[Tensor], Tensor],
-    batch_size: int = 1,
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -116,12 +110,11 @@ def fill(
     Args:
         pairs: with `variants`.
         cache: where latents go.
-        encode: bytes (B, 3, H, W) on the CPU -> latents (B, C, h, w).
-        batch_size: pictures of one bucket encoded together.
+        encode: bytes (1, 3, H, W) on the CPU -> latents (1, C, h, w).
         workers: processes that load and degrade.
         rank: this process; each of `world` takes every world-th picture.
         world: number of processes.
-        report: is told (done, total) after every batch.
+        report: is told (done, total) after every variant of a picture.
 
     Returns:
         A line for each variant of a picture that cannot be read.
@@ -131,33 +124,16 @@ def fill(
     """
     if not pairs.variants:
         raise ValueError("cached latents: got pairs that differ in every epoch; expected Pairs(variants=K), K > 0.")
-    missing: dict[int, list[Draw]] = {}
-    for i, bucket in enumerate(pairs.bucket_of.tolist()):
-        if i % world != rank:  # shared out by picture: what is missing changes while the others write
-            continue
-        for k in range(pairs.variants):
-            if cache.read(cache.key(pairs, k, i), header_only=True) is None:
-                missing.setdefault(bucket, []).append(Draw(epoch=k, index=i))
-    batches = [draws[a : a + batch_size] for draws in missing.values() for a in range(0, len(draws), batch_size)]
-    loader = torch.utils.data.DataLoader(
-        pairs,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_with_items,
-        multiprocessing_context=worker_context(workers),
-    )
+    mine = range(rank, len(pairs), world)  # shared out by picture: what is missing changes while the others write
+    draws = [Draw(epoch=k, index=i) for i in mine for k in range(pairs.variants)]
+    missing = [d for d in draws if cache.read(cache.key(pairs, d.epoch, d.index), header_only=True) is None]
+    loader = load(pairs, [[draw] for draw in missing], workers)  # one by one: they have many shapes
     unreadable = []
-    for done, (draws, (batch, items)) in enumerate(zip(batches, loader, strict=True)):
-        control, target = encode(batch["control"]), encode(batch["target"])
-        for draw, item, c, t in zip(draws, items, control, target, strict=True):
-            if item:  # another picture stands in, which must not be kept under this one's name
-                unreadable.append(item[0])
-            else:
-                cache.write(cache.key(pairs, draw.epoch, draw.index), c, t)
-        report(done + 1, len(batches))
+    for done, (draw, batch) in enumerate(zip(missing, loader, strict=True), 1):
+        if batch["unreadable"]:  # another picture stands in, which must not be kept under this one's name
+            unreadable.append(batch["unreadable"][0])
+        else:
+            control, target = encode(batch["control"]), encode(batch["target"])
+            cache.write(cache.key(pairs, draw.epoch, draw.index), control[0], target[0])
+        report(done, len(missing))
     return unreadable
-
-
-def _with_items(items: list[dict[str, Any]]) -> tuple[dict[str, Any], list[list[str]]]:
-    """A batch, and for each of its items the lines of what was unreadable."""
-    return collate(items), [item["unreadable"] for item in items]

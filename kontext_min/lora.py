@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PIECES = 4  # of the tokens, widened to float32 one after the other
-TARGETS = {  # patterns of module names, matched whole
+TARGETS = {  # presets of --lora-targets: patterns of module names (flux.py), matched whole
     "attention": r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12]",
     "attention-mlp": r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]",
     "all": r".*",

@@ -26,10 +26,9 @@ Sources: kohya-ss/sd-scripts 48d368f, library/sai_model_spec.py and train_networ
 
 import argparse
 import json
-import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,26 +49,6 @@ BRIDGE_ONLY = "made for a bridge: only sample.py follows its path; other program
 # -------------------------------------------------------------------------------------------------- files and headers
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write aside and rename, so that the file is whole or absent."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _sort_metadata(path: Path) -> None:
-    """The library writes metadata in a random order; sorted, equal LoRAs are equal files, byte by byte."""
-    with path.open("r+b") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        f.seek(8)
-        f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
-
-
 def write_lora(path: str | Path, lora: Mapping[str, Factors], format: str, metadata: Mapping[str, str]) -> None:
     """Write one correction a module; arguments as for save_lora and lora_formats.emit."""
     tensors = emit(lora, flux_modules(FluxParams()), format)
@@ -77,12 +56,7 @@ def write_lora(path: str | Path, lora: Mapping[str, Factors], format: str, metad
     header = {"format": "pt", **shown, **metadata}
     header |= {key: shown[key] for key in ("ss_network_dim", "ss_network_alpha")}  # of this file, not of one it is from
     header.pop("lora_adapter_metadata", None)  # likewise: alpha stands in the tensors now
-
-    def write(aside: Path) -> None:
-        save_file(tensors, aside, metadata=header)
-        _sort_metadata(aside)
-
-    _write(Path(path), write)
+    save_file(tensors, Path(path), header)
 
 
 def _shown(lora: Mapping[str, Factors], format: str, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -383,7 +357,7 @@ def save_bfl(model: Flux, path: str | Path, metadata: Mapping[str, str] | None =
         leaf = {"codes": "weight", "scales": "scale_weight"}.get(leaf, leaf)
         state[f"{module}.{leaf}"] = x.detach().cpu().contiguous()
     header = {"format": "pt", "config": json.dumps(asdict(model.params)), **(metadata or {})}
-    _write(Path(path), lambda aside: save_file(state, aside, metadata=header))
+    save_file(state, Path(path), header)
 
 
 def merge_files(

@@ -31,6 +31,16 @@ class Processes:
     world: int
     device: torch.device
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.first:
+            print(text, flush=True)
+
 
 def start(device: str) -> Processes:
     """Join the other processes if torchrun started us; `auto` takes a GPU if there is one.
@@ -70,7 +80,7 @@ def spread(model: nn.Module, processes: Processes, shard: bool) -> nn.Module:
 
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # about in-place operations that there are none of
         mesh = init_device_mesh(processes.device.type, (processes.world,))
-        for block in (*model.double_blocks, *model.single_blocks):
+        for block in model.blocks:
             fully_shard(block, mesh=mesh)
         # By default the outermost module stays whole after a forward pass, and would not see weights changed since.
         return fully_shard(model, mesh=mesh, reshard_after_forward=True)
@@ -123,10 +133,10 @@ def wait() -> None:
 @contextmanager
 def first_goes_ahead(processes: Processes) -> Iterator[None]:
     """Process 0 does what stands below alone, then the others do: they find the files that it wrote."""
-    if processes.rank > 0:
+    if not processes.first:
         wait()
     yield
-    if processes.rank == 0:
+    if processes.first:
         wait()
 
 

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from kontext_min import data, flow, prompts
@@ -43,6 +42,7 @@ from kontext_min.flow import Objective, Prompt
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
 from kontext_min.quantize import QuantizedLinear, quantize_
+from kontext_min.stream import checkpoint_blocks
 from kontext_min.t5 import T5Encoder, T5Params
 
 GB = 2.0**30  # a card of 16 GB has 16 times this
@@ -203,7 +203,7 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
         if setting.full:
             flux.requires_grad_(True)
         else:
-            keep_narrow([*flux.double_blocks, *flux.single_blocks], sizes.stored)
+            keep_narrow(flux.blocks, sizes.stored)
             quantize_(flux, setting.kind or "stored")
             if setting.rank:
                 add_lora(flux, setting.rank, targets=setting.targets)
@@ -225,9 +225,7 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
 
         objective = Objective(context=setting.reference)
         if setting.checkpointing:
-            for block in (*flux.double_blocks, *flux.single_blocks):
-                forward = block.forward
-                block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+            checkpoint_blocks(flux)
         factor = 2 ** (len(sizes.autoencoder.ch_mult) - 1)
         width, height = (side // factor for side in setting.size)
         z = torch.empty(setting.batch, sizes.autoencoder.z_channels, height, width)
@@ -239,7 +237,7 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
         sigma = torch.empty(setting.batch)
         tally = Tally([*flux.parameters(), *flux.buffers()])
         names = [f"double {i}" for i in range(depth)] + [f"single {i - singles}" for i in range(singles)]
-        for name, block in zip(names, (*flux.double_blocks, *flux.single_blocks), strict=True):
+        for name, block in zip(names, flux.blocks, strict=True):
             follow(tally, name, block)
         with tally, torch.set_grad_enabled(setting.train):
             if setting.train:

@@ -11,7 +11,6 @@ NO attention mask is used, neither here nor in the transformer; the pooled vecto
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.checkpoints import Weights, fingerprint, load_clip, load_t5, save_file
+from kontext_min.checkpoints import Device, Weights, fingerprint, load_clip, save_file
 from kontext_min.clip import ClipTokenizer
 from kontext_min.flow import Prompt
-from kontext_min.stream import load_streamed
+from kontext_min.stream import load_network
 from kontext_min.t5 import T5Tokenizer
 
 Encoded = dict[str, tuple[Tensor, Tensor] | Path]  # text -> ((L_txt, context_in_dim), (vec_in_dim,)) or their file
@@ -60,7 +59,7 @@ def encode(
     weights: Weights,
     cache: Path | None,
     dtype: torch.dtype,
-    device: str | torch.device,
+    device: Device,
     stream: bool = False,
 ) -> Encoded:
     """Encode some prompts, loading the encoders only if one of them is not in the cache.
@@ -77,8 +76,7 @@ def encode(
     keys = _keys(texts, weights, dtype)
     done: Encoded = {}
     for text, key in keys.items():
-        file = cache / f"{key}.safetensors" if cache else None
-        if file and file.exists():
+        if cache and (file := cache / f"{key}.safetensors").exists():
             done[text] = file
     new = [text for text in keys if text not in done]
     if not new:
@@ -90,21 +88,17 @@ def encode(
     clip = load_clip(weights.path("clip"), dtype=dtype, device=device)
     y = [clip(ids[None].to(device))[1][0].cpu() for ids in clip_ids]
     del clip
-    if stream:
-        t5, blocks = load_streamed("t5", weights.path("t5"), dtype, device)
+    t5, blocks = load_network("t5", weights.path("t5"), dtype, device, "stored", stream)
+    if blocks:
         blocks.wrap()
-    else:
-        t5 = load_t5(weights.path("t5"), dtype=dtype, device=device, kind="stored")
     for text, ids, pooled in zip(new, t5_ids, y, strict=True):
         txt = t5(ids[None].to(device))[0].cpu()
         done[text] = txt, pooled
         if cache:
             cache.mkdir(parents=True, exist_ok=True)
-            file, aside = cache / f"{keys[text]}.safetensors", cache / f"{keys[text]}.{os.getpid()}.tmp"
-            save_file({"txt": txt, "y": pooled}, aside)
-            aside.replace(file)
-            done[text] = file
-    if stream:
+            done[text] = cache / f"{keys[text]}.safetensors"
+            save_file({"txt": txt, "y": pooled}, done[text])
+    if blocks:
         print(f"T5 {blocks.report()}")
         del t5, blocks
         gc.collect()  # blocks and their stream know each other, so nothing less frees the slots now
@@ -117,9 +111,7 @@ def _read(file: Path) -> tuple[Tensor, Tensor]:
     return tensors["txt"], tensors["y"]
 
 
-def batch(
-    encoded: Encoded, texts: Sequence[str], guidance: float, dtype: torch.dtype, device: str | torch.device
-) -> Prompt:
+def batch(encoded: Encoded, texts: Sequence[str], guidance: float, dtype: torch.dtype, device: Device) -> Prompt:
     """The rows of some pictures: txt (B, L_txt, D) and y (B, V) in `dtype`, guidance (B,) float32."""
     rows = [_read(x) if isinstance(x := encoded[t], Path) else x for t in texts]
     return Prompt(

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 QUANTIZED = ("int8", "fp8", "nf4")
-DTYPES = ("auto", "bfloat16", "float32")  # of the computation, as the flags spell it
+COMPUTE_DTYPES = ("auto", "bfloat16", "float32")  # of the computation, as the flags spell it
 BLOCK = 64  # weights that share a scale in nf4
 ROWS = 256  # quantised at a time: what lies between stays in the processor's cache, 7 times as fast for int8
 MODULATION = re.compile(r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modulation\.lin")

@@ -17,7 +17,6 @@ import html
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-from kontext_min.runs import clock, read_metrics
+from kontext_min.runs import clock, read_metrics, write_text
 
 GAP = 4  # white pixels between the pictures of a sheet, as validation.grid leaves them
 SIDE, QUALITY = 768, 85  # embedded pictures: longest side in pixels, JPEG quality
@@ -99,9 +98,8 @@ def save_page(folder: Path, headline: str, sections: dict[str, str]) -> Path:
         sections="".join(f"<section><h2>{name}</h2>{body}</section>\n" for name, body in sections.items() if body),
         script=SCRIPT,
     )
-    aside = folder / f".report.{os.getpid()}.tmp"
-    aside.write_text(page, encoding="utf-8")
-    return aside.replace(folder / "report.html")
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def headline(training: Sequence[Row], validations: Sequence[Row], settings: Row) -> str:

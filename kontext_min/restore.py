@@ -26,24 +26,22 @@ Two dials between what is there and what the model makes of it, besides the numb
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from kontext_min import data
 from kontext_min.autoencoder import Autoencoder
-from kontext_min.data import to_float
+from kontext_min.data import Size, to_float
 from kontext_min.flow import SOLVERS, Network, Objective, Prompt, integrate, schedule, velocity
 
-Size = tuple[int, int]
 STEPS = {"bridge": 4, "kontext": 28}  # network evaluations unless the user says otherwise; more is more texture
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (1, 3, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
-    array = np.asarray(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)[None].contiguous()
+    """A picture -> (1, 3, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
+    return to_float(data.to_tensor(image.convert("RGB")))[None].contiguous()
 
 
 def to_bytes(tensor: Tensor) -> Tensor:
@@ -104,9 +102,10 @@ def tiled(
     if height <= tile and width <= tile:
         return finish(f(*inputs))
     tops, lefts = _starts(height, tile, grid), _starts(width, tile, grid)
-    (rows, down), (columns, across) = (
-        _windows(round(length * scale), [round(s * scale) for s in starts], round(min(tile, length) * scale))
-        for length, starts in ((height, tops), (width, lefts))
+    rows, columns = ([round(start * scale) for start in starts] for starts in (tops, lefts))  # of the result
+    down, across = (
+        _windows(round(length * scale), starts, round(min(tile, length) * scale))
+        for length, starts in ((height, rows), (width, columns))
     )
     band = result = None  # band: the rows from the top of this row of tiles, not all of them complete
     for k, top in enumerate(tops):
@@ -134,8 +133,8 @@ def _starts(length: int, tile: int, grid: int, overlap: float = 0.25) -> list[in
     return [round(room * k / (count - 1) / grid) * grid for k in range(count - 1)] + [room]
 
 
-def _windows(length: int, starts: list[int], tile: int) -> tuple[list[int], list[Tensor]]:
-    """The starts again, and w_k / sum_k w_k of each tile along one axis.
+def _windows(length: int, starts: list[int], tile: int) -> list[Tensor]:
+    """w_k / sum_k w_k of each tile along one axis.
 
     Tiles are all pairs of a row and a column, so the sum over tiles is the product of the sums over both axes. The
     deviation of the Gaussian is a tenth of the side.
@@ -145,7 +144,7 @@ def _windows(length: int, starts: list[int], tile: int) -> tuple[list[int], list
     total = torch.zeros(length)
     for start in starts:
         total[start : start + tile] += window
-    return starts, [window / total[start : start + tile] for start in starts]
+    return [window / total[start : start + tile] for start in starts]
 
 
 def passes(width: int, height: int, autoencoder: Autoencoder, tile: int, steps: int, solver: str) -> int:

@@ -290,17 +290,9 @@ def save_picture(folder: Path, step: int, picture: Image.Image, board: Any = Non
 
 
 def open_tensorboard(folder: Path, step: int) -> Any:
-    """A tensorboard writer whose curves go on behind a step; the package is optional.
+    """A tensorboard writer whose curves go on behind a step; the package is optional, so it is imported here."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    Raises:
-        ValueError: tensorboard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "--tensorboard: the package is not installed; pip install tensorboard, or leave it out."
-        ) from None
     board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
     atexit.register(board.close)
     return board

@@ -9,8 +9,8 @@ with read(2) into the slot, not through mapped pages, which would count as resid
 go through page-locked memory and a stream of their own, and blocks that fit half of the machine's memory stay there
 after the first pass. A thread does this while the block before computes. Biases, norms, scales and LoRA are resident.
 
-In training each block must be checkpointed (train.py): its forward pass is run again in the backward pass, and brings
-the block again. Without that, autograd finds that a saved weight was overwritten, and says so.
+In training `checkpoint_blocks` is needed too: the forward pass of each block is run again in the backward pass, and
+brings the block again. Without it, autograd finds that a saved weight was overwritten, and says so.
 
 int8, fp8 and nf4 of a wider file are made once, block by block, and kept in a cache folder: quantising anew at every
 pass would read the wide file each time, which is the slower half of the work.
@@ -26,27 +26,20 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
-from kontext_min.checkpoints import (
-    DTYPES,
-    Stored,
-    TensorReader,
-    assemble,
-    fingerprint,
-    narrow,
-    outline,
-    read_at,
-    read_headers,
-    save_file,
-    scales_of,
-)
+from kontext_min import checkpoints
+from kontext_min.checkpoints import Device, Stored, TensorReader, load_flux, load_t5, save_file
+from kontext_min.flux import Flux
 from kontext_min.quantize import QuantizedLinear, storage
 
 ALIGN = 64  # codes start at multiples of so many bytes in a slot
@@ -168,7 +161,7 @@ class Stream:
             for part in c.parts:
                 if part.file not in self.files:
                     self.files[part.file] = part.file.open("rb", buffering=0)
-                read_at(self.files[part.file], part.offset, data[start : start + part.nbytes])
+                checkpoints.read_at(self.files[part.file], part.offset, data[start : start + part.nbytes])
                 start += part.nbytes
             self.bytes_read += c.stop - c.start
 
@@ -181,6 +174,19 @@ class Stream:
             f"streamed: two slots of {slot:.0f} MB, {self.brought} blocks, {self.bytes_read / 1e9:.1f} GB"
             f" read, {each:.2f} s a block of which {waited:.2f} s waiting"
         )
+
+
+def checkpoint_blocks(flux: Flux, offload: bool = False) -> None:
+    """Keep only each block's input, with `offload` in the host's memory; its inside is computed again in the backward
+    pass (Chen et al. 2016).
+    """
+
+    def run(*args: Tensor, forward: Callable[..., Any]) -> Any:
+        with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
+            return checkpoint(forward, *args, use_reentrant=False)
+
+    for block in flux.blocks:
+        block.forward = partial(run, forward=block.forward)
 
 
 def _page_locked(nbytes: int) -> Tensor:
@@ -202,11 +208,30 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
+def load_network(
+    part: str,
+    path: str | Path,
+    dtype: torch.dtype,
+    device: Device,
+    kind: str | None,
+    streamed: bool,
+    cache: Path | None = None,
+) -> tuple[Any, Stream | None]:
+    """A Flux or T5, whole, or (`streamed`) with its blocks left in their files; arguments as for load_streamed.
+
+    `kind` may also be "stored": as the files hold the weights, which None widens to dtype unless they are streamed.
+    """
+    if streamed:
+        return load_streamed(part, path, dtype, device, None if kind == "stored" else kind, cache)
+    load = load_flux if part == "transformer" else load_t5
+    return load(path, dtype=dtype, device=device, kind=kind), None
+
+
 def load_streamed(
     part: str,
     path: str | Path,
     dtype: torch.dtype,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     kind: str | None = None,
     cache: Path | None = None,
     params: Any = None,
@@ -226,13 +251,15 @@ def load_streamed(
         The network, frozen, all but the weights of its blocks in place, and its stream.
     """
     device = torch.device(device)
-    model, headers, sources = outline(part, path, params)
-    blocks = (*model.double_blocks, *model.single_blocks) if part == "transformer" else tuple(model.encoder.block)
+    model, headers, sources = checkpoints.outline(part, path, params)
+    blocks = model.blocks if part == "transformer" else tuple(model.encoder.block)
     names = {module: name for name, module in model.named_modules()}
     linears = [[m for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
-    assemble(model, headers, sources, dtype, device, leave={f"{names[m]}.weight" for block in linears for m in block})
+    checkpoints.assemble(
+        model, headers, sources, dtype, device, leave={f"{names[m]}.weight" for block in linears for m in block}
+    )
     if kind:
-        cache = cache / f"{fingerprint(path, part)}-{kind}"
+        cache = cache / f"{checkpoints.fingerprint(path, part)}-{kind}"
         cache.mkdir(parents=True, exist_ok=True)
 
     placed = []
@@ -242,7 +269,7 @@ def load_streamed(
             file = cache / f"{names[block]}.safetensors"
             if not file.exists():
                 _write_quantized(file, read, {names[m]: sources[f"{names[m]}.weight"] for m in chosen}, kind, device)
-            made = read_headers([file])
+            made = checkpoints.read_headers([file])
         start, codes = 0, []
         for linear in chosen:
             name = names[linear]
@@ -252,13 +279,13 @@ def load_streamed(
                 shape = parts[0].shape
             else:
                 parts = tuple(headers[s] for s in sources[f"{name}.weight"])
-                scales, shape = scales_of(read, sources[f"{name}.weight"]), linear.weight.shape
+                scales, shape = checkpoints.scales_of(read, sources[f"{name}.weight"]), linear.weight.shape
             if len({p.dtype for p in parts}) > 1:
                 raise ValueError(f"{parts[0].file}: {name} is stored in several dtypes, which --stream can't join.")
             layer = QuantizedLinear(linear, None, None if scales is None else scales.to(device))
             model.set_submodule(name, layer)
             stop = start + sum(p.nbytes for p in parts)
-            codes.append(Codes(layer, DTYPES[parts[0].dtype], torch.Size(shape), parts, start, stop))
+            codes.append(Codes(layer, checkpoints.DTYPES[parts[0].dtype], torch.Size(shape), parts, start, stop))
             start = -(-stop // ALIGN) * ALIGN
         placed.append(codes)
     return model, Stream(blocks, placed, device)
@@ -267,16 +294,11 @@ def load_streamed(
 def _write_quantized(
     file: Path, read: TensorReader, sources: dict[str, list[str]], kind: str, device: torch.device
 ) -> None:
-    """Codes and scales of a block's Linears, made on the device; written aside and renamed."""
+    """Codes and scales of a block's Linears, made on the device."""
     tensors = {}
     for name, stored in sources.items():
-        codes, scales = narrow(read, stored, storage(name, kind), device)
+        codes, scales = checkpoints.narrow(read, stored, storage(name, kind), device)
         tensors[f"{name}.codes"] = codes.cpu()
         if scales is not None:
             tensors[f"{name}.scales"] = scales.cpu()
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file(tensors, aside)
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    save_file(tensors, file)

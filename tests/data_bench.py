@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from kontext_min import data, degrade
+from test_data import cover_crop
 
 PHOTOS = Path(__file__).parent / "photos"
 
@@ -63,7 +64,7 @@ def ours(pairs, i, clock):
     picture, bucket = pairs.pictures[i], pairs.buckets[pairs.bucket_of[i]]
     image = data.open_picture(picture.path, bucket)
     clock("read")
-    target = data.cover_crop(image, bucket, data.generator(0, "crop", 0, picture.name))
+    target = cover_crop(image, bucket, data.generator(0, "crop", 0, picture.name))
     clock("resize, crop")
     control = pairs.degrade(target, data.generator(0, "degrade", 0, picture.name))
     clock("degrade")
@@ -152,14 +153,14 @@ def draft(folder):
         full = data.open_picture(p.path)
         for resolution in (1024, 512, 256, 128):
             size = data.nearest_bucket(p.width, p.height, data.buckets(resolution))
-            a = np.asarray(data.cover_crop(full, size, None), np.float32)
+            a = np.asarray(cover_crop(full, size, None), np.float32)
             for factor in (2, 4, 8):
                 margin = min(p.width / size[0], p.height / size[1]) / factor
                 if margin < 1:
                     continue
                 image = Image.open(p.path)
                 image.draft(None, (p.width // factor, p.height // factor))
-                b = np.asarray(data.cover_crop(image.convert("RGB"), size, None), np.float32)
+                b = np.asarray(cover_crop(image.convert("RGB"), size, None), np.float32)
                 edges = [np.abs(np.diff(x, axis=1)).mean() for x in (a, b)]
                 psnr = 10 * math.log10(255**2 / max(float(((a - b) ** 2).mean()), 1e-9))
                 row = next(m for m in (4, 3, 2, data.DRAFT_MARGIN, 1.5, 1.25, 1) if margin >= m)

@@ -56,7 +56,7 @@ def full_size(part: str, headers: dict[str, Stored]):
     params = infer(headers, {})
     with torch.device("meta"):
         model = network(params)
-    return model, params, checkpoints.plan(model, headers, modules(params) if modules else {}, part)
+    return model, params, checkpoints.sources_of(model, headers, modules(params) if modules else {}, part)
 
 
 @pytest.mark.parametrize(("name", "part"), SHEETS)

@@ -47,6 +47,12 @@ def noisy(image, rng):
     return Image.fromarray(x.clip(0, 255).astype(np.uint8))
 
 
+def cover_crop(image, size, rng=None, flip=False):
+    """What Pairs shows of one picture: anywhere if there is a generator, else the middle."""
+    window = data._window(*image.size, size, rng)
+    return data._cut(image, window, size, flip and rng is not None and rng.random() < 0.5)
+
+
 # ---- buckets ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +254,7 @@ def test_strip_is_too_small_and_upscaled_without_exhausting_memory(tmp_path):
     kept, small = data.usable(pictures, data.PREFERRED, upscale=False)
     assert kept == [] and small[0][0] == "strip.png" and "smaller than its bucket 1568 x 672" in small[0][1]
     assert data.usable(pictures, data.PREFERRED, upscale=True)[0] == pictures
-    image = data.cover_crop(data.open_picture(pictures[0].path), (1568, 672), np.random.default_rng(0))
+    image = cover_crop(data.open_picture(pictures[0].path), (1568, 672), np.random.default_rng(0))
     assert image.size == (1568, 672) and image.getextrema() == ((255, 255), (0, 0), (0, 0))
 
 
@@ -343,7 +349,7 @@ def test_cover_crop_equals_resize_then_crop():
         whole = image.resize((round(600 * scale), round(400 * scale)), Image.LANCZOS)
         x, y = (int(600 * scale) - size[0]) // 2, (int(400 * scale) - size[1]) // 2
         plain = np.asarray(whole.crop((x, y, x + size[0], y + size[1])), float)
-        ours = np.asarray(data.cover_crop(image, size, None), float)
+        ours = np.asarray(cover_crop(image, size, None), float)
         # The plain way rounds the covering size to pixels, so that it is off by up to half a pixel at the far end.
         assert np.sqrt(((plain - ours) ** 2).mean()) < 4, size
 
@@ -353,7 +359,7 @@ def test_crop_is_never_squashed_and_reaches_every_place():
     ramp = Image.fromarray(np.stack([x, y, 0 * x], axis=2).round().astype(np.uint8))
     lefts = []
     for seed in range(60):
-        a = np.asarray(data.cover_crop(ramp, (96, 96), np.random.default_rng(seed)), float)
+        a = np.asarray(cover_crop(ramp, (96, 96), np.random.default_rng(seed)), float)
         across = np.diff(a[10:-10, 10:-10, 0], axis=1).mean() * 501
         down = np.diff(a[10:-10, 10:-10, 1], axis=0).mean() * 301
         assert abs(across / down - 1) < 0.02  # bytes: half a level of the 255 over 76 pixels
@@ -364,9 +370,9 @@ def test_crop_is_never_squashed_and_reaches_every_place():
 
 def test_picture_of_bucket_size_is_not_resampled():
     image = smooth((120, 96))
-    a = np.asarray(data.cover_crop(image, (96, 96), np.random.default_rng(3)))
+    a = np.asarray(cover_crop(image, (96, 96), np.random.default_rng(3)))
     assert any((a == np.asarray(image)[:, x : x + 96]).all() for x in range(25))
-    mirrored = [np.asarray(data.cover_crop(image, (120, 96), np.random.default_rng(s), flip=True)) for s in range(20)]
+    mirrored = [np.asarray(cover_crop(image, (120, 96), np.random.default_rng(s), flip=True)) for s in range(20)]
     same = [(m == np.asarray(image)).all() for m in mirrored]
     assert 0 < sum(same) < 20
     assert all((m[:, ::-1] == np.asarray(image)).all() for m, s in zip(mirrored, same, strict=True) if not s)
@@ -378,8 +384,8 @@ def test_reduced_decoding_is_used_and_loses_nothing(tmp_path):
     for size, shrunk in (((400, 300), 2), ((200, 150), 4), ((100, 75), 8), ((600, 450), 1)):
         image = data.open_picture(tmp_path / "a.jpg", size)
         assert image.size == (1600 // shrunk, 1200 // shrunk)
-        full = np.asarray(data.cover_crop(data.open_picture(tmp_path / "a.jpg"), size, None), float)
-        mse = ((np.asarray(data.cover_crop(image, size, None), float) - full) ** 2).mean()
+        full = np.asarray(cover_crop(data.open_picture(tmp_path / "a.jpg"), size, None), float)
+        mse = ((np.asarray(cover_crop(image, size, None), float) - full) ** 2).mean()
         assert 10 * math.log10(255**2 / max(mse, 1e-9)) > 40
     exif = Image.Exif()
     exif[0x0112] = 6  # is seen as 1600 x 400
@@ -408,7 +414,7 @@ def test_pairs_are_functions_of_seed_epoch_and_name(tmp_path):
     for i in range(4):
         a, b = fixed[(0, i)], fixed[(7, i)]
         assert torch.equal(a["control"], b["control"]) and not torch.equal(a["control"], a["target"])
-        centred = data.cover_crop(data.open_picture(pictures[i].path), SMALL[fixed.bucket_of[i]], None)
+        centred = cover_crop(data.open_picture(pictures[i].path), SMALL[fixed.bucket_of[i]], None)
         assert torch.equal(a["target"], data.to_tensor(centred))
     x = data.to_float(torch.tensor([0, 255], dtype=torch.uint8))
     assert x.dtype == torch.float32 and x.tolist() == [-1, 1]
@@ -612,7 +618,7 @@ def cached(root, cache, k, epochs, start=0, **options):
     pictures, _ = data.scan(root)
     pairs = Pairs(pictures, SMALL, noisy, options.pop("seed", 1), "restore", variants=k, **options)
     encoded = []
-    unreadable = fill(pairs, cache, lambda x: encoded.append(len(x)) or pooled(x), batch_size=3)
+    unreadable = fill(pairs, cache, lambda x: encoded.append(len(x)) or pooled(x))
     plain = Pairs(pictures, SMALL, noisy, pairs.seed, "restore", flip=pairs.flip)
     sampler = BucketSampler(pairs.bucket_of, 2, 9, start=start)
     batches = stream(CachedPairs(pairs, cache), sampler, 0, epochs * sampler.batches_per_epoch)

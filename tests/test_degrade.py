@@ -263,6 +263,18 @@ def test_order_is_left_to_right():
     assert first == pytest.approx(0.05 / (2 * np.sqrt(np.pi) * 1.5), rel=0.03)  # what blur leaves of white noise
 
 
+@pytest.mark.parametrize("name", degrade.OPERATORS)
+def test_every_operator_at_the_ends_of_its_values(name):
+    """Float32 in [0, 1], three channels, and a function of the generator's state; defaults where there are any."""
+    parameters = degrade.OPERATORS[name][1]
+    for end in ("low", "high"):
+        wanted = [p for p in parameters if isinstance(p, degrade.Number) and p.default is None]
+        spec = f"{name}={'/'.join(str(min(getattr(p, end), 50)) for p in wanted)}"
+        first, again = (apply(spec, from_image(PHOTO.resize((40, 30))), seed=3) for _ in range(2))
+        assert first.dtype == np.float32 and first.shape[2] == 3 and 0 <= first.min() <= first.max() <= 1, spec
+        np.testing.assert_array_equal(first, again)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
     degraded = parse(name)(PHOTO, rng(1))

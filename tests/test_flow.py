@@ -106,6 +106,17 @@ def test_a_perfect_velocity_carries_the_degraded_latent_to_the_clean_one(solver,
     assert (flow.unpack(official, 6, 8) - target).abs().max() <= 1e-5
 
 
+def test_the_velocity_is_the_derivative_of_the_path():
+    """And the path leads from the source to the target."""
+    torch.manual_seed(0)
+    source, target = torch.randn(2, 3, 4, 6, 8, dtype=torch.float64).unbind()
+    at = lambda s: flow.path(source, target, torch.full((3, 1, 1, 1), s, dtype=torch.float64))  # noqa: E731
+    assert torch.equal(at(0.0)[0], source) and torch.equal(at(1.0)[0], target)
+    for s in (0.1, 0.5, 0.9):
+        slope = (at(s + 1e-5)[0] - at(s - 1e-5)[0]) / 2e-5
+        assert (slope - at(s)[1]).abs().max() < 1e-8
+
+
 def test_the_degraded_end_is_sigma_zero_and_time_one():
     """What the network is told: t = T (1 - sigma); and what is returned has the opposite sign."""
     seen = []

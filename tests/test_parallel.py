@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import processes
 import train
-from kontext_min import lora_files, parallel, runs
+from kontext_min import lora_files, parallel, runs, stream
 from kontext_min.checkpoints import load_flux
 
 FLAGS = (
@@ -136,7 +136,7 @@ def in_bfloat16():
     def batch(encoded, texts, guidance, dtype, device, original=train.prompts.batch):
         return original(encoded, texts, guidance, torch.bfloat16, device)
 
-    train.load_flux, train.prompts.batch = load, batch
+    stream.load_flux, train.prompts.batch = load, batch
 
 
 def test_shards_of_a_bfloat16_base_keep_the_lora_in_float32(launch):

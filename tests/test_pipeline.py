@@ -77,7 +77,7 @@ def states(encoded, text):
 def test_prompts_are_cached_by_content_and_the_encoders_stay_closed(tmp_path, monkeypatch):
     weights = checkpoints.Weights(TINY)
     first = prompts.encode([PROMPT, "b"], weights, tmp_path, torch.float32, "cpu")
-    monkeypatch.setattr(prompts, "load_t5", lambda *a, **k: pytest.fail("T5 was loaded although all is cached"))
+    monkeypatch.setattr(prompts, "load_network", lambda *a, **k: pytest.fail("T5 was loaded although all is cached"))
     again = prompts.encode(["b", PROMPT, PROMPT], weights, tmp_path, torch.float32, "cpu")
     for text in (PROMPT, "b"):
         kept, fresh = states(again, text), prompts.batch(first, [text], 1.0, torch.float32, "cpu")

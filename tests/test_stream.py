@@ -12,15 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 import train
-from kontext_min import prompts
+from kontext_min import prompts, stream
 from kontext_min.checkpoints import Weights, load_flux, load_t5
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
 from kontext_min.quantize import QUANTIZED, QuantizedLinear
-from kontext_min.stream import load_streamed
+from kontext_min.stream import checkpoint_blocks, load_streamed
 from test_checkpoints import random_flux, to_diffusers
 from test_lora import ARGS, randomise
-from train import checkpoint_blocks
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"
@@ -116,8 +115,8 @@ def test_checkpointed_runs_give_the_numbers_of_the_plain_run(tmp_path, offload, 
     file = write(tmp_path, "bfl")
     plain = learn(with_lora(load_flux(file, dtype=torch.float32, kind="nf4")))
     flux = with_lora(load_flux(file, dtype=torch.float32, kind="nf4"))
-    moved, on_cpu = [], train.save_on_cpu
-    monkeypatch.setattr(train, "save_on_cpu", lambda pin_memory: moved.append(1) or on_cpu(pin_memory))
+    moved, on_cpu = [], stream.save_on_cpu
+    monkeypatch.setattr(stream, "save_on_cpu", lambda pin_memory: moved.append(1) or on_cpu(pin_memory))
     checkpoint_blocks(flux, offload)
     assert equal(learn(flux), plain)
     assert len(moved) == (3 * 2 * 3 if offload else 0)  # steps, passes, blocks

@@ -18,7 +18,7 @@ import kill_test
 import memorise
 import peer_training
 import train
-from kontext_min import degrade, flow, prompts, runs
+from kontext_min import degrade, flow, prompts, runs, stream
 from train import Settings
 
 FLAGS = (
@@ -276,7 +276,7 @@ def watched(argv):
     t5 holds weak references to the T5 encoders, t5_gone whether all were gone when the transformer was loaded.
     """
     names = {"losses": flow, "density": flow, "weight": flow, "batch": prompts, "AdamW": torch.optim}
-    names |= {"checkpoint": train, "validate": train, "load_t5": prompts, "load_flux": train}
+    names |= {"checkpoint": stream, "validate": train, "load_t5": stream, "load_flux": stream}
     seen = SimpleNamespace(**{name: [] for name in names}, t5=[], t5_gone=None, made=[])
     validating = []
 

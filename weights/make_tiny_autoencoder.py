@@ -28,11 +28,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
+from kontext_min.checkpoints import save_file
 from kontext_min.degrade import parse
+from kontext_min.runs import load_optimizer, optimizer_tensors
 
 # No ResNet blocks in the levels of the encoder (and one in those of the decoder): at full size they would cost five
 # times the rest of the encoder, which runs in every step of a LoRA's training, and a linear code needs none.
@@ -269,14 +271,11 @@ def train(work: Path, seed: int, steps: int, linear_steps: int) -> Autoencoder:
 
 
 def save(path: Path, model: nn.Module, average: nn.Module, adam: torch.optim.Adam, step: int) -> None:
-    """What a resumed run needs, written aside and renamed."""
+    """What a resumed run needs."""
     state = {f"model.{name}": p for name, p in model.state_dict().items()}
     state |= {f"average.{name}": p for name, p in average.state_dict().items()}
-    for index, moments in adam.state_dict()["state"].items():
-        state |= {f"adam.{index}.{name}": value for name, value in moments.items()}
-    aside = path.with_suffix(".part")
-    save_file({name: p.contiguous() for name, p in state.items()} | {"step": torch.tensor(step)}, aside)
-    aside.rename(path)
+    state |= {f"adam.{name}": value for name, value in optimizer_tensors(adam).items()}
+    save_file({name: p.contiguous() for name, p in state.items()} | {"step": torch.tensor(step)}, path)
 
 
 def resume(path: Path, model: nn.Module, average: nn.Module, adam: torch.optim.Adam) -> int:
@@ -284,12 +283,7 @@ def resume(path: Path, model: nn.Module, average: nn.Module, adam: torch.optim.A
     state = load_file(path)
     for prefix, network in (("model.", model), ("average.", average)):
         network.load_state_dict({name[len(prefix) :]: p for name, p in state.items() if name.startswith(prefix)})
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in state.items():
-        if name.startswith("adam."):
-            _, index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
-    adam.load_state_dict({"state": moments, "param_groups": adam.state_dict()["param_groups"]})
+    load_optimizer(adam, {name[5:]: value for name, value in state.items() if name.startswith("adam.")})
     return int(state["step"])
 
 
