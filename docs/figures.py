@@ -160,7 +160,8 @@ def steps_figure() -> None:
     image, draw = canvas(900, 330 + 20 * len(runs))
     all_steps = sorted({s for run in runs.values() for s in run["steps"]})
     places = {s: i for i, s in enumerate(all_steps)}
-    for column, (key, title) in enumerate((("psnr", "PSNR in dB, by steps"), ("texture", "texture (1: as the clean picture), by steps"))):
+    titles = {"psnr": "PSNR in dB, by steps", "texture": "texture (1: as the clean picture), by steps"}
+    for column, (key, title) in enumerate(titles.items()):
         values = [v for run in runs.values() for v in run[key]]
         low, high = min(values), max(values)
         room = 0.08 * (high - low) or 1.0
