@@ -165,6 +165,16 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
 
+def test_the_toy_of_docs_flow():
+    """One step lands on the posterior mean, many on a clean value; the figures are small files."""
+    toy = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    for kind, x in (("noisy", [0.5, -1.5]), ("lost", [0.4, -0.4])):
+        x = torch.tensor(x, dtype=torch.float64)
+        assert torch.allclose(toy["paths"](x, kind, 1)[1][-1], toy["expected"](x, torch.zeros(()), kind))
+        assert torch.allclose(toy["paths"](x, kind, 25)[1][-1], x.sign(), atol=1e-3)
+    assert all(p.stat().st_size < 150_000 for p in (ROOT / "docs").glob("*.png"))
+
+
 # ------------------------------------------------------------------------------------- the official size, not executed
 
 
