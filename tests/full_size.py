@@ -70,8 +70,8 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def write_file(path: Path, tensors: dict[str, list[int]], normal: np.ndarray) -> None:
-    """A safetensors file of bfloat16: matrices normal, biases 0, norms 1."""
+def write_file(path: Path, tensors: dict[str, list[int]], normal: np.ndarray | None) -> None:
+    """A safetensors file of bfloat16: matrices normal, biases 0, norms 1; without `normal` a hole of the same size."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in tensors.items():
         size = 2 * math.prod(shape)
@@ -82,6 +82,9 @@ def write_file(path: Path, tensors: dict[str, list[int]], normal: np.ndarray) ->
     scaled: dict[int, np.ndarray] = {}
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
+        if normal is None:
+            f.truncate(8 + len(text) + offset)
+            return
         for name, shape in tensors.items():
             count = math.prod(shape)
             if len(shape) == 1:
@@ -95,9 +98,9 @@ def write_file(path: Path, tensors: dict[str, list[int]], normal: np.ndarray) ->
                 count -= PERIOD
 
 
-def write_weights(folder: Path, text_tokens: int) -> None:
-    """The hub folder, part by part; a part that is there already is left as it is."""
-    normal = np.random.default_rng(0).standard_normal(PERIOD, dtype=np.float32)
+def write_weights(folder: Path, text_tokens: int, hollow: bool = False) -> None:
+    """The hub folder, part by part; a part that is there already is left as it is. Hollow files take no disk."""
+    normal = None if hollow else np.random.default_rng(0).standard_normal(PERIOD, dtype=np.float32)
     for part, sheet in SHEETS.items():
         if (folder / part / "config.json").exists():
             continue
