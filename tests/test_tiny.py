@@ -101,7 +101,7 @@ def test_prompts_as_in_transformers(pipeline):
 
 
 def test_latents_and_pictures_as_in_diffusers(autoencoder):
-    """To 1e-4 of diffusers in float64. In float32 its decoder is off by up to 0.004 here: the pairs (a, -a) stand beside
+    """To 1e-4 of diffusers in float64. In float32 its decoder is off by up to 0.004: the pairs (a, -a) stand beside
     constants of 512 in the norms, whose variance torch takes as E[x^2] - E[x]^2.
     """
     theirs = AutoencoderKL.from_pretrained(TINY / "vae").double()
