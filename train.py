@@ -81,6 +81,7 @@ class Settings:
     sigma: str = flag("uniform", "density of the place on the path", "method", flow.SIGMA_DENSITIES)
     stratified: bool = flag(False, "spread the places of a step evenly", "method")
     weighting: str = flag("uniform", "weight of the error along the path", "method", flow.WEIGHTINGS)
+    penalty: str = flag("mse", "of a picture's error; psnr: its logarithm", "method", flow.PENALTIES)
     guidance: float = flag(1.5, "distilled guidance that the network is told", "method")
 
     steps: int = flag(3000, "optimizer steps", "optimization", least=1)
@@ -353,7 +354,9 @@ def add_gradients(run: Run, learner: Learner, micro: Sequence[dict[str, Any]], c
     whole_batch = settings.batch_size * world
     strata = settings.accumulate * whole_batch if settings.stratified else 0
     for i, batch in enumerate(micro):
-        control, target = to_latents(run.autoencoder, torch.cat([batch["control"], batch["target"]])).chunk(2)
+        control, target = to_latents(
+            run.autoencoder, run.me.device, torch.cat([batch["control"], batch["target"]])
+        ).chunk(2)
         positions = [i * whole_batch + p for p in batch["position"].tolist()]
         eps, u = flow.draw(settings.seed, learner.state["step"], positions, target.shape[1:], strata)
         sigma = flow.density(u, settings.sigma, image_tokens=target.shape[-2] * target.shape[-1] // 4)
@@ -362,7 +365,7 @@ def add_gradients(run: Run, learner: Learner, micro: Sequence[dict[str, Any]], c
             loss = flow.losses(learner.model, control, target, eps.to(target), sigma.to(target), text, run.objective)
             weight = flow.weight(sigma, settings.weighting) * batch["weight"]  # 0 for what only fills up
             # Gradients are averaged over the processes: our sum, times their number, by the pictures of all.
-            ((weight.to(loss) * loss).sum() * world / count).backward()
+            ((weight.to(loss) * flow.penalty(loss, settings.penalty)).sum() * world / count).backward()
         interval = (sigma * INTERVALS).long().clamp(0, INTERVALS - 1)
         tally[0].index_add_(0, interval, loss.detach().cpu() * batch["weight"])
         tally[1].index_add_(0, interval, batch["weight"])
@@ -446,7 +449,7 @@ def prepare(
     if settings.cache_latents:
         cache = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {written['fingerprint']['vae']}")
         report = partial(runs.Progress().show, text="latents") if me.first else lambda *_: None
-        encode = partial(to_latents, autoencoder)
+        encode = partial(to_latents, autoencoder, me.device)
         for line in fill(pairs, cache, encode, settings.workers, me.rank, me.world, report):
             print(f"left out: {line}")
         parallel.wait()
@@ -470,6 +473,8 @@ def prepare(
     board = runs.open_tensorboard(folder, state["step"]) if me.first and settings.tensorboard else None
     counts = f"{len(pairs)} pictures, {sampler.batches_per_epoch} batches an epoch"
     me.say(f"{folder}: {counts}, {len(validation_pairs)} to validate on")
+    if settings.cache_latents and not validation_pairs:
+        autoencoder.to("meta")  # nothing is encoded or decoded any more: its weights go
     run = Run(
         settings, me, dtype, folder, board, autoencoder, encoded, objective, header, sampler.batches_per_epoch,
         validation_pairs,
@@ -557,9 +562,9 @@ def load_learner(
 
 
 @torch.no_grad()
-def to_latents(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
-    """Bytes (B, 3, H, W) to latents (B, C, h, w) on the autoencoder's device; latents from the cache pass through."""
-    x = pictures.to(next(autoencoder.parameters()).device)
+def to_latents(autoencoder: Autoencoder, device: torch.device, pictures: Tensor) -> Tensor:
+    """Bytes (B, 3, H, W) to latents (B, C, h, w) on the device; latents from the cache pass through."""
+    x = pictures.to(device)
     if x.is_floating_point():
         return x
     return torch.cat([autoencoder.encode(data.to_float(picture)) for picture in x.split(1)])  # memory of one
@@ -572,7 +577,7 @@ def objective_of(
     start_time = settings.start_time
     if start_time == "auto":
         few = [data.collate([pairs[0, i]]) for i in range(min(8, len(pairs)))]
-        latents = [[to_latents(autoencoder, x[key]) for key in ("control", "target")] for x in few]
+        latents = [[to_latents(autoencoder, me.device, x[key]) for key in ("control", "target")] for x in few]
         start_time = sum(flow.start_time(*pair, settings.source_noise) for pair in latents) / len(few)
         me.say(f"start time {start_time:.3f}")
     return Objective(settings.objective, settings.context, settings.source_noise, float(start_time))
@@ -587,7 +592,7 @@ def prompts_of(settings: Settings) -> tuple[str, str]:
 def trained_for(settings: Settings, objective: Objective, written: dict[str, Any]) -> dict[str, Any]:
     """What a LoRA was trained for, kept in its header; sample.py takes its defaults from here."""
     names = ["degrade", "resolution", "guidance", "rank", "alpha", "lora_targets"]
-    names += ["steps", "lr", "lr_schedule", "warmup", "accumulate", "ema", "seed", "sigma", "weighting"]
+    names += ["steps", "lr", "lr_schedule", "warmup", "accumulate", "ema", "seed", "sigma", "weighting", "penalty"]
     return {
         **{name: getattr(settings, name) for name in names},
         **({"degrade": "pairs"} if settings.lr_root else {}),

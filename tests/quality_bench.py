@@ -77,8 +77,8 @@ def total_variation(x, weight):
 
 
 WAYS = {
-    "non-local means": (non_local_means, (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)),
-    "total variation": (total_variation, (0.01, 0.02, 0.04, 0.06, 0.09, 0.13)),
+    "non-local means": (non_local_means, (0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0)),
+    "total variation": (total_variation, (0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.19, 0.27)),
 }
 
 
@@ -156,6 +156,9 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tile", type=int, default=64, help="side in pixels, best the one that was trained")
     parser.add_argument("--classical", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--base", action=argparse.BooleanOptionalAction, default=True, help="measure it without LoRA too"
+    )
     parser.add_argument("--json", type=Path, help="write the means of all rows here too")
     args = parser.parse_args(argv)
     prompt = args.prompt or degrade.PROMPTS.get(args.degrade, degrade.PROMPTS["guide"])
@@ -165,7 +168,7 @@ def main(argv=None):
     if args.classical:
         for name, setting in tune(args.work, args.degrade).items():
             ways[f"{name} {setting}"] = lambda bad, clean, n=name, s=setting: classical(bad, n, s)
-    for label, model in (("base", base), ("LoRA", tuned)):
+    for label, model in (("base", base if args.base else None), ("LoRA", tuned)):
         for steps in args.steps if model else ():
             ways[f"{label}, {steps} steps"] = lambda bad, clean, m=model, s=steps: m(bad, s)
 

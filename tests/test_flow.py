@@ -281,3 +281,16 @@ def test_only_what_enters_the_network_is_bfloat16(monkeypatch):
     v = -0.9 * torch.tensor(0.1).bfloat16().float()  # the answer is widened before anything is computed with it
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, (v - (target - control)).square().mean(dim=(1, 2, 3)), rtol=1e-6, atol=0)
+
+
+def test_under_the_psnr_penalty_every_picture_counts_alike():
+    """The gradient of each picture is that of its error divided by the error: of minus its PSNR, but for a factor."""
+    x = torch.tensor([[0.1, -0.2], [1.0, 3.0]], requires_grad=True)
+    error = x.square().mean(dim=1)
+    (plain,) = torch.autograd.grad(flow.penalty(error, "mse").sum(), x, retain_graph=True)
+    (psnr,) = torch.autograd.grad(flow.penalty(error, "psnr").sum(), x, retain_graph=True)
+    torch.testing.assert_close(psnr, plain / (error + 1e-5)[:, None])
+    (of_psnr,) = torch.autograd.grad((-10 * torch.log10(error)).sum(), x)
+    torch.testing.assert_close(psnr, -of_psnr / 4.342945, rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match="penalty: got 'l1', expected one of mse, psnr"):
+        flow.penalty(error, "l1")

@@ -261,8 +261,9 @@ def block_error(kind, cls, hidden):
     return relative(added(), expected)
 
 
-# Measured 0.0005, 0.0022 and 0.0092 on weights/tiny, where a fifth of the velocity comes from the blocks.
-BOUNDS = {"int8": (0.001, 0.02), "fp8": (0.004, 0.06), "nf4": (0.015, 0.2)}
+# Measured 0.0022, 0.0064 and 0.0210 on weights/tiny, and 0.015, 0.042 and 0.148 on blocks: the more of the velocity
+# comes from the blocks, the more of their error. The first three change when weights/tiny is trained anew.
+BOUNDS = {"int8": (0.003, 0.02), "fp8": (0.008, 0.06), "nf4": (0.026, 0.2)}
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
