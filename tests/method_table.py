@@ -3,7 +3,7 @@
     python tests/method_table.py --work runs/make-tiny [--only bridge kontext]        runs/method-NAME and one table
 
 Needs WORK of weights/make_tiny.py with `--stage photographs` and `--stage pairs --degrade SPEC --pairs 4000`. Each row
-is one run of train.py: a LoRA of rank 64 on all Linears, 500 steps of 8 crops of 96 pixels, and the flags of its row.
+is one run of train.py: a LoRA of rank 64 on all Linears, 250 steps of 8 crops of 96 pixels, and the flags of its row.
 Measured are PSNR in dB and texture, means over all photographs, after 1, 2, 4, 8 and 25 network evaluations.
 The base that all start from was trained as a plain bridge, so the other rows have a longer way, kontext the longest.
 """
@@ -21,7 +21,7 @@ import train  # noqa: E402
 
 SPEC = "blur=1.5,downsample=2,noise=0.05,jpeg=50"
 FLAGS = (
-    "--resolution 96 --batch-size 8 --accumulate 1 --rank 64 --lora-targets all --lr 1e-3 --warmup 20 --steps 500 "
+    "--resolution 96 --batch-size 8 --accumulate 1 --rank 64 --lora-targets all --lr 1e-3 --warmup 20 --steps 250 "
     "--stratified --cache-latents 1 --workers 0 --val-count 0 --dtype float32"
 )
 ROWS = {
