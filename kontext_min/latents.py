@@ -23,7 +23,7 @@ from torch import Tensor
 from kontext_min.checkpoints import save_file
 from kontext_min.data import Draw, Pairs, Size, UnreadableError, load
 
-VERSION = 1  # to be raised when crop, mirroring or any degradation comes out differently than before
+VERSION = 2  # to be raised when crop, mirroring or any degradation comes out differently than before
 
 
 class LatentCache:
