@@ -38,40 +38,44 @@ class AutoencoderParams:
 STRIP = 2**23  # numbers in a strip of rows, 32 MB
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """(x - mean) / sqrt(variance + 1e-6) * weight + bias, mean and variance over each of 32 groups of channels.
 
-
-def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group of channels, over all positions: (B, groups) each.
-
-    In two passes, the second over rows that fit in the cache: torch.var_mean takes seven times as long on maps whose
-    channels lie together in memory.
+    Not torch's function: where the channels lie together, that takes the variance as E[x^2] - E[x]^2 in float32, which
+    is off by 6 percent of a deviation in groups whose mean is far from zero.
     """
-    rows = max(1, 2**19 // (x.shape[1] * x.shape[3]))
-    mean = x.mean(dim=(2, 3)).unflatten(1, (groups, -1)).mean(dim=2)
-    centre = mean.repeat_interleave(x.shape[1] // groups, dim=1)[:, :, None, None]
-    squares = sum((piece - centre).square_().sum(dim=(2, 3)) for piece in x.split(rows, dim=2))  # (B, C)
-    return mean, squares.unflatten(1, (groups, -1)).mean(dim=2) / (x.shape[2] * x.shape[3])
 
+    def __init__(self, channels: int) -> None:
+        super().__init__(num_groups=32, num_channels=channels, eps=1e-6)
 
-def _normalize(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """norm(.) of some rows of x, with the statistics of all of x.
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each group over all positions: (B, C, H, W) -> (B, groups) each.
 
-    Not norm(x): where the channels lie together, torch's takes the variance as E[x^2] - E[x]^2 in float32, which is off
-    by 6 percent of a deviation in groups whose mean is far from zero.
-    """
-    mean, variance = _statistics(x, norm.num_groups)
-    per_group = x.shape[1] // norm.num_groups
-    scale = norm.weight * torch.rsqrt(variance + norm.eps).repeat_interleave(per_group, dim=1)  # (B, C)
-    shift = norm.bias - mean.repeat_interleave(per_group, dim=1) * scale
-    return lambda rows: torch.addcmul(shift[:, :, None, None], rows, scale[:, :, None, None])
+        In two passes, the second over rows that fit in the cache: torch.var_mean takes seven times as long on maps
+        whose channels lie together in memory.
+        """
+        rows = max(1, 2**19 // (x.shape[1] * x.shape[3]))
+        mean = x.mean(dim=(2, 3)).unflatten(1, (self.num_groups, -1)).mean(dim=2)
+        centre = mean.repeat_interleave(x.shape[1] // self.num_groups, dim=1)[:, :, None, None]
+        squares = sum((piece - centre).square_().sum(dim=(2, 3)) for piece in x.split(rows, dim=2))  # (B, C)
+        return mean, squares.unflatten(1, (self.num_groups, -1)).mean(dim=2) / (x.shape[2] * x.shape[3])
 
+    def of(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """The norm of some rows of x, with the statistics of all of x."""
+        mean, variance = self.statistics(x)
+        per_group = x.shape[1] // self.num_groups
+        scale = self.weight * torch.rsqrt(variance + self.eps).repeat_interleave(per_group, dim=1)  # (B, C)
+        shift = self.bias - mean.repeat_interleave(per_group, dim=1) * scale
+        return lambda rows: torch.addcmul(shift[:, :, None, None], rows, scale[:, :, None, None])
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """silu(norm(.)) of some rows of x, likewise."""
-    normalize = _normalize(norm, x)
-    return lambda rows: F.silu(normalize(rows), inplace=True)
+    def silu_of(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """silu(norm(.)) of some rows of x, likewise."""
+        norm = self.of(x)
+        return lambda rows: F.silu(norm(rows), inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self.of(x)(x)
 
 
 def _strips(conv: nn.Conv2d, prepare: Callable[[Tensor], Tensor], x: Tensor, enlarge: int = 1) -> Tensor:
@@ -108,16 +112,16 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = GroupNorm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = GroupNorm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H, W)."""
-        h = _strips(self.conv1, _norm_silu(self.norm1, x), x)
-        h = _strips(self.conv2, _norm_silu(self.norm2, h), h)
+        h = _strips(self.conv1, self.norm1.silu_of(x), x)
+        h = _strips(self.conv2, self.norm2.silu_of(h), h)
         return h.add_(self.nin_shortcut(x))
 
 
@@ -126,7 +130,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = GroupNorm(channels)
         self.q = nn.Conv2d(channels, channels, 1)  # 1x1 convolutions in the BFL file, linear layers in diffusers'
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -134,7 +138,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        h = _normalize(self.norm, x)(x)
+        h = self.norm(x)
         # Contiguous, or the attention falls back to a kernel that holds all (HW)^2 weights: 17 GB for 65,000 positions.
         q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # scale 1/sqrt(C)
@@ -207,7 +211,7 @@ class Encoder(nn.Module):
             for level, (c_in, c_out) in enumerate(zip([params.ch, *widths[:-1]], widths, strict=True))
         )
         self.mid = Mid(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = GroupNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * params.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,7 +220,7 @@ class Encoder(nn.Module):
         for level in self.down:
             x = level(x)
         x = self.mid(x)
-        return _strips(self.conv_out, _norm_silu(self.norm_out, x), x)
+        return _strips(self.conv_out, self.norm_out.silu_of(x), x)
 
 
 class Decoder(nn.Module):
@@ -231,7 +235,7 @@ class Decoder(nn.Module):
             Level(c_in, c_out, params.num_res_blocks + 1, upsample=level > 0)
             for level, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
-        self.norm_out = _norm(widths[0])
+        self.norm_out = GroupNorm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], params.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -241,7 +245,7 @@ class Decoder(nn.Module):
             for block in level.block:  # not level(x), which would keep its input, at full size 1 GB, until its end
                 x = block(x)
             x = level.upsample(x)
-        return _strips(self.conv_out, _norm_silu(self.norm_out, x), x)
+        return _strips(self.conv_out, self.norm_out.silu_of(x), x)
 
 
 class Autoencoder(nn.Module):

@@ -5,14 +5,9 @@
 The grid is two latent positions (16 pixels with the Flux autoencoder): one token. Pictures are padded by reflection, so
 nothing is squashed and the border sees a continuation of the picture.
 
-A picture larger than a tile is encoded and decoded tile by tile, and at every step its velocity is the average of the
-velocities of overlapping tiles, weighted towards their middles, so that tiles agree before they can become visible:
-
-    v(x) = sum_k w_k(x) v_k(x) / sum_k w_k(x)          w = exp(-(x - middle)^2 / (2 * 0.01 * width^2)) on each axis
-
-(Bar-Tal et al. 2023, "MultiDiffusion"; the weights are those of Jimenez 2023, "Mixture of Diffusers".) So time grows
-with the area and not with its square, and the model works at the size that it was trained at. Beside a tile, what is in
-memory is the picture as bytes, the latent (a few times) and one row of tiles.
+A picture larger than a tile is encoded, carried and decoded in overlapping tiles (tiles.py). At every step its velocity
+is the average of those of its tiles (Bar-Tal et al. 2023, "MultiDiffusion"), so that tiles agree before they can become
+visible.
 
 Two dials between what is there and what the model makes of it, besides the number of steps:
 
@@ -25,9 +20,9 @@ Two dials between what is there and what the model makes of it, besides the numb
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -35,6 +30,7 @@ from kontext_min import data
 from kontext_min.autoencoder import Autoencoder
 from kontext_min.data import Size, to_float
 from kontext_min.flow import SOLVERS, Network, Objective, Prompt, integrate, schedule, velocity
+from kontext_min.tiles import norm_passes, shared_norms, starts, tiled
 
 STEPS = {"bridge": 4, "kontext": 28}  # network evaluations unless the user says otherwise; more is more texture
 
@@ -77,82 +73,19 @@ def working_size(width: int, height: int, resolution: int | None, max_side: int 
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def tiled(
-    f: Callable[..., Tensor],
-    inputs: tuple[Tensor, ...],
-    tile: int,
-    grid: int,
-    scale: float = 1.0,
-    finish: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Tensor:
-    """Apply f to overlapping tiles and blend what comes out; f itself if one tile is enough.
+def passes(
+    width: int, height: int, autoencoder: Autoencoder, tile: int, steps: int, solver: str, share_norms: bool = True
+) -> int:
+    """How often `restore` will call its `report`: each tile is encoded, goes through the network, and is decoded.
 
-    Args:
-        f: tensors of one size -> a tensor `scale` times that size, on the last two axes.
-        inputs: (B, C, H, W) each, of one size.
-        tile: side of a tile in positions of the inputs; a multiple of `grid`.
-        grid: tiles start at multiples of it, so that their results fall on whole positions.
-        scale: sides of the result over sides of the inputs.
-        finish: is given whole rows once all their tiles are blended, so that bytes may be all that is kept of them.
-
-    Returns:
-        (B, C', scale * H, scale * W).
+    Of several tiles, the decoder's norms are asked before that (`shared_norms`).
     """
-    height, width = inputs[0].shape[-2:]
-    if height <= tile and width <= tile:
-        return finish(f(*inputs))
-    tops, lefts = _starts(height, tile, grid), _starts(width, tile, grid)
-    rows, columns = ([round(start * scale) for start in starts] for starts in (tops, lefts))  # of the result
-    down, across = (
-        _windows(round(length * scale), starts, round(min(tile, length) * scale))
-        for length, starts in ((height, rows), (width, columns))
-    )
-    band = result = None  # band: the rows from the top of this row of tiles, not all of them complete
-    for k, top in enumerate(tops):
-        for j, left in enumerate(lefts):
-            part = f(*(x[..., top : top + tile, left : left + tile] for x in inputs))
-            if band is None:
-                band = part.new_zeros(*part.shape[:-1], round(width * scale))
-            window = (down[k][:, None] * across[j]).to(part)
-            band[..., columns[j] : columns[j] + part.shape[-1]] += part * window
-        ready = (rows[k + 1] if k + 1 < len(rows) else round(height * scale)) - rows[k]
-        done = finish(band[..., :ready, :])
-        if result is None:
-            result = done.new_empty(*done.shape[:-2], round(height * scale), done.shape[-1])
-        result[..., rows[k] : rows[k] + ready, :] = done
-        band = F.pad(band[..., ready:, :], (0, 0, 0, ready))
-    return result
-
-
-def _starts(length: int, tile: int, grid: int, overlap: float = 0.25) -> list[int]:
-    """Where tiles start along one axis: evenly, the last one flush with the end, overlapping by a quarter or more."""
-    room = length - tile
-    if room <= 0:
-        return [0]
-    count = math.ceil(room / (tile * (1 - overlap))) + 1
-    return [round(room * k / (count - 1) / grid) * grid for k in range(count - 1)] + [room]
-
-
-def _windows(length: int, starts: list[int], tile: int) -> list[Tensor]:
-    """w_k / sum_k w_k of each tile along one axis.
-
-    Tiles are all pairs of a row and a column, so the sum over tiles is the product of the sums over both axes. The
-    deviation of the Gaussian is a tenth of the side.
-    """
-    x = (torch.arange(tile) + 0.5) / tile - 0.5
-    window = torch.exp(-x.square() / (2 * 0.01))
-    total = torch.zeros(length)
-    for start in starts:
-        total[start : start + tile] += window
-    return [window / total[start : start + tile] for start in starts]
-
-
-def passes(width: int, height: int, autoencoder: Autoencoder, tile: int, steps: int, solver: str) -> int:
-    """How often `restore` will call its `report`: each tile is encoded, goes through the network, and is decoded."""
     grid = 2 * autoencoder.factor
-    tile = max(tile // grid, 1) * grid
-    tiles = math.prod(len(_starts(math.ceil(side / grid) * grid, tile, grid)) for side in (width, height))
-    return tiles * (math.ceil(steps / SOLVERS[solver]) * SOLVERS[solver] + 2)
+    tile = 2 * max(tile // grid, 1)
+    size = [2 * math.ceil(side / grid) for side in (width, height)]  # of the latent
+    tiles = math.prod(len(starts(side, tile, 2)) for side in size)
+    evaluations = math.ceil(steps / SOLVERS[solver]) * SOLVERS[solver]
+    return tiles * (evaluations + 2) + (norm_passes(autoencoder, size, tile, 2) if share_norms else 0)
 
 
 @torch.no_grad()
@@ -169,6 +102,7 @@ def restore(
     tile: int = 1024,
     strength: float = 1.0,
     fidelity: float = 0.0,
+    share_norms: bool = True,
     report: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Carry degraded pictures to clean ones.
@@ -188,6 +122,7 @@ def restore(
         tile: side in pixels above which the picture is worked on in tiles: best the side that was trained.
         strength: in (0, 1], how much of the path is followed.
         fidelity: in [0, 1], how much the result is drawn to the input.
+        share_norms: decode tiles as parts of one picture and not each as a picture of its own (tiles.py).
         report: is called after every pass of a tile, `passes` times in all.
 
     Returns:
@@ -237,4 +172,5 @@ def restore(
     sigmas = schedule(solver_steps, tokens, shift=objective.name == "kontext")  # bridges: equal steps
     x = integrate(v, x, 1 - strength * (1 - sigmas), solver)
     finish = (lambda x: to_bytes(x).to(home)) if is_bytes else (lambda x: x.float().to(home))
-    return tiled(decode, (x,), tile // factor, 2, factor, finish)[..., :height, :width]
+    with shared_norms(autoencoder, x, tile // factor, 2, report) if share_norms else nullcontext():
+        return tiled(decode, (x,), tile // factor, 2, factor, finish)[..., :height, :width]

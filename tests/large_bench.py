@@ -1,6 +1,8 @@
 """Time and peak memory of sample.py by the size of the picture, on one core; no test.
 
-    python tests/large_bench.py [MEGAPIXELS ...] [--weights FOLDER] [--tile N] [--out FOLDER]        1 6 24 by default
+    python tests/large_bench.py [MEGAPIXELS ...] [--weights FOLDER] [--tile N] [--no-share-norms] [--out FOLDER]
+
+The sizes are 1 6 24 by default.
 
 Each size is a JPEG of 3:2 made from one photograph, restored in one network evaluation, by weights/tiny if no other
 folder is named, in a process of its own. `+` is the peak above that of the first size, for each megapixel more: the
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("megapixels", type=float, nargs="*", default=[1, 6, 24])
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny")
     parser.add_argument("--tile", type=int, default=256)
+    parser.add_argument("--share-norms", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     folder = args.out or Path(tempfile.mkdtemp())
@@ -52,7 +55,8 @@ def main() -> None:
     for mp in args.megapixels:
         file, size = make(folder, mp)
         output = folder / f"out-{mp:g}.jpg"
-        seconds, peak = measure(file, output, "--tile", args.tile, "--weights", args.weights.resolve())
+        norms = "--share-norms" if args.share_norms else "--no-share-norms"
+        seconds, peak = measure(file, output, "--tile", args.tile, norms, "--weights", args.weights.resolve())
         assert Image.open(output).size == size
         rows.append((mp, peak))
         above = (peak - rows[0][1]) / (mp - rows[0][0]) if len(rows) > 1 else 0

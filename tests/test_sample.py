@@ -338,10 +338,11 @@ def test_sizes_to_restore_at(identity, small_bundle, tmp_path):
 
 def test_dials_reach_the_network(identity, small_bundle, tmp_path):
     crop(32, 32).save(tmp_path / "in.png")
-    flags = ["--strength", 0.5, "--fidelity", 0.25, "--seed", 7, "--tile", 16]
+    flags = ["--strength", 0.5, "--fidelity", 0.25, "--seed", 7, "--tile", 16, "--no-share-norms"]
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle, *flags]
     assert run(*args, "--cache-dir", tmp_path) == 0
     expected = {"shape": (1, 3, 32, 32), "strength": 0.5, "fidelity": 0.25, "seed": 7, "tile": 16}
+    expected["share_norms"] = False
     assert identity == [expected]
 
 
