@@ -77,7 +77,7 @@ def total_variation(x, weight):
 
 
 WAYS = {
-    "non-local means": (non_local_means, (0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0)),
+    "non-local means": (non_local_means, (0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0, 4.0, 5.5)),
     "total variation": (total_variation, (0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.19, 0.27)),
 }
 
