@@ -87,6 +87,10 @@ def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotate ADJACENT components (x0, x1), (x2, x3), ... of q or k: (B, H, L, d) -> (B, H, L, d), done in float32."""
+    if torch.compiler.is_compiling():  # complex numbers come out wrong of torch 2.13's inductor in some graphs
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = pe[..., 0, 0], pe[..., 1, 0]
+        return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
     turn = torch.view_as_complex(pe[..., 0])  # cos + i sin, the first column: a view
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, H, L, d/2), x0 + i x1
     return torch.view_as_real(z * turn).flatten(-2).to(x.dtype)  # one pass over memory instead of seven
