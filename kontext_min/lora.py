@@ -38,10 +38,13 @@ class _Correct(torch.autograd.Function):
         low = torch.cat([scale * F.linear(piece.float(), a) for piece in _pieces(x)])  # (rows, rank)
         ctx.save_for_backward(x, a, b, low)
         ctx.scale = scale
-        out = torch.empty_like(y)
-        for to, piece, corrected in zip(_pieces(out), _pieces(low), _pieces(y), strict=True):
-            to.copy_(F.linear(piece, b).add_(corrected))
-        return out
+        ctx.mark_dirty(y)  # a second buffer as large as the output costs more than the products
+        for to, piece in zip(_pieces(y), _pieces(low), strict=True):
+            if y.dtype == torch.float32:
+                to.addmm_(piece, b.t())
+            else:
+                to.copy_(F.linear(piece, b).add_(to))
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -79,7 +82,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of the base's output."""
-        return _Correct.apply(self.base(x), x, self.lora_A, self.lora_B, self.scale)
+        rows = x.flatten(0, -2)  # of a matrix the Linear's output is no view, which could not be changed in place
+        y = _Correct.apply(self.base(rows), rows, self.lora_A, self.lora_B, self.scale)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
