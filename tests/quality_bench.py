@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from kontext_min import checkpoints, degrade, prompts  # noqa: E402
-from kontext_min.flow import Objective  # noqa: E402
+from kontext_min.flow import SOLVERS, Objective  # noqa: E402
 from kontext_min.lora_files import load_lora, read_lora  # noqa: E402
 from kontext_min.metrics import psnr, ssim, texture  # noqa: E402
 from kontext_min.restore import restore, to_image, to_tensor  # noqa: E402
@@ -123,7 +123,7 @@ def classical(bad, name, setting):
 class Model:
     """weights/tiny, with a LoRA or without, as sample.py runs it."""
 
-    def __init__(self, weights, lora, prompt, tile):
+    def __init__(self, weights, lora, prompt, tile, solver):
         where = checkpoints.Weights(weights)
         self.autoencoder = checkpoints.load_autoencoder(where.path("vae"), dtype=torch.float32)
         self.flux = checkpoints.load_flux(where.path("transformer"), dtype=torch.float32)
@@ -135,10 +135,11 @@ class Model:
         self.prompt = prompts.batch(encoded, [text], known.get("guidance", 1.5), torch.float32, "cpu")
         names = ("context", "source_noise", "start_time")
         self.objective = Objective(known.get("objective", "bridge"), **{k: known[k] for k in names if k in known})
-        self.tile = tile
+        self.tile, self.solver = tile, solver
 
     def __call__(self, bad, steps):
-        x = restore(to_tensor(bad), self.flux, self.autoencoder, self.prompt, self.objective, steps, tile=self.tile)
+        networks, solver = (self.flux, self.autoencoder), self.solver if steps > 1 else "euler"
+        x = restore(to_tensor(bad), *networks, self.prompt, self.objective, steps, solver, tile=self.tile)
         return to_image(x[0])
 
     def ceiling(self, clean):
@@ -154,6 +155,7 @@ def main(argv=None):
     parser.add_argument("--lora", type=Path)
     parser.add_argument("--prompt", help="of the base; else the preset's")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--solver", choices=SOLVERS, default="euler", help="of more than one step")
     parser.add_argument("--tile", type=int, default=64, help="side in pixels, best the one that was trained")
     parser.add_argument("--classical", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
@@ -162,8 +164,8 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, help="write the means of all rows here too")
     args = parser.parse_args(argv)
     prompt = args.prompt or degrade.PROMPTS.get(args.degrade, degrade.PROMPTS["guide"])
-    base = Model(args.weights, None, prompt, args.tile)
-    tuned = Model(args.weights, args.lora, args.prompt, args.tile) if args.lora else None
+    base = Model(args.weights, None, prompt, args.tile, args.solver)
+    tuned = Model(args.weights, args.lora, args.prompt, args.tile, args.solver) if args.lora else None
     ways = {"degraded": lambda bad, clean: bad, "autoencoder's ceiling": lambda bad, clean: base.ceiling(clean)}
     if args.classical:
         for name, setting in tune(args.work, args.degrade).items():
