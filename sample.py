@@ -75,7 +75,12 @@ class Settings:
         "method",
         least=1,
     )
-    solver: str = flag("euler", "midpoint and heun take two evaluations a step", "method", SOLVERS)
+    solver: str = flag(
+        "auto",
+        "auto: midpoint, but euler for kontext and for one evaluation; midpoint and heun take two a step",
+        "method",
+        ("auto", *SOLVERS),
+    )
     strength: float = flag(1.0, "part of the path that is followed, above 0 to 1: less changes less", "method")
     fidelity: float = flag(0.0, "pull towards the input, 0 to 1", "method")
     color_fix: str = flag("none", "colours of the input; not for faded or dark pictures", "method", COLOUR_FIXES)
@@ -126,6 +131,7 @@ class Method:
     guidance: float
     objective: Objective
     steps: int  # network evaluations
+    solver: str  # of flow.SOLVERS
     resolution: int | None  # that the LoRA was trained at, in pixels
 
 
@@ -168,8 +174,8 @@ def sample(settings: Settings) -> int:
     began = time.monotonic()
     restored, rows, figures = restore_all(settings, jobs, failed, method, flux, autoencoder, prompt)
     seconds = time.monotonic() - began
-    evaluations = math.ceil(method.steps / SOLVERS[settings.solver]) * SOLVERS[settings.solver]
-    how = f"{method.objective.name}, {evaluations} network evaluations, {settings.solver}, {seconds:.1f} s"
+    evaluations = math.ceil(method.steps / SOLVERS[method.solver]) * SOLVERS[method.solver]
+    how = f"{method.objective.name}, {evaluations} network evaluations, {method.solver}, {seconds:.1f} s"
     if settings.input.is_dir():
         print(f"{settings.output}: {restored} restored, {there} there before, {len(failed)} not restored; {how}")
     else:
@@ -210,7 +216,10 @@ def method_of(settings: Settings, weights: Weights) -> Method:
         print(f"{model}: {BRIDGE_ONLY}")
     prompt = settings.prompt or about.get("prompt") or degrade.PROMPTS["guide"]
     guidance = settings.guidance if settings.guidance is not None else about.get("guidance", 1.5)
-    return Method(prompt, guidance, objective, settings.steps or STEPS[name], about.get("resolution"))
+    steps, solver = settings.steps or STEPS[name], settings.solver
+    if solver == "auto":  # a bridge's texture comes of curved paths: Euler needs three times the evaluations for it
+        solver = "midpoint" if name == "bridge" and steps > 1 else "euler"
+    return Method(prompt, guidance, objective, steps, solver, about.get("resolution"))
 
 
 def restore_all(
@@ -232,7 +241,7 @@ def restore_all(
     tile = settings.tile or method.resolution or 128 * autoencoder.factor  # 64 x 64 tokens
     groups = pictures.batches(jobs, settings.batch_size)
     worked_at = {j.size: working_size(*j.size, settings.resolution, settings.max_side) for j in jobs}
-    how = (autoencoder, tile, method.steps, settings.solver, settings.share_norms)
+    how = (autoencoder, tile, method.steps, method.solver, settings.share_norms)
     cost = {size: passes(*worked_at[size], *how) for size in worked_at}
     progress, passed, total = Progress(), 0, settings.samples * sum(cost[group[0].size] for group in groups)
     restored, rows, figures = 0, [], {}
@@ -268,7 +277,7 @@ def restore_all(
         text = prompt([method.prompt] * len(photos))
         for k in range(settings.samples):
             results = restore(
-                image, flux, autoencoder, text, method.objective, method.steps, settings.solver,
+                image, flux, autoencoder, text, method.objective, method.steps, method.solver,
                 seed=settings.seed + k, tile=tile, strength=settings.strength, fidelity=settings.fidelity,
                 share_norms=settings.share_norms, report=tick,
             )  # fmt: skip

@@ -54,6 +54,13 @@ def test_a_picture_comes_back_at_its_own_size(small, small_bundle, tmp_path, cap
     assert lines[-2].split()[0] == "in.png" and len(lines[-2].split()) == 9
     assert run(*args, "--output", tmp_path / "k.png", "--objective", "kontext", "--solver", "heun") == 0
     assert "kontext, 2 network evaluations, heun" in capsys.readouterr().out
+    for objective, method in (
+        ("bridge", "4 network evaluations, midpoint"),
+        ("kontext", "28 network evaluations, euler"),
+    ):
+        flags = ["--input", small / "in.png", "--output", tmp_path / "d.png", "--weights", small_bundle]
+        assert run(*flags, "--cache-dir", tmp_path, "--objective", objective) == 0
+        assert method in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
