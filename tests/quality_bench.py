@@ -34,7 +34,7 @@ from kontext_min.metrics import psnr, ssim, texture  # noqa: E402
 from kontext_min.restore import restore, to_image, to_tensor  # noqa: E402
 
 SIDE, TUNING_CROPS = 256, 10
-UNSHARP = tuple(product((1.0, 2.0), (0.25, 0.5, 1.0, 1.5, 2.5)))  # radius in pixels, amount
+UNSHARP = tuple(product((1.0, 2.0, 4.0), (0.25, 0.5, 1.0, 1.5, 2.5)))  # radius in pixels, amount
 
 
 def middles(work):
@@ -77,8 +77,8 @@ def total_variation(x, weight):
 
 
 WAYS = {
-    "non-local means": (non_local_means, (0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0, 4.0, 5.5)),
-    "total variation": (total_variation, (0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.19, 0.27)),
+    "non-local means": (non_local_means, (0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0, 4.0, 5.5, 8.0)),
+    "total variation": (total_variation, (0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.19, 0.27, 0.4, 0.6)),
 }
 
 
