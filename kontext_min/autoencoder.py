@@ -61,7 +61,7 @@ class GroupNorm(nn.GroupNorm):
         return mean, squares.unflatten(1, (self.num_groups, -1)).mean(dim=2) / (x.shape[2] * x.shape[3])
 
     def of(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """The norm of some rows of x, with the statistics of all of x."""
+        """The norm of some rows of x, (B, C, rows, W), with the statistics of all of x, (B, C, H, W)."""
         mean, variance = self.statistics(x)
         per_group = x.shape[1] // self.num_groups
         scale = self.weight * torch.rsqrt(variance + self.eps).repeat_interleave(per_group, dim=1)  # (B, C)

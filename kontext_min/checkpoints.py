@@ -572,7 +572,11 @@ _NETWORKS = {  # part: (class, params from headers and config, a key of its conf
 
 
 def outline(part: str, path: str | Path, params: Any = None) -> tuple[Any, Headers, dict[str, list[str]]]:
-    """A network on meta, what its files hold, and which stored tensors make each of its parameters."""
+    """A network on meta, what its files hold, and which stored tensors make each of its parameters.
+
+    Raises:
+        ValueError: the files hold another network, or not all of this one.
+    """
     network, infer, key, modules = _NETWORKS[part]
     files = find(path, part)
     headers = strip_prefix(read_headers(files), part)

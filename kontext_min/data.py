@@ -48,6 +48,9 @@ def buckets(resolution: int = 1024, multiple: int = 16) -> list[Size]:
     Args:
         resolution: side of the square bucket in pixels; 1024 gives the official list.
         multiple: what sides are rounded to, in pixels: twice the autoencoder's factor, as tokens are 2 x 2 latents.
+
+    Raises:
+        ValueError: a resolution below one token.
     """
     if resolution < multiple:
         raise ValueError(f"resolution: got {resolution}, expected at least {multiple} pixels, one token of this model.")
@@ -360,7 +363,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_float(pictures: Tensor) -> Tensor:
-    """Bytes to float32 in [-1, 1], as the official autoencoder wants them; on the device, where it costs nothing."""
+    """Bytes of any shape to float32 in [-1, 1], as the official autoencoder wants them: x / 127.5 - 1."""
     return pictures.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 

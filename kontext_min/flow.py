@@ -167,7 +167,7 @@ def start_time(control: Tensor, target: Tensor, source_noise: float = 0.0) -> fl
     """T = r / (1 + r), r the RMS of z_source - z_target: Flux's time whose noise is as strong as the degradation.
 
     Flux at time t has the signal-to-noise ratio (1 - t) / t; setting it to 1 / r gives T. The closed form of the match
-    that OMGSR (2025) makes for one-step restoration.
+    that OMGSR (2025) makes for one-step restoration. Control and target: latents (B, C, h, w).
     """
     r = math.sqrt((control - target).square().mean().item() + source_noise**2)
     return max(r / (1 + r), 1e-3)
@@ -224,6 +224,9 @@ def density(u: Tensor, name: str, image_tokens: int) -> Tensor:
 
     Returns:
         (B,) sigma = 1 - t.
+
+    Raises:
+        ValueError: another name.
     """
     if name == "uniform":
         return u
@@ -248,6 +251,9 @@ def weight(sigma: Tensor, name: str) -> Tensor:
     clean        3 t^2: since x_sigma + t v_pred estimates the clean latent, t^2 times the squared error of v IS the
                  squared error of that estimate; the 3 makes the mean weight 1. It stresses the degraded end, where a
                  restoration in few steps is decided.
+
+    Raises:
+        ValueError: another name.
     """
     t = 1 - sigma
     if name == "uniform":
@@ -271,6 +277,9 @@ def penalty(loss: Tensor, name: str) -> Tensor:
     psnr   its logarithm, -PSNR / 4.34 dB and a constant: every picture's gradient is divided by its own error, so that
            a smooth picture counts as much as a sharp one, whose error is ten times as large. Used for restoration since
            HINet (Chen et al. 2021, arXiv 2105.06086). An error far below 1e-5 gains nothing more.
+
+    Raises:
+        ValueError: another name.
     """
     if name == "mse":
         return loss
@@ -330,7 +339,10 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: T
         solver: one of SOLVERS.
 
     Returns:
-        The state at sigmas[-1], in the dtype of x.
+        The state at sigmas[-1], in the shape and dtype of x.
+
+    Raises:
+        ValueError: another solver.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(SOLVERS)}.")

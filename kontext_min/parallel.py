@@ -106,7 +106,7 @@ def sync_gradients(model: nn.Module, now: bool) -> Iterator[None]:
 
 
 def add_up(values: Tensor) -> Tensor:
-    """The sum of a CPU tensor over all processes."""
+    """The sum of a CPU tensor of any shape over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values

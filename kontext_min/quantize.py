@@ -87,7 +87,10 @@ def _quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Codes of any kind, which their dtype tells -> the weight of `shape`, made in float32, rounded once to dtype."""
+    """Codes and scales from `quantize` -> the weight (out, in) = `shape`, made in float32, rounded once to dtype.
+
+    The dtype of the codes tells their kind.
+    """
     if codes.dtype == torch.uint8:  # nf4: one look-up gives both weights of a byte
         levels = torch.tensor(NF4, device=codes.device)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2)

@@ -127,6 +127,9 @@ def restore(
 
     Returns:
         (B, 3, H, W) on the device of the image: bytes for bytes; for floats float32, not clamped.
+
+    Raises:
+        ValueError: strength or fidelity outside its range, steps below one, or another solver.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength: got {strength}, expected more than 0 and at most 1.")

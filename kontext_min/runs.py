@@ -245,7 +245,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, gathered from all processes if it is sharded."""
+    """The full tensor, in its own shape, gathered from all processes if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

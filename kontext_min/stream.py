@@ -249,6 +249,9 @@ def load_streamed(
 
     Returns:
         The network, frozen, all but the weights of its blocks in place, and its stream.
+
+    Raises:
+        ValueError: files of another network, or parts of a weight that are stored in several dtypes.
     """
     device = torch.device(device)
     model, headers, sources = checkpoints.outline(part, path, params)
