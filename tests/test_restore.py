@@ -311,7 +311,7 @@ def test_decoding_in_tiles_over_all_photographs():
 
 
 def test_norms_of_tiles_see_what_they_see_of_the_whole():
-    """In the official architecture at an eighth of its width, whose blocks run in another order than they are listed.
+    """In the official architecture, narrow and of three levels, whose blocks run in another order than they are listed.
 
     Without the attention, which sees less in a tile. What is left is 2 percent: zeros beyond the edges of tiles.
     """
