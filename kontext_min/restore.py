@@ -88,6 +88,17 @@ def passes(
     return tiles * (evaluations + 2) + (norm_passes(autoencoder, size, tile, 2) if share_norms else 0)
 
 
+def _start(control: Tensor, objective: Objective, noise: Tensor | None, seed: int, strength: float) -> Tensor:
+    """x at sigma = 1 - strength, shape of the control latents (B, C, h, w)."""
+    x = control
+    if objective.name == "kontext" or objective.source_noise:
+        if noise is None:
+            g = torch.Generator().manual_seed(seed)
+            noise = torch.randn(control.shape[1:], generator=g).expand(control.shape)
+        x = objective.source(control, noise.to(control))
+    return x if strength == 1 else strength * x + (1 - strength) * control
+
+
 @torch.no_grad()
 def restore(
     image: Tensor,
@@ -158,14 +169,7 @@ def restore(
         return v
 
     control = tiled(encode, (pad_to_grid(image, grid),), tile, grid, 1 / factor)  # (B, C, h, w)
-    x = control
-    if objective.name == "kontext" or objective.source_noise:
-        if noise is None:
-            g = torch.Generator().manual_seed(seed)
-            noise = torch.randn(control.shape[1:], generator=g).expand(control.shape)
-        x = objective.source(control, noise.to(control))
-    if strength < 1:
-        x = strength * x + (1 - strength) * control
+    x = _start(control, objective, noise, seed, strength)
 
     def v(x: Tensor, sigma: Tensor) -> Tensor:
         return tiled(lambda x, c: evaluate(x, c, sigma), (x, control), tile // factor, 2)
