@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, tmp_path, monkeypatch, caps
         ("bridge", True, 60, 2e-3, 0.1),
         ("bridge", False, 40, 5e-3, 0.4),
         ("kontext", True, 50, 2e-3, 0.4),
-        ("kontext", False, 50, 5e-3, 0.4),
+        ("kontext", False, 80, 3e-3, 0.4),
     ],
 )
 def test_four_crops_are_learnt_by_heart(objective, full, steps, lr, bound):
