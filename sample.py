@@ -86,7 +86,9 @@ class Settings:
     color_fix: str = flag("none", "colours of the input; not for faded or dark pictures", "method", COLOUR_FIXES)
     seed: int = flag(42, "seed of the source noise and of --degrade", "method", least=0)
     tile: int | None = flag(None, "side in pixels; else the LoRA's resolution, else 64 tokens", "method", least=1)
-    share_norms: bool = flag(True, "decode tiles as parts of one picture; without, faster and 1 percent off", "method")
+    share_norms: bool = flag(
+        True, "decode tiles as parts of one picture; without, faster, each in its own tone", "method"
+    )
     batch_size: int = flag(1, "pictures of one shape restored together", "machine", least=1)
     cache_dir: Path = flag(Path("runs/cache"), "where encoded prompts are kept", "machine")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
@@ -217,7 +219,7 @@ def method_of(settings: Settings, weights: Weights) -> Method:
     prompt = settings.prompt or about.get("prompt") or degrade.PROMPTS["guide"]
     guidance = settings.guidance if settings.guidance is not None else about.get("guidance", 1.5)
     steps, solver = settings.steps or STEPS[name], settings.solver
-    if solver == "auto":  # a bridge's texture comes of curved paths: Euler needs three times the evaluations for it
+    if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)
         solver = "midpoint" if name == "bridge" and steps > 1 else "euler"
     return Method(prompt, guidance, objective, steps, solver, about.get("resolution"))
 

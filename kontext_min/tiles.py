@@ -179,6 +179,7 @@ def _noting(norm: GroupNorm, seen: list, height: int, rows: slice, columns: slic
 
 def _pool(seen: list[tuple[int, Statistics]]) -> Statistics:
     """Mean and variance (B, groups) of parts with their areas -> those of the whole."""
-    parts = [(area / sum(a for a, _ in seen), *statistics) for area, statistics in seen]
+    whole = sum(area for area, _ in seen)
+    parts = [(area / whole, *statistics) for area, statistics in seen]
     mean = sum(p * m for p, m, _ in parts)
     return mean, sum(p * (v + (m - mean).square()) for p, m, v in parts)
