@@ -91,7 +91,7 @@ def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = pe[..., 0, 0], pe[..., 1, 0]
         return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
-    turn = torch.view_as_complex(pe[..., 0])  # cos + i sin, the first column: a view
+    turn = torch.view_as_complex(pe[..., 0].contiguous())  # cos + i sin, the first column, which lies together
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, H, L, d/2), x0 + i x1
     return torch.view_as_real(z * turn).flatten(-2).to(x.dtype)  # one pass over memory instead of seven
 
@@ -225,13 +225,9 @@ class DoubleStreamBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
-        img_q, img_k, img_v = self.img_attn.heads(modulated_norm(img, img_shift1, img_scale1))
-        txt_q, txt_k, txt_v = self.txt_attn.heads(modulated_norm(txt, txt_shift1, txt_scale1))
-
-        q = torch.cat([txt_q, img_q], dim=2)  # text first: (B, H, L_txt + L_img, d)
-        k = torch.cat([txt_k, img_k], dim=2)
-        v = torch.cat([txt_v, img_v], dim=2)
-        txt_attn, img_attn = attention(q, k, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
+        img_attn, txt_attn = self.attend(
+            modulated_norm(img, img_shift1, img_scale1), modulated_norm(txt, txt_shift1, txt_scale1), pe
+        )
 
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))  # img + gate * ...
         img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
@@ -239,6 +235,16 @@ class DoubleStreamBlock(nn.Module):
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))  # txt + gate * ...
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
         return img, txt
+
+    def attend(self, img: Tensor, txt: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """The joint attention; what it needs, a third of the block's memory, is gone before the MLPs run."""
+        img_q, img_k, img_v = self.img_attn.heads(img)
+        txt_q, txt_k, txt_v = self.txt_attn.heads(txt)
+        q = torch.cat([txt_q, img_q], dim=2)  # text first: (B, H, L_txt + L_img, d)
+        k = torch.cat([txt_k, img_k], dim=2)
+        v = torch.cat([txt_v, img_v], dim=2)
+        txt_attn, img_attn = attention(q, k, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
+        return img_attn, txt_attn
 
 
 class SingleStreamBlock(nn.Module):
@@ -258,10 +264,15 @@ class SingleStreamBlock(nn.Module):
         """(B, L, D), (B, D), (B, 1, L, d/2, 2, 2) -> (B, L_read, D); keys and values are of all tokens."""
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.splits, dim=-1)
+        attn, mlp = self.attend(qkv, pe, read), self.mlp_act(mlp[:, read])
+        del qkv  # with it the output of linear1, the largest tensor of the block
+        return torch.addcmul(x[:, read], gate, self.linear2(torch.cat([attn, mlp], dim=-1)))
+
+    def attend(self, qkv: Tensor, pe: Tensor, read: slice) -> Tensor:
+        """(B, L, 3 D) -> (B, L_read, D)."""
         q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
         q, k = self.norm(q, k, v)
-        out = torch.cat([attention(q, k, v, pe, read), self.mlp_act(mlp[:, read])], dim=-1)
-        return torch.addcmul(x[:, read], gate, self.linear2(out))
+        return attention(q, k, v, pe, read)
 
 
 class LastLayer(nn.Module):

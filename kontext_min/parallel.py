@@ -58,7 +58,10 @@ def start(device: str) -> Processes:
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine, or this build of torch, has no CUDA; use --device cpu.")
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world > 1 else chosen.index or 0)
+        index, there = int(os.environ["LOCAL_RANK"]) if world > 1 else chosen.index or 0, torch.cuda.device_count()
+        if index >= there:
+            raise ValueError(f"--device {device}: there is no cuda:{index}, this machine has GPUs 0 to {there - 1}.")
+        chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"  # gloo for the few numbers

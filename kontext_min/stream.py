@@ -29,6 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from mmap import mmap
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -190,10 +191,17 @@ def checkpoint_blocks(flux: Flux, offload: bool = False) -> None:
 
 
 def _page_locked(nbytes: int) -> Tensor:
-    """Host memory that a GPU reads by itself, of this size: pin_memory=True rounds up to a power of two."""
-    data = torch.empty(nbytes, dtype=torch.uint8)
+    """Host memory that a GPU reads by itself, of this size: pin_memory=True rounds up to a power of two.
+
+    In pages of its own, since none can be locked twice.
+    """
+    data = torch.frombuffer(mmap(-1, nbytes), dtype=torch.uint8)
     runtime = torch.cuda.cudart()
-    runtime.cudaHostRegister(data.data_ptr(), nbytes, 0)
+    if code := int(runtime.cudaHostRegister(data.data_ptr(), nbytes, 0)):
+        raise ValueError(
+            f"--stream: {nbytes / 1e6:.0f} MB of memory can't be locked for the GPU (cudaHostRegister: {code}); "
+            "look at `ulimit -l` and at the memory that is free."
+        )
     weakref.finalize(data, runtime.cudaHostUnregister, data.data_ptr())
     return data
 

@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"{name}: --slow, or a GPU, is needed"))
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_machine_without_a_gpu(request, monkeypatch):
+    """The numbers of these tests are those of a CPU; only tests marked gpu see what else there is."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that a test starts
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def make_bundle(folder, seed=0):
     """A hub folder: the text encoders of weights/tiny, a random autoencoder of factor 4 and a random transformer."""
     generator = torch.Generator().manual_seed(seed)

@@ -89,16 +89,16 @@ def test_compiled_gradients_on_a_cpu(quantized):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "quantized", "checkpointed"), [(torch.float32, False, False), (torch.bfloat16, True, True)]
+)
 def test_compiled_gradients_on_a_gpu(dtype, quantized, checkpointed):
     torch._dynamo.reset()
     plain, flux = network(quantized, "cuda", dtype), network(quantized, "cuda", dtype)
     compile_blocks(flux[0])
     if checkpointed:
         checkpoint_blocks(flux[0])
-    for width, height in data.buckets(256)[:3]:
+    for width, height in data.buckets(256)[:2]:
         got = gradients(*flux, width // 8, height // 8, "cuda", dtype)
         expected = gradients(*plain, width // 8, height // 8, "cuda", dtype)
         error = sum((a - b).square().sum() for a, b in zip(got, expected, strict=True))

@@ -221,6 +221,9 @@ def test_one_gpu_is_chosen_by_its_number(monkeypatch, flag, number):
     """torch.cuda.set_device refuses `cuda` without a number."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert parallel.start(flag).device == torch.device("cuda", number)
     assert chosen == [torch.device("cuda", number)]
+    with pytest.raises(ValueError, match="no cuda:2, this machine has GPUs 0 to 1"):
+        parallel.start("cuda:2")

@@ -108,7 +108,8 @@ def test_blocks_that_were_not_run_are_counted_exactly():
     for changes in ({}, {"checkpointing": True}, {"train": False, "rank": 0}):
         setting = Setting(size=(128, 128), dtype=torch.float32, cuda=False, **changes)
         few, many = (
-            Sizes(flux=dataclasses.replace(SMALL, depth=d, depth_single_blocks=s)) for d, s in ((2, 2), (3, 5))
+            Sizes(flux=dataclasses.replace(SMALL, depth=d, depth_single_blocks=s), stored=torch.float32)
+            for d, s in ((2, 2), (3, 5))
         )
         flux = Flux(many.flux)
         total = sum(p.numel() for p in flux.parameters())
@@ -116,7 +117,7 @@ def test_blocks_that_were_not_run_are_counted_exactly():
         z, prompt = torch.zeros(1, 16, 16, 16), flow.Prompt(torch.zeros(1, 512, 96), torch.zeros(1, 64), torch.ones(1))
         with tally, torch.no_grad():
             flow.velocity(flux, z, torch.zeros(1), z, prompt, flow.Objective())
-        parts, peak, flops = plan.network(setting, dataclasses.replace(many, stored=torch.float32))
+        parts, peak, flops = plan.network(setting, many)
         assert parts["weights"] == 4 * total
         assert peak >= plan.network(setting, few)[1]
         if not setting.train:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.autograd.graph import saved_tensors_hooks
 
 import train
 from kontext_min import prompts, stream
@@ -115,8 +117,13 @@ def test_checkpointed_runs_give_the_numbers_of_the_plain_run(tmp_path, offload, 
     file = write(tmp_path, "bfl")
     plain = learn(with_lora(load_flux(file, dtype=torch.float32, kind="nf4")))
     flux = with_lora(load_flux(file, dtype=torch.float32, kind="nf4"))
-    moved, on_cpu = [], stream.save_on_cpu
-    monkeypatch.setattr(stream, "save_on_cpu", lambda pin_memory: moved.append(1) or on_cpu(pin_memory))
+    moved = []
+
+    def on_cpu(pin_memory):  # page-locked copies have no strides but the plain ones
+        moved.append(1)
+        return saved_tensors_hooks(lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x)
+
+    monkeypatch.setattr(stream, "save_on_cpu", on_cpu)
     checkpoint_blocks(flux, offload)
     assert equal(learn(flux), plain)
     assert len(moved) == (3 * 2 * 3 if offload else 0)  # steps, passes, blocks
@@ -322,6 +329,23 @@ def test_flags_that_do_not_go_together(run, flags, message, capsys):
 # ----------------------------------------------------------------------------------------------------------------- GPU
 
 
+def test_page_locked_memory_has_pages_of_its_own_and_is_unlocked(monkeypatch):
+    calls = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda start, size, flags: calls.append((start, size)) or 2 * (size == 13),
+        cudaHostUnregister=lambda start: calls.append(start),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    a, b = stream._page_locked(1000), stream._page_locked(1000)
+    assert a.fill_(1).sum() + b.fill_(2).sum() == 3000
+    assert calls == [(a.data_ptr(), 1000), (b.data_ptr(), 1000)]
+    assert a.data_ptr() % os.sysconf("SC_PAGE_SIZE") == b.data_ptr() % os.sysconf("SC_PAGE_SIZE") == 0
+    del a
+    assert calls[-1] == calls[0][0]
+    with pytest.raises(ValueError, match="can't be locked for the GPU"):
+        stream._page_locked(13)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("kind", [None, *QUANTIZED])
@@ -348,7 +372,7 @@ def test_on_a_gpu_as_without_streaming(tmp_path, kind, kept):
     stream.wrap()
     checkpoint_blocks(flux)
     for a, b in zip(losses(flux), plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)  # kernels may add in another order
+        assert (a - b).norm() <= 1e-2 * b.norm()  # kernels may add in another order
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import kill_test
 import memorise
 import peer_training
+import sample
 import train
 from kontext_min import degrade, flow, prompts, runs, stream
 from train import Settings
@@ -426,3 +427,25 @@ def test_the_same_training_written_with_diffusers_and_peft(tmp_path):
     argv = ["--hr-root", str(Path(__file__).parent / "photos"), "--cache-dir", str(tmp_path / "cache")]
     argv += [*peer_training.FLAGS.split(), "--resolution", "64", "--warmup", "3", "--steps", "6"]
     assert peer_training.compare(argv, tmp_path / "run") <= 1e-4
+
+
+OFFLOADED = "--gradient-checkpointing --offload-activations"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", ["", "--quantize int8", "--stream", OFFLOADED, "--full"])
+def test_a_run_on_a_gpu_goes_on_and_ends_as_on_a_cpu(run, small_bundle, pictures, tmp_path, flags):
+    """Stopped and resumed on the GPU, then the result restores a picture there; in float32, losses as on the CPU."""
+    flags = f"--val-count 0 --dtype float32 --workers 2 --lr-schedule constant {flags}".split()
+    assert run("--device", "cpu", *flags) == 0
+    expected = [row["loss"] for row in rows(tmp_path / "run")]
+    assert run("--device", "cuda", "--overwrite", *flags, "--steps", "2") == 0
+    assert run("--device", "cuda", "--accept-changes", *flags) == 0
+    losses = [row["loss"] for row in rows(tmp_path / "run")]
+    assert losses == pytest.approx(expected, rel=1e-2)  # cuDNN's convolutions take tf32
+    made = ["--transformer", tmp_path / "run" / "transformer"]
+    made = made if "--full" in flags else ["--lora", tmp_path / "run" / "lora.safetensors"]
+    argv = ["--input", pictures / "00.png", "--output", tmp_path / "o.png", "--weights", small_bundle, *made]
+    argv += ["--cache-dir", tmp_path / "cache", "--device", "cuda", "--tile", "64", "--steps", "2"]
+    assert sample.main([str(a) for a in argv]) == 0
+    assert Image.open(tmp_path / "o.png").size == Image.open(pictures / "00.png").size

@@ -1,0 +1,242 @@
+"""A Kontext of full size on one GPU: time and memory against diffusers with peft, and both scripts against their plans.
+
+    python tests/gpu_bench.py network            the transformer with random weights, 24 GB; needs 60 GB on the card
+    python tests/gpu_bench.py runs FOLDER        train.py and sample.py at 1024x1024; writes FOLDER/weights (34 GB)
+    python tests/gpu_bench.py runs FOLDER int8   only the runs whose names have this in them
+
+network: bfloat16, 512 text and 4096 picture tokens, the same weights and inputs on both sides, turn by turn, medians;
+a LoRA of rank 16 on the same Linears. Outputs and gradients are compared first. The share is of this card's own matmul.
+
+runs: each in a process of its own, which reports the most that torch's allocator held (max_memory_allocated) beside
+what kontext_min/plan.py says before the run, less its half GB for the CUDA context.
+"""
+
+import argparse
+import gc
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
+
+import bench  # noqa: E402
+from kontext_min.flux import Flux, FluxParams  # noqa: E402
+
+GB = 2.0**30
+bench.SIZES["12B"] = (FluxParams(), (512, 4096, 0))
+LORA = ["--accumulate", "1", "--workers", "8", "--val-count", "0", "--steps", "6"]
+CHECKPOINTED = [*LORA, "--gradient-checkpointing"]
+RUNS = {  # name -> script and flags
+    "train, int8": ["train.py", *CHECKPOINTED, "--quantize", "int8"],
+    "train, stream": ["train.py", *LORA, "--stream"],
+    "train, bf16": ["train.py", *CHECKPOINTED],
+    "train, nf4, offload": ["train.py", *CHECKPOINTED, "--quantize", "nf4", "--offload-activations"],
+    "train, int8, context": ["train.py", *CHECKPOINTED, "--quantize", "int8", "--context"],
+    "sample, int8": ["sample.py", "--steps", "8", "--quantize", "int8"],
+    "sample, stream": ["sample.py", "--steps", "8", "--stream"],
+    "sample, bf16": ["sample.py", "--steps", "8"],
+    "train, stream, 512": ["train.py", *LORA, "--stream", "--resolution", "512"],
+    "train, bf16, compiled": ["train.py", *CHECKPOINTED, "--compile"],
+}
+
+
+def card() -> str:
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+
+
+def seconds(*functions: Callable[[], object], repeats: int = 5) -> list[float]:
+    """Median of each, called in turns after a first call that does not count."""
+    taken: list[list[float]] = [[] for _ in functions]
+    for k in range(repeats + 1):
+        for f, found in zip(functions, taken, strict=True):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            f()
+            torch.cuda.synchronize()
+            if k:
+                found.append(time.perf_counter() - began)
+    return [statistics.median(found) for found in taken]
+
+
+def peak_of(f: Callable[[], object]) -> float:
+    """The most that is allocated in a call beside what was there before, in GB."""
+    f()  # workspaces
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    return (torch.cuda.max_memory_allocated() - before) / GB
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+
+
+def both_networks(size: str) -> tuple[Flux, torch.nn.Module]:
+    """Ours with random bfloat16 weights on the GPU, and diffusers' on the very same memory."""
+    from test_checkpoints import to_diffusers
+
+    with torch.device("meta"):
+        ours, theirs = Flux(bench.SIZES[size][0]), bench.their_flux(size)
+    ours = ours.to(torch.bfloat16).to_empty(device="cuda").requires_grad_(False)
+    torch.manual_seed(0)
+    for name, p in ours.named_parameters():
+        if p.ndim == 2:
+            p.normal_(std=p.shape[1] ** -0.5)
+        else:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+    theirs.load_state_dict(to_diffusers(ours), assign=True)
+    return ours, theirs.requires_grad_(False)
+
+
+def network(size: str) -> None:
+    """Forward pass and LoRA step of both, plain and checkpointed, then ours compiled and with narrow weights."""
+    from train import checkpoint_blocks, compile_blocks
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    peak = 2 * 8192**3 / seconds(lambda: a @ b, repeats=20)[0]
+    print(f"{card()}, matmul {peak / 1e12:.0f} TFLOP/s\n")
+    ours, theirs = both_networks(size)
+    x = [v.cuda() if isinstance(v, torch.Tensor) else v for v in bench.inputs(size)]
+    x = [v.bfloat16() if i in (0, 2, 5) else v for i, v in enumerate(x)]
+    x[4], x[6] = torch.full_like(x[4], 0.5), torch.ones_like(x[6])  # theirs rounds 1000 times these to bfloat16
+    print("| what | diffusers + peft | ours | ratio | of the matmul peak |\n|---|--:|--:|--:|--:|")
+
+    def row(name: str, pair: list[float], unit: str, flops: float = 0.0) -> None:
+        share = f"{flops / pair[1] / peak:.2f}" if flops else ""
+        shown = " | ".join(f"{value:.3f} {unit}" for value in pair)
+        print(f"| {name} | {shown} | {pair[1] / pair[0]:.2f} | {share} |", flush=True)
+
+    pair = [lambda: bench.forward(bench.their_call, theirs, x), lambda: bench.forward(bench.our_call, ours, x)]
+    error = relative(pair[1](), pair[0]())
+    flops = bench.flop_count(pair[1])
+    row("forward", seconds(*pair), "s", flops)
+    row("memory, forward", [peak_of(f) for f in pair], "GB")
+
+    names = bench.target_names(size)
+    bench.our_lora(ours)
+    bench.their_lora(theirs, [n for them in names.values() for n in them])
+    modules = dict(theirs.named_modules())
+    for name, them in names.items():
+        layer = ours.get_submodule(name)
+        for n, rows in zip(them, layer.lora_B.detach().split([modules[n].out_features for n in them]), strict=True):
+            modules[n].lora_A["default"].weight.data.copy_(layer.lora_A)
+            modules[n].lora_B["default"].weight.data.copy_(rows)
+    pair = [lambda: bench.step(bench.their_call, theirs, x), lambda: bench.step(bench.our_call, ours, x)]
+    for what in ("LoRA step", "LoRA step, checkpointed"):
+        if what != "LoRA step":
+            checkpoint_blocks(ours)
+            theirs.train().enable_gradient_checkpointing()
+        try:
+            flops = bench.flop_count(pair[1])
+            row(what, seconds(*pair), "s", flops)
+            row(f"memory, {what}", [peak_of(f) for f in pair], "GB")
+        except torch.OutOfMemoryError:
+            print(f"| {what} | out of memory | | | |", flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+    first = next(iter(names))
+    gradient = torch.cat([modules[n].lora_B["default"].weight.grad for n in names[first]])
+    far = relative(ours.get_submodule(first).lora_B.grad, gradient)
+    theirs_took = seconds(pair[0], repeats=3)
+    for block in ours.blocks:
+        del block.forward  # the checkpoint, which goes around the compiled block
+    compile_blocks(ours)
+    checkpoint_blocks(ours)
+    row("LoRA step, checkpointed, ours compiled", theirs_took + seconds(pair[1], repeats=3), "s", flops)
+    print(f"\nour output differs from theirs by {error:.1e}, the gradient of {first} by {far:.1e}")
+
+
+def child(argv: list[str]) -> None:
+    """One script with its flags, in this process; prints what the card held at most, what was planned, and times."""
+    import sample
+    import train
+    from kontext_min import plan
+
+    planned, encoding = [], []
+    plan.refuse = lambda setting, sizes, device: planned.append(plan.measure(setting, sizes).device)
+    encode = train.to_latents
+
+    def timed(*arguments):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        latents = encode(*arguments)
+        torch.cuda.synchronize()
+        encoding.append(time.perf_counter() - began)
+        return latents
+
+    train.to_latents = timed
+    code = {"train.py": train, "sample.py": sample}[argv[0]].main(argv[1:])
+    peak, held = torch.cuda.max_memory_allocated() / GB, torch.cuda.max_memory_reserved() / GB
+    encoded = statistics.median(encoding) if encoding else 0.0
+    print(f"child: {code} {(planned[0] - plan.CUDA_CONTEXT) / GB:.2f} {peak:.2f} {held:.2f} {encoded:.3f}")
+
+
+def runs(folder: Path, chosen: str) -> None:
+    """The scripts on a random Kontext of full size."""
+    from full_size import write_weights
+
+    write_weights(folder / "weights", 512)
+    (folder / "pictures").mkdir(exist_ok=True)
+    for k, photo in enumerate(sorted((TESTS / "photos").glob("*.jpg"))):
+        Image.open(photo).convert("RGB").resize((1024, 1024)).save(folder / "pictures" / f"{k}.png")
+    shared = ["--weights", str(folder / "weights"), "--cache-dir", str(folder / "cache"), "--device", "cuda"]
+    print(f"\n{card()}, 1024x1024 unless said, batch 1, rank 16, 512 text tokens\n")
+    print("| run | planned, GB | allocated, GB | ratio | reserved, GB | s a step | of it encoding | s in all |")
+    print("|---|" + "--:|" * 7, flush=True)
+    streamed = []
+    for name, (script, *flags) in RUNS.items():
+        if chosen not in name:
+            continue
+        out, began = folder / name.replace(", ", "-"), time.monotonic()
+        if script == "train.py":
+            where = ["--hr-root", str(folder / "pictures"), "--output-dir", str(out), "--overwrite"]
+        else:
+            where = ["--input", str(folder / "pictures" / "0.png"), "--output", f"{out}.png"]
+        command = [sys.executable, __file__, "child", script, *where, *shared, *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        whole, lines = time.monotonic() - began, done.stdout.splitlines()
+        if not lines or not lines[-1].startswith("child: 0"):
+            print(f"\n{name}: exit code {done.returncode}", *lines[-5:], done.stderr[-2000:], sep="\n", flush=True)
+            continue
+        _, _, planned, peak, held, encoded = lines[-1].split()
+        if script == "train.py":
+            metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            step = statistics.median(row["seconds"] for row in metrics[2:])
+        else:
+            step = float(re.search(r"([\d.]+) s$", done.stdout, re.MULTILINE)[1]) / 8
+        cells = planned, peak, f"{float(peak) / float(planned):.2f}", held, f"{step:.2f}", encoded, f"{whole:.0f}"
+        print(f"| {name} |", " | ".join(cells), "|", flush=True)
+        streamed += [f"{name}: {line}" for line in lines if line.startswith("streamed")]
+    print("", *streamed, sep="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("network").add_argument("--size", default="12B", choices=bench.SIZES)
+    one = commands.add_parser("runs")
+    one.add_argument("folder", type=Path)
+    one.add_argument("chosen", nargs="?", default="", help="only the runs whose names have this in them")
+    if sys.argv[1:2] == ["child"]:  # its flags are those of the scripts
+        child(sys.argv[2:])
+        return
+    arguments = parser.parse_args()
+    if arguments.command == "network":
+        network(arguments.size)
+    else:
+        runs(arguments.folder.resolve(), arguments.chosen)
+
+
+if __name__ == "__main__":
+    main()
