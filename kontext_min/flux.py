@@ -73,7 +73,8 @@ def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
         theta: base of the frequencies.
 
     Returns:
-        (B, 1, L, d/2, 2, 2) float32, each 2x2 the matrix [[cos, -sin], [sin, cos]]; columns lie together in memory.
+        (B, 1, L, d/2, 2, 2) float32, each 2x2 the matrix [[cos, -sin], [sin, cos]]. All first columns lie together in
+        memory, and so do all second ones.
     """
     angles = []
     for axis, dim in enumerate(axes_dim):
@@ -81,8 +82,8 @@ def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
         angles.append(ids[..., axis, None].double() * omega)  # (B, L, dim/2)
     angle = torch.cat(angles, dim=-1)  # (B, L, d/2)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    columns = torch.stack([cos, sin, -sin, cos], dim=-1)
-    return rearrange(columns, "b l p (j i) -> b 1 l p i j", i=2, j=2).float()
+    columns = torch.stack([torch.stack([cos, sin], dim=-1), torch.stack([-sin, cos], dim=-1)])  # (2, B, L, d/2, 2)
+    return rearrange(columns, "j b l p i -> b 1 l p i j").float()
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = pe[..., 0, 0], pe[..., 1, 0]
         return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
-    turn = torch.view_as_complex(pe[..., 0].contiguous())  # cos + i sin, the first column, which lies together
+    turn = torch.view_as_complex(pe[..., 0].contiguous())  # cos + i sin; a copy only if strides were lost
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, H, L, d/2), x0 + i x1
     return torch.view_as_real(z * turn).flatten(-2).to(x.dtype)  # one pass over memory instead of seven
 

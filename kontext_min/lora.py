@@ -57,7 +57,9 @@ class _Correct(torch.autograd.Function):
             grad_b.addmm_(g.t(), lows)
             grad_low = ctx.scale * (g @ b)
             grad_a.addmm_(grad_low.t(), xs.float())
-            if dx is not None:
+            if dx is not None and dx.dtype == torch.float32:
+                dx.addmm_(grad_low, a, beta=0)
+            elif dx is not None:
                 dx.copy_(grad_low @ a)
         return grad, grad_x, grad_a, grad_b, None
 

@@ -87,6 +87,7 @@ def test_golden_without_context(golden):
 def test_golden_units():
     units = UNITS
     pe = rope(units["rope.ids"][None], (16, 56, 56), 10_000)
+    assert pe[..., 0].is_contiguous()  # else apply_rope copies it, and autograd keeps the copies
     close(pe[0, 0], units["rope.bfl_pe"], 1e-5)  # BFL's angles are float32: off by up to 4.5e-6 below position 98
     close(pe[0, 0, ..., 0, 0].repeat_interleave(2, -1), units["rope.diffusers_cos"], 1e-7)  # float64 there, as here
     close(pe[0, 0, ..., 1, 0].repeat_interleave(2, -1), units["rope.diffusers_sin"], 1e-7)
