@@ -49,6 +49,8 @@ RUNS = {  # name -> script and flags
     "train, bf16, compiled": ["train.py", *CHECKPOINTED, "--compile"],
 }
 
+PARTS = ("forward", "step", "step, checkpointed", "step, checkpointed, ours compiled")
+
 
 def card() -> str:
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -100,61 +102,58 @@ def both_networks(size: str) -> tuple[Flux, torch.nn.Module]:
 
 
 def network(size: str) -> None:
-    """Forward pass and LoRA step of both, plain and checkpointed, then ours compiled and with narrow weights."""
+    """The rows of the table, each part in a process of its own: after an illegal access CUDA is lost to a process."""
+    print("| what | diffusers + peft | ours | ratio | of the matmul peak |\n|---|--:|--:|--:|--:|", flush=True)
+    for what in PARTS:
+        done = subprocess.run([sys.executable, __file__, "part", size, what], capture_output=True, text=True)
+        print(done.stdout or f"| {what} | {done.stderr[-500:]} |", end="", flush=True)
+
+
+def part(size: str, what: str) -> None:
+    """One row or two: seconds and memory of both sides."""
     from train import checkpoint_blocks, compile_blocks
 
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     peak = 2 * 8192**3 / seconds(lambda: a @ b, repeats=20)[0]
-    print(f"{card()}, matmul {peak / 1e12:.0f} TFLOP/s\n")
     ours, theirs = both_networks(size)
     x = [v.cuda() if isinstance(v, torch.Tensor) else v for v in bench.inputs(size)]
     x = [v.bfloat16() if i in (0, 2, 5) else v for i, v in enumerate(x)]
     x[4], x[6] = torch.full_like(x[4], 0.5), torch.ones_like(x[6])  # theirs rounds 1000 times these to bfloat16
-    print("| what | diffusers + peft | ours | ratio | of the matmul peak |\n|---|--:|--:|--:|--:|")
-
-    def row(name: str, pair: list[float], unit: str, flops: float = 0.0) -> None:
-        share = f"{flops / pair[1] / peak:.2f}" if flops else ""
-        shown = " | ".join(f"{value:.3f} {unit}" for value in pair)
-        print(f"| {name} | {shown} | {pair[1] / pair[0]:.2f} | {share} |", flush=True)
-
     pair = [lambda: bench.forward(bench.their_call, theirs, x), lambda: bench.forward(bench.our_call, ours, x)]
-    error = relative(pair[1](), pair[0]())
     flops = bench.flop_count(pair[1])
-    row("forward", seconds(*pair), "s", flops)
-    row("memory, forward", [peak_of(f) for f in pair], "GB")
-
-    names = bench.target_names(size)
-    bench.our_lora(ours)
-    bench.their_lora(theirs, [n for them in names.values() for n in them])
-    modules = dict(theirs.named_modules())
-    for name, them in names.items():
-        layer = ours.get_submodule(name)
-        for n, rows in zip(them, layer.lora_B.detach().split([modules[n].out_features for n in them]), strict=True):
-            modules[n].lora_A["default"].weight.data.copy_(layer.lora_A)
-            modules[n].lora_B["default"].weight.data.copy_(rows)
-    pair = [lambda: bench.step(bench.their_call, theirs, x), lambda: bench.step(bench.our_call, ours, x)]
-    for what in ("LoRA step", "LoRA step, checkpointed"):
-        if what != "LoRA step":
-            checkpoint_blocks(ours)
-            theirs.train().enable_gradient_checkpointing()
-        try:
-            flops = bench.flop_count(pair[1])
-            row(what, seconds(*pair), "s", flops)
-            row(f"memory, {what}", [peak_of(f) for f in pair], "GB")
-        except torch.OutOfMemoryError:
-            print(f"| {what} | out of memory | | | |", flush=True)
-            gc.collect()
-            torch.cuda.empty_cache()
-    first = next(iter(names))
-    gradient = torch.cat([modules[n].lora_B["default"].weight.grad for n in names[first]])
-    far = relative(ours.get_submodule(first).lora_B.grad, gradient)
-    theirs_took = seconds(pair[0], repeats=3)
-    for block in ours.blocks:
-        del block.forward  # the checkpoint, which goes around the compiled block
-    compile_blocks(ours)
-    checkpoint_blocks(ours)
-    row("LoRA step, checkpointed, ours compiled", theirs_took + seconds(pair[1], repeats=3), "s", flops)
-    print(f"\nour output differs from theirs by {error:.1e}, the gradient of {first} by {far:.1e}")
+    far = relative(pair[1](), pair[0]())
+    if what != "forward":
+        names = bench.target_names(size)
+        bench.our_lora(ours)
+        bench.their_lora(theirs, [n for them in names.values() for n in them])
+        modules = dict(theirs.named_modules())
+        for name, them in names.items():
+            layer = ours.get_submodule(name)
+            for n, rows in zip(them, layer.lora_B.detach().split([modules[n].out_features for n in them]), strict=True):
+                modules[n].lora_A["default"].weight.data.copy_(layer.lora_A)
+                modules[n].lora_B["default"].weight.data.copy_(rows)
+        pair = [lambda: bench.step(bench.their_call, theirs, x), lambda: bench.step(bench.our_call, ours, x)]
+    if what == "step, checkpointed, ours compiled":
+        compile_blocks(ours)
+    if "checkpointed" in what:
+        checkpoint_blocks(ours)
+        theirs.train().enable_gradient_checkpointing()
+    if what != "forward":
+        flops = bench.flop_count(pair[1]) if "compiled" not in what else 0
+        pair[0]()
+        pair[1]()
+        first = next(iter(names))
+        gradient = torch.cat([modules[n].lora_B["default"].weight.grad for n in names[first]])
+        far = relative(ours.get_submodule(first).lora_B.grad, gradient)
+    for name, pair_of_values, unit in (
+        (what, seconds(*pair), "s"),
+        (f"memory, {what}", [peak_of(f) for f in pair], "GB"),
+    ):
+        share = f"{flops / pair_of_values[1] / peak:.2f}" if flops and unit == "s" else ""
+        shown = " | ".join(f"{value:.3f} {unit}" for value in pair_of_values)
+        print(f"| {name} | {shown} | {pair_of_values[1] / pair_of_values[0]:.2f} | {share} |", flush=True)
+    of = "the gradient of the first LoRA" if what != "forward" else "the output"
+    print(f"({card()}, matmul {peak / 1e12:.0f} TFLOP/s; {of} differs by {far:.1e})", flush=True)
 
 
 def child(argv: list[str]) -> None:
@@ -228,8 +227,8 @@ def main() -> None:
     one = commands.add_parser("runs")
     one.add_argument("folder", type=Path)
     one.add_argument("chosen", nargs="?", default="", help="only the runs whose names have this in them")
-    if sys.argv[1:2] == ["child"]:  # its flags are those of the scripts
-        child(sys.argv[2:])
+    if sys.argv[1:2] in (["child"], ["part"]):  # what the two commands start
+        child(sys.argv[2:]) if sys.argv[1] == "child" else part(*sys.argv[2:])
         return
     arguments = parser.parse_args()
     if arguments.command == "network":
