@@ -267,7 +267,9 @@ class SingleStreamBlock(nn.Module):
         qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.splits, dim=-1)
         attn, mlp = self.attend(qkv, pe, read), self.mlp_act(mlp[:, read])
         del qkv  # with it the output of linear1, the largest tensor of the block
-        return torch.addcmul(x[:, read], gate, self.linear2(torch.cat([attn, mlp], dim=-1)))
+        both = torch.cat([attn, mlp], dim=-1)
+        del attn, mlp  # their copies in `both` are all that is needed
+        return torch.addcmul(x[:, read], gate, self.linear2(both))
 
     def attend(self, qkv: Tensor, pe: Tensor, read: slice) -> Tensor:
         """(B, L, 3 D) -> (B, L_read, D)."""

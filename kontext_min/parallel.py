@@ -60,7 +60,10 @@ def start(device: str) -> Processes:
             raise ValueError("--device cuda: this machine, or this build of torch, has no CUDA; use --device cpu.")
         index, there = int(os.environ["LOCAL_RANK"]) if world > 1 else chosen.index or 0, torch.cuda.device_count()
         if index >= there:
-            raise ValueError(f"--device {device}: there is no cuda:{index}, this machine has GPUs 0 to {there - 1}.")
+            raise ValueError(
+                f"--device {device}: there is no cuda:{index} among the {there} GPUs of this machine; choose another, "
+                "or start one process for each GPU at most."
+            )
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():

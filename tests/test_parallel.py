@@ -225,5 +225,5 @@ def test_one_gpu_is_chosen_by_its_number(monkeypatch, flag, number):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert parallel.start(flag).device == torch.device("cuda", number)
     assert chosen == [torch.device("cuda", number)]
-    with pytest.raises(ValueError, match="no cuda:2, this machine has GPUs 0 to 1"):
+    with pytest.raises(ValueError, match="no cuda:2 among the 2 GPUs"):
         parallel.start("cuda:2")
