@@ -15,7 +15,6 @@ Exit codes: 0 all restored; 1 some of a folder are not (each is named); 2 nothin
 
 import errno
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from kontext_min.autoencoder import Autoencoder
 from kontext_min.checkpoints import Weights, find, fingerprint, load_autoencoder, metadata
 from kontext_min.colour import COLOUR_FIXES
 from kontext_min.flags import check_numbers, flag, parse
-from kontext_min.flow import SOLVERS, Network, Objective, Prompt
+from kontext_min.flow import SOLVERS, Network, Objective, Prompt, evaluations
 from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of, trained_with
 from kontext_min.quantize import COMPUTE_DTYPES, QUANTIZED, compute_dtype
 from kontext_min.restore import STEPS, passes, restore, to_image, working_size
@@ -176,8 +175,8 @@ def sample(settings: Settings) -> int:
     began = time.monotonic()
     restored, rows, figures = restore_all(settings, jobs, failed, method, flux, autoencoder, prompt)
     seconds = time.monotonic() - began
-    evaluations = math.ceil(method.steps / SOLVERS[method.solver]) * SOLVERS[method.solver]
-    how = f"{method.objective.name}, {evaluations} network evaluations, {method.solver}, {seconds:.1f} s"
+    passed = evaluations(method.steps, method.solver)
+    how = f"{method.objective.name}, {passed} network evaluations, {method.solver}, {seconds:.1f} s"
     if settings.input.is_dir():
         print(f"{settings.output}: {restored} restored, {there} there before, {len(failed)} not restored; {how}")
     else:

@@ -324,6 +324,11 @@ def schedule(steps: int, image_tokens: int, shift: bool = True) -> Tensor:
 SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2}  # network evaluations a step
 
 
+def evaluations(wanted: int, solver: str) -> int:
+    """Network evaluations of whole steps: the least number that is not below `wanted`."""
+    return math.ceil(wanted / SOLVERS[solver]) * SOLVERS[solver]
+
+
 @torch.no_grad()
 def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor, solver: str = "euler") -> Tensor:
     """Follow dx/dsigma = velocity(x, sigma) from sigmas[0] to sigmas[-1].

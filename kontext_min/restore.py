@@ -29,7 +29,7 @@ from torch import Tensor
 from kontext_min import data
 from kontext_min.autoencoder import Autoencoder
 from kontext_min.data import Size, to_float
-from kontext_min.flow import SOLVERS, Network, Objective, Prompt, integrate, schedule, velocity
+from kontext_min.flow import SOLVERS, Network, Objective, Prompt, evaluations, integrate, schedule, velocity
 from kontext_min.tiles import norm_passes, shared_norms, starts, tiled
 
 STEPS = {"bridge": 4, "kontext": 28}  # network evaluations unless the user says otherwise; more is more texture
@@ -84,8 +84,7 @@ def passes(
     tile = 2 * max(tile // grid, 1)
     size = [2 * math.ceil(side / grid) for side in (width, height)]  # of the latent
     tiles = math.prod(len(starts(side, tile, 2)) for side in size)
-    evaluations = math.ceil(steps / SOLVERS[solver]) * SOLVERS[solver]
-    return tiles * (evaluations + 2) + (norm_passes(autoencoder, size, tile, 2) if share_norms else 0)
+    return tiles * (evaluations(steps, solver) + 2) + (norm_passes(autoencoder, size, tile, 2) if share_norms else 0)
 
 
 def _start(control: Tensor, objective: Objective, noise: Tensor | None, seed: int, strength: float) -> Tensor:
