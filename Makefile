@@ -12,7 +12,7 @@ demo: $(VENV)/run
 		--degrade noise=0.12,jpeg=40 --prompt "Remove the noise from this photo." --resolution 128 \
 		--batch-size 4 --accumulate 1 --lr 1e-3 --warmup 20 --steps 200 --stratified --weighting clean \
 		--validate-every-steps 100 --validation-steps 1
-	$(BIN)/python sample.py --input tests/photos/bowl.jpg --output runs/demo/demo.png --lora runs/demo/lora.safetensors \
+	$(BIN)/python sample.py --input tests/photos/picosdeeuropa.jpg --output runs/demo/demo.png --lora runs/demo/lora.safetensors \
 		--degrade noise=0.12,jpeg=40 --compare --steps 1
 	@echo "look at runs/demo/demo.png: degraded | restored | clean"
 

@@ -156,9 +156,9 @@ def sample(settings: Settings) -> int:
 
     method = method_of(settings, weights)
     sizes = plan.Sizes.of(weights)
-    asked, smaller = plan.for_sampling(settings, sizes, method.resolution, method.objective.sees_control, dtype, device)
+    asked, at_512 = plan.for_sampling(settings, sizes, method.resolution, method.objective.sees_control, dtype, device)
     if settings.plan:
-        print(plan.show(asked, sizes, plan.budget_bytes(settings.budget), smaller))
+        print(plan.show(asked, sizes, plan.budget_bytes(settings.budget), at_512))
         return 0
     plan.refuse(asked, sizes, device)
     cache = settings.cache_dir

@@ -69,7 +69,7 @@ class Settings:
     rank: int = flag(16, "rank of the LoRA", "model")
     alpha: float | None = flag(None, "the correction counts alpha / rank; else alpha = rank", "model")
     lora_targets: str = flag("attention-mlp", f"{', '.join(TARGETS)}, or a pattern of module names", "model")
-    lora_format: str = flag("kohya", "names in the LoRA file: see kontext_min/lora_files.py", "model", FORMATS)
+    lora_format: str = flag("kohya", "names in the LoRA file: see kontext_min/lora_formats.py", "model", FORMATS)
     init_lora: Path | None = flag(None, "start from this LoRA; its rank may be lower than --rank", "model")
     full: bool = flag(False, "train all weights of the transformer instead of a LoRA", "model")
     quantize: str | None = flag(None, "keep the frozen weights in 8 or 4 bits", "model", QUANTIZED)
@@ -102,7 +102,7 @@ class Settings:
     validate_every_epochs: int = flag(5, "epochs between validations; 0 = off", "validation", least=0)
     validate_every_steps: int = flag(0, "steps between validations, instead of epochs; 0 = off", "validation", least=0)
     validation_prompt: str | None = flag(None, "else the training prompt", "validation")
-    validation_steps: int = flag(4, "solver steps of the validation pictures", "validation", least=1)
+    validation_steps: int = flag(4, "steps of the validation pictures, by Euler's rule", "validation", least=1)
 
     output_dir: Path | None = flag(None, "the run folder; else runs/ and the date", "run")
     resume: bool = flag(True, "go on from the last checkpoint of --output-dir, if it has one", "run")
@@ -258,9 +258,9 @@ def train(settings: Settings) -> int:
     dtype = torch.float32 if settings.full else compute_dtype(settings.dtype, me.device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     sizes = plan.Sizes.of(weights)
-    asked, small = plan.for_training(settings, sizes, dtype, me.device)
+    asked, at_512 = plan.for_training(settings, sizes, dtype, me.device)
     if settings.plan:
-        me.say(plan.show(asked, sizes, plan.budget_bytes(settings.budget), small))
+        me.say(plan.show(asked, sizes, plan.budget_bytes(settings.budget), at_512))
         return 0
     if not settings.shard:
         plan.refuse(asked, sizes, me.device)
@@ -291,7 +291,7 @@ def learn(run: Run, learner: Learner, batches: Iterator[dict[str, Any]]) -> None
     progress, stop, stopping = runs.Progress(state["step"]), runs.StopSignal(), False
     while state["step"] < settings.steps and not stopping:
         step, began = state["step"], time.monotonic()
-        micro = [next(batches) for _ in range(settings.accumulate)]
+        micro = [next(batches) for _ in range(settings.accumulate)]  # their gradients add up to one step
         for line in (line for batch in micro for line in batch["unreadable"]):
             if line not in state["unreadable"]:  # once, not every epoch
                 state["unreadable"].append(line)

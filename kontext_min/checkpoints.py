@@ -4,8 +4,9 @@
 
 What is read, for each network: one safetensors file, or a folder with shards and their index, or the whole hub folder
 (transformer/, vae/, text_encoder/, text_encoder_2/). Names may be BFL's or diffusers', with the prefixes of ComfyUI's
-all-in-one checkpoints; fp8 files, with or without scales, are widened. A file is understood from its HEADER (names,
-shapes, dtypes) before a byte of data is touched, so a wrong file is refused in milliseconds.
+all-in-one checkpoints; fp8 files, with or without scales, are widened, or kept as they are (quantize.py). A file is
+understood from its HEADER (names, shapes, dtypes) before a byte of data is touched, so a wrong file is refused in
+milliseconds.
 
 Loading is strict: each parameter gets exactly one source, and what is missing, unexpected or misshapen is an error.
 Networks are built on the meta device and the memory-mapped tensors are assigned, not copied: a file whose names and

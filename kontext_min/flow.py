@@ -133,12 +133,14 @@ def velocity(flux: Network, x: Tensor, sigma: Tensor, control: Tensor, prompt: P
     return -objective.start_time * unpack(out[:, :generated].float(), h, w)
 
 
-def path(source: Tensor, target: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def path(source: Tensor, target: Tensor, eps: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """THE PATH: x_s and v = d x_s / d s, (B, C, h, w) each, at the places s, (B, 1, 1, 1).
 
-    To try another one, change the line below. Restoring follows the velocity and knows no more of the path than that it
-    begins at the source and ends at the target; --strength and --fidelity (restore.py) take a straight one for granted.
-    Noise on the way can be the eps of `losses`; mind that the source of kontext, or with source_noise, is made of it.
+    To try another one, change the line below. With noise in the middle, for example, x has `+ c * s * (1 - s) * eps`
+    and v `+ c * (1 - 2 * s) * eps`; mind that the source of kontext, or with source_noise, is made of eps too.
+    Restoring follows the velocity and knows no more of the path than that it begins at the source and ends at the
+    target. A straight one is taken for granted by --strength and --fidelity (restore.py), by the weighting `clean`, and
+    where one step is said to give the mean.
     """
     return (1 - s) * source + s * target, target - source
 
@@ -158,7 +160,7 @@ def losses(
         objective: bridge or kontext.
     """
     source = objective.source(control, eps)
-    x, v = path(source, target, sigma.to(target)[:, None, None, None])
+    x, v = path(source, target, eps, sigma.to(target)[:, None, None, None])
     v_pred = velocity(flux, x, sigma, control, prompt, objective)
     return (v_pred - v).square().mean(dim=(1, 2, 3))
 
@@ -190,7 +192,7 @@ def draw(seed: int, step: int, positions: Sequence[int], shape: Sequence[int], t
         step: of the optimizer.
         positions: places of the pictures in the step's global batch.
         shape: (C, h, w).
-        total: stratified if given: picture i draws its u from ((i, i + 1)) / total, the number of pictures in the step.
+        total: stratified if given: picture i draws its u from (i, i + 1) / total, the number of pictures in the step.
 
     Returns:
         eps (B, C, h, w) ~ N(0, 1) and u (B,) ~ U(0, 1), float32.

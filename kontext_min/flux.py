@@ -15,8 +15,8 @@ Positions enter by rotation of q and k only (Su et al. 2021, "RoFormer"), along 
 Source: black-forest-labs/flux at 802fb47, src/flux/model.py, modules/layers.py, math.py. Attribute names are those of
 `flux1-kontext-dev.safetensors`, so its 780 tensors load without a map.
 Shapes: B batch, L tokens (L_txt text, L_img picture), D hidden size, H heads, d = D / H.
-float32 islands whatever the dtype of the weights: angles and rotation, timestep sinusoid, statistics of both norms
-(F.layer_norm and F.rms_norm accumulate in float32 inside).
+float32 islands whatever the dtype of the weights: rotation (its angles in float64), timestep sinusoid, statistics of
+both norms (F.layer_norm and F.rms_norm accumulate in float32 inside).
 """
 
 import math

@@ -39,11 +39,11 @@ class _Correct(torch.autograd.Function):
         ctx.save_for_backward(x, a, b, low)
         ctx.scale = scale
         ctx.mark_dirty(y)  # a second buffer as large as the output costs more than the products
-        for to, piece in zip(_pieces(y), _pieces(low), strict=True):
+        for y_piece, low_piece in zip(_pieces(y), _pieces(low), strict=True):
             if y.dtype == torch.float32:
-                to.addmm_(piece, b.t())
+                y_piece.addmm_(low_piece, b.t())
             else:
-                to.copy_(F.linear(piece, b).add_(to))
+                y_piece.copy_(F.linear(low_piece, b).add_(y_piece))
         return y
 
     @staticmethod
@@ -51,16 +51,16 @@ class _Correct(torch.autograd.Function):
         x, a, b, low = ctx.saved_tensors
         grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None
-        to = _pieces(grad_x) if grad_x is not None else [None] * PIECES
-        for g, xs, lows, dx in zip(_pieces(grad), _pieces(x), _pieces(low), to, strict=True):
+        grad_xs = [None] * PIECES if grad_x is None else _pieces(grad_x)
+        for g, x_piece, low_piece, grad_x_piece in zip(_pieces(grad), _pieces(x), _pieces(low), grad_xs, strict=True):
             g = g.float()
-            grad_b.addmm_(g.t(), lows)
+            grad_b.addmm_(g.t(), low_piece)
             grad_low = ctx.scale * (g @ b)
-            grad_a.addmm_(grad_low.t(), xs.float())
-            if dx is not None and dx.dtype == torch.float32:
-                dx.addmm_(grad_low, a, beta=0)
-            elif dx is not None:
-                dx.copy_(grad_low @ a)
+            grad_a.addmm_(grad_low.t(), x_piece.float())
+            if grad_x_piece is not None and x.dtype == torch.float32:
+                grad_x_piece.addmm_(grad_low, a, beta=0)
+            elif grad_x_piece is not None:
+                grad_x_piece.copy_(grad_low @ a)
         return grad, grad_x, grad_a, grad_b, None
 
 

@@ -10,11 +10,11 @@
 | stored | as in the file | the weight itself: bfloat16, float16, fp8 | none, or those of the fp8 file |
 
 fp8 has a scale for a row and not for every 64 inputs: a floating-point code is about as precise for small numbers as
-for large ones, so finer scales take 4 percent off an error that is three times that of int8 (docs/memory.md), for six
+for large ones, so finer scales take 5 percent off an error that is three times that of int8 (docs/memory.md), for six
 percent more memory. The bfloat16 scales of nf4 take a quarter of a bit and add 0.02 percent to its error; QLoRA's
-double quantisation takes an eighth, 0.14 GB less over the whole model, for a second level of blocks.
+double quantisation takes an eighth, 0.13 GB less over the whole model, for a second level of blocks.
 
-Attention and MLP, 8.7 of Flux's 11.9 billion weights, are narrowed to the kind that is asked for. The modulations are
+Attention and MLP, 8.6 of Flux's 11.9 billion weights, are narrowed to the kind that is asked for. The modulations are
 3.2 billion more, 6.5 GB in bfloat16: an int8 model would not fit 16 GB, nor an nf4 model 11 GB. They scale all
 channels, so they are int8 whatever the kind, which leaves the error of fp8 and nf4. Norms, embedders and the last layer
 stay as they are. No gradient goes to a frozen weight; the backward pass widens W again, so the graph keeps codes alone.
@@ -35,7 +35,7 @@ COMPUTE_DTYPES = ("auto", "bfloat16", "float32")  # of the computation, as the f
 BLOCK = 64  # weights that share a scale in nf4
 ROWS = 256  # quantised at a time: what lies between stays in the processor's cache, 7 times as fast for int8
 MODULATION = re.compile(r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modulation\.lin")
-MASS = re.compile(
+MASS = re.compile(  # of Flux: what lora.TARGETS calls attention-mlp
     r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]"  # Flux
     r"|encoder\.block\.\d+\.layer\.\d\.\w+\.(q|k|v|o|wi_0|wi_1|wo)"  # T5
 )

@@ -170,13 +170,13 @@ def restore(
     control = tiled(encode, (pad_to_grid(image, grid),), tile, grid, 1 / factor)  # (B, C, h, w)
     x = _start(control, objective, noise, seed, strength)
 
-    def v(x: Tensor, sigma: Tensor) -> Tensor:
+    def evaluate_tiles(x: Tensor, sigma: Tensor) -> Tensor:
         return tiled(lambda x, c: evaluate(x, c, sigma), (x, control), tile // factor, 2)
 
     tokens = min(control.shape[-2], tile // factor) * min(control.shape[-1], tile // factor) // 4
     solver_steps = math.ceil(steps / SOLVERS.get(solver, 1))  # a solver that is none is named by integrate
     sigmas = schedule(solver_steps, tokens, shift=objective.name == "kontext")  # bridges: equal steps
-    x = integrate(v, x, 1 - strength * (1 - sigmas), solver)
+    x = integrate(evaluate_tiles, x, 1 - strength * (1 - sigmas), solver)
     finish = (lambda x: to_bytes(x).to(home)) if is_bytes else (lambda x: x.float().to(home))
     with shared_norms(autoencoder, x, tile // factor, 2, report) if share_norms else nullcontext():
         return tiled(decode, (x,), tile // factor, 2, factor, finish)[..., :height, :width]

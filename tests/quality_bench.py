@@ -13,6 +13,7 @@ Laplacian relative to the clean picture's (texture).
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from itertools import product
@@ -37,14 +38,14 @@ SIDE, TUNING_CROPS = 256, 10
 UNSHARP = tuple(product((1.0, 2.0, 4.0), (0.25, 0.5, 1.0, 1.5, 2.5)))  # radius in pixels, amount
 
 
-def middles(work):
-    """{sharp, smooth: [(name, clean crop)]} of the photographs kept out."""
+def middles(work, leave_out=None):
+    """{sharp, smooth: [(name, clean crop)]} of the photographs kept out, but for those that the pattern is found in."""
     found = {}
     for split in ("sharp", "smooth"):
         found[split] = []
         for path in sorted((work / "kept-out" / split).glob("*.png")):
             image = Image.open(path).convert("RGB")
-            if min(image.size) >= SIDE:
+            if min(image.size) >= SIDE and not (leave_out and re.search(leave_out, path.stem)):
                 x, y = (image.width - SIDE) // 2, (image.height - SIDE) // 2
                 found[split].append((path.stem, image.crop((x, y, x + SIDE, y + SIDE))))
     return found
@@ -161,6 +162,7 @@ def main(argv=None):
     parser.add_argument(
         "--base", action=argparse.BooleanOptionalAction, default=True, help="measure it without LoRA too"
     )
+    parser.add_argument("--leave-out", help="pattern of the names of photographs that are not measured")
     parser.add_argument("--json", type=Path, help="write the means of all rows here too")
     args = parser.parse_args(argv)
     prompt = args.prompt or degrade.PROMPTS.get(args.degrade, degrade.PROMPTS["guide"])
@@ -174,7 +176,7 @@ def main(argv=None):
         for steps in args.steps if model else ():
             ways[f"{label}, {steps} steps"] = lambda bad, clean, m=model, s=steps: m(bad, s)
 
-    photos, scores = middles(args.work), {name: {} for name in ways}
+    photos, scores = middles(args.work, args.leave_out), {name: {} for name in ways}
     for split, crops in photos.items():
         for number, (_, clean) in enumerate(crops):
             clean, bad = pair(clean, args.degrade, number)

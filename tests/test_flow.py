@@ -109,12 +109,19 @@ def test_a_perfect_velocity_carries_the_degraded_latent_to_the_clean_one(solver,
 def test_the_velocity_is_the_derivative_of_the_path():
     """And the path leads from the source to the target."""
     torch.manual_seed(0)
-    source, target = torch.randn(2, 3, 4, 6, 8, dtype=torch.float64).unbind()
-    at = lambda s: flow.path(source, target, torch.full((3, 1, 1, 1), s, dtype=torch.float64))  # noqa: E731
+    source, target, eps = torch.randn(3, 3, 4, 6, 8, dtype=torch.float64).unbind()
+    at = lambda s: flow.path(source, target, eps, torch.full((3, 1, 1, 1), s, dtype=torch.float64))  # noqa: E731
     assert torch.equal(at(0.0)[0], source) and torch.equal(at(1.0)[0], target)
     for s in (0.1, 0.5, 0.9):
         slope = (at(s + 1e-5)[0] - at(s - 1e-5)[0]) / 2e-5
         assert (slope - at(s)[1]).abs().max() < 1e-8
+
+
+def test_the_path_is_a_straight_line():
+    """The one test that holds it; another path needs another."""
+    source, target, eps = torch.randn(3, 2, 4, 6, 8).unbind()
+    x, v = flow.path(source, target, eps, torch.full((2, 1, 1, 1), 0.25))
+    assert torch.equal(x, 0.75 * source + 0.25 * target) and torch.equal(v, target - source)
 
 
 def test_the_degraded_end_is_sigma_zero_and_time_one():
@@ -157,10 +164,11 @@ def test_loss_is_zero_for_a_perfect_network_and_known_for_a_blind_one():
     for objective in (Objective(source_noise=0.2), Objective("kontext")):
         source = objective.source(control, eps)
         sigma = torch.tensor([0.2, 0.7])
-        perfect = flow.losses(perfect_flux(source, target), control, target, eps, sigma, PROMPT, objective)
+        _, v = flow.path(source, target, eps, sigma[:, None, None, None])
+        perfect = flow.losses(perfect_flux(torch.zeros_like(v), v), control, target, eps, sigma, PROMPT, objective)
         assert perfect.max() <= 1e-10
         blind = flow.losses(lambda img, *_: torch.zeros_like(img), control, target, eps, sigma, PROMPT, objective)
-        assert torch.allclose(blind, (target - source).square().mean(dim=(1, 2, 3)))
+        assert torch.allclose(blind, v.square().mean(dim=(1, 2, 3)))
         # the source's noise is in x AND in v: the blind loss of the noisy bridge exceeds the plain one by its variance
     plain = flow.losses(lambda img, *_: torch.zeros_like(img), control, target, eps, sigma, PROMPT, Objective())
     noisy = flow.losses(
@@ -275,12 +283,12 @@ def test_only_what_enters_the_network_is_bfloat16(monkeypatch):
     assert torch.equal(t, 0.9 * (1 - sigma)) and torch.equal(s, sigma) and torch.equal(guidance, prompt.guidance)
     assert torch.equal(img_ids, units["ids.img_6x10_latent"].expand(2, -1, -1))
     assert torch.equal(txt_ids, units["ids.txt_5"].expand(2, -1, -1))
-    line = sigma[:, None, None, None]
-    assert torch.equal(x, (1 - line) * control + line * target)
+    point, leads = flow.path(control, target, eps, sigma[:, None, None, None])
+    assert torch.equal(x, point)
     assert torch.equal(img, flow.pack(x).bfloat16())
     v = -0.9 * torch.tensor(0.1).bfloat16().float()  # the answer is widened before anything is computed with it
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, (v - (target - control)).square().mean(dim=(1, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, (v - leads).square().mean(dim=(1, 2, 3)), rtol=1e-6, atol=0)
 
 
 def test_under_the_psnr_penalty_every_picture_counts_alike():

@@ -161,7 +161,7 @@ def test_both_scripts_print_the_plan(capsys, tmp_path):
     photo = TINY.parent.parent / "tests" / "photos" / "bowl.jpg"
     output = tmp_path / "out.png"
     assert sample.main(["--input", str(photo), "--output", str(output), "--plan", "--weights", str(TINY)]) == 0
-    assert "fits 16 GB: no flag is needed" in capsys.readouterr().out
+    assert "fits 16 GB, a tenth of it to spare: no flag is needed" in capsys.readouterr().out
     assert not output.exists()
     assert train.main(["--hr-root", str(tmp_path), "--plan", "--budget", "much"]) == 2
     assert "--budget: got 'much'" in capsys.readouterr().err

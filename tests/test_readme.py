@@ -73,7 +73,7 @@ def home(tmp_path_factory, small_bundle):
         for shot in shots:
             picture = Image.open(shot)
             (picture.filter(ImageFilter.BLUR) if "degraded" in copy else picture).save(folder / copy / shot.name)
-    for name in ("old.jpg", "photo.jpg", "tests/photos/bowl.jpg"):
+    for name in ("old.jpg", "photo.jpg", "tests/photos/picosdeeuropa.jpg"):
         Image.open(shots[0]).save(folder / name)
     (folder / "weights").mkdir()
     for name in ("tiny", "FLUX.1-Kontext-dev"):
