@@ -160,7 +160,7 @@ def sample(settings: Settings) -> int:
     if settings.plan:
         print(plan.show(asked, sizes, plan.budget_bytes(settings.budget), at_512))
         return 0
-    plan.refuse(asked, sizes, device)
+    plan.fit(asked, sizes, device)
     cache = settings.cache_dir
     # The text encoders are gone before the transformer comes.
     encoded = prompts.encode([method.prompt], weights, cache / "prompts", dtype, device, settings.stream)

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -118,7 +118,7 @@ class Settings:
         "auto", "of the computation; auto: bfloat16 if the hardware multiplies it", "machine", COMPUTE_DTYPES
     )
     stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
-    gradient_checkpointing: bool = flag(False, "recompute each block in the backward pass: less memory", "machine")
+    gradient_checkpointing: bool = flag(False, "recompute blocks in the backward pass; on if it must be", "machine")
     offload_activations: bool = flag(False, "with it or --stream: block inputs wait in the host's memory", "machine")
     compile: bool = flag(False, "torch.compile, block by block", "machine")
     plan: bool = flag(False, "print how much memory the run will take, and stop", "machine")
@@ -262,8 +262,9 @@ def train(settings: Settings) -> int:
     if settings.plan:
         me.say(plan.show(asked, sizes, plan.budget_bytes(settings.budget), at_512))
         return 0
-    if not settings.shard:
-        plan.refuse(asked, sizes, me.device)
+    if not settings.shard and plan.fit(asked, sizes, me.device).checkpointing and not asked.checkpointing:
+        me.say("--gradient-checkpointing is on: without it this run takes more memory than is free")
+        settings = replace(settings, gradient_checkpointing=True)
     run, learner, batches = prepare(settings, me, weights, dtype)
     state = learner.state
     with runs.under_way(run.folder):

@@ -475,23 +475,29 @@ def show(asked: Setting, sizes: Sizes, budget: float, small: tuple[int, int]) ->
     return "\n".join(lines)
 
 
-def refuse(setting: Setting, sizes: Sizes, device: torch.device) -> None:
-    """Say before the run that it will not fit; a model that is small beside the memory is not looked at.
+def fit(setting: Setting, sizes: Sizes, device: torch.device) -> Setting:
+    """The setting, with checkpointing if it trains and is too large without; nothing has been loaded yet.
+
+    A model that is small beside the memory is not looked at.
 
     Raises:
-        ValueError: with what it needs, what there is, and what to do.
+        ValueError: it does not fit; with what it needs, what there is, and what to do.
     """
     if device.type != "cuda" and not Path("/proc/meminfo").exists():
-        return
+        return setting
     free = free_bytes(device)
     if sizes.flux.hidden_size * max(setting.size) * max(setting.size) * setting.batch < SMALL * free:
-        return
+        return setting
     need = measure(setting, sizes).device
+    if need > FULL * free and setting.train and not setting.checkpointing:
+        setting = replace(setting, checkpointing=True)
+        need = measure(setting, sizes).device
     if need > free:
         raise ValueError(
             f"this run needs {need / GB:.1f} GB of memory at its peak and {free / GB:.1f} GB are free on {device}; "
             "--plan shows the flags that make it fit."
         )
+    return setting
 
 
 def table() -> str:

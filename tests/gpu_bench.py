@@ -163,7 +163,7 @@ def child(argv: list[str]) -> None:
     from kontext_min import plan
 
     planned, encoding = [], []
-    plan.refuse = lambda setting, sizes, device: planned.append(plan.measure(setting, sizes).device)
+    plan.fit = lambda setting, sizes, device: planned.append(plan.measure(setting, sizes).device) or setting
     encode = train.to_latents
 
     def timed(*arguments):

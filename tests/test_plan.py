@@ -167,6 +167,23 @@ def test_both_scripts_print_the_plan(capsys, tmp_path):
     assert "--budget: got 'much'" in capsys.readouterr().err
 
 
+def test_a_run_that_fits_only_with_checkpointing_gets_it(monkeypatch):
+    monkeypatch.setattr(plan, "SMALL", 0)
+    sizes = Sizes(flux=SMALL, stored=torch.float32)
+    asked = Setting(size=(128, 128), dtype=torch.float32, cuda=False, text=False, pictures=False)
+    checkpointed = dataclasses.replace(asked, checkpointing=True)
+    most, least = (plan.measure(s, sizes).device for s in (asked, checkpointed))
+    assert least < 0.8 * most
+    device = torch.device("cpu")
+    for free, expected in ((most / 0.89, asked), (most, checkpointed), (least, checkpointed)):
+        monkeypatch.setattr(plan, "free_bytes", lambda _, free=free: free)
+        assert plan.fit(asked, sizes, device) == expected
+        assert plan.fit(checkpointed, sizes, device) == checkpointed
+    monkeypatch.setattr(plan, "free_bytes", lambda _: 0.9 * least)
+    with pytest.raises(ValueError, match="--plan shows the flags"):
+        plan.fit(asked, sizes, device)
+
+
 def test_a_run_that_does_not_fit_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(plan, "free_bytes", lambda _: 50e6)
     assert train.main(["--hr-root", str(tmp_path), "--weights", str(TINY)]) == 2

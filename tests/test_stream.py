@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
 
 import train
-from kontext_min import prompts, stream
+from kontext_min import plan, prompts, stream
 from kontext_min.checkpoints import Weights, load_flux, load_t5
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
@@ -300,13 +300,19 @@ def run(small_bundle, pictures, tmp_path):
     return call
 
 
-def test_the_loop_writes_the_same_file(run, capsys):
+def test_the_loop_writes_the_same_file(run, capsys, monkeypatch):
     plain, narrow = run(), run("--quantize", "int8")
     assert plain != narrow
     assert run("--stream") == plain
     assert "read, " in capsys.readouterr().out
     assert run("--gradient-checkpointing", "--offload-activations") == plain
     assert run("--stream", "--quantize", "int8") == narrow
+    monkeypatch.setattr(plan, "fit", lambda setting, *_: replace(setting, checkpointing=True))
+    wrapped = []
+    monkeypatch.setattr(train, "checkpoint_blocks", lambda *args: wrapped.append(checkpoint_blocks(*args)))
+    capsys.readouterr()
+    assert run() == plain and wrapped
+    assert "--gradient-checkpointing is on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
