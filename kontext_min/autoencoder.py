@@ -69,7 +69,7 @@ class GroupNorm(nn.GroupNorm):
         return lambda rows: torch.addcmul(shift[:, :, None, None], rows, scale[:, :, None, None])
 
     def silu_of(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """silu(norm(.)) of some rows of x, likewise."""
+        """silu(norm(.)) of some rows of x, (B, C, rows, W), likewise."""
         norm = self.of(x)
         return lambda rows: F.silu(norm(rows), inplace=True)
 

@@ -318,7 +318,12 @@ class TensorReader:
         self.files: dict[Path, Any] = {}
 
     def raw(self, name: str) -> Tensor:
-        """The tensor as stored; with `mapped` false in memory of its own, since mapped pages that were read stay."""
+        """The tensor as stored, in its shape; with `mapped` false in memory of its own, since mapped pages that were
+        read stay.
+
+        Raises:
+            ValueError: a broken file.
+        """
         stored = self.headers[name]
         if not self.mapped:
             data = torch.empty(stored.nbytes, dtype=torch.uint8)
@@ -347,7 +352,11 @@ class TensorReader:
 
 
 def read_at(file: BinaryIO, offset: int, data: Tensor) -> None:
-    """Fill a flat uint8 CPU tensor from a place in a file, which is opened without a buffer."""
+    """Fill a flat uint8 CPU tensor from a place in a file, which is opened without a buffer.
+
+    Raises:
+        ValueError: the file ends before that.
+    """
     file.seek(offset)
     view = memoryview(data.numpy())
     while view:  # one read gives 2 GB at most
@@ -635,7 +644,11 @@ def load_t5(
     device: Device = "cpu",
     kind: str | None = None,
 ) -> T5Encoder:
-    """The T5 encoder; arguments and errors as for load_flux. ValueError for float16, in which T5-XXL overflows."""
+    """The T5 encoder; arguments as for load_flux.
+
+    Raises:
+        ValueError: as load_flux, and for float16, in which T5-XXL overflows.
+    """
     if dtype == torch.float16:
         raise ValueError("T5: got dtype float16, in which it overflows; take bfloat16 or float32.")
     return assemble(*outline("t5", path, params), dtype, device, kind)
@@ -654,6 +667,9 @@ def save_flux(
         folder: is made; the files are written aside and renamed.
         metadata: text kept in the header.
         tensors: values by parameter name instead of the model's own.
+
+    Raises:
+        ValueError: another mlp_ratio.
     """
     params, values = model.params, tensors or model.state_dict()
     if params.mlp_ratio != 4:

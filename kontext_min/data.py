@@ -458,7 +458,9 @@ class Pairs(torch.utils.data.Dataset):
     def item(
         self, draw: Draw | tuple[int, int], read: Callable[[int, int, Size], tuple[Tensor, Tensor]]
     ) -> dict[str, Any]:
-        """The item of a draw: control, target (from `read`), prompt, name, weight, position, total, unreadable.
+        """The item of a draw: control, target, prompt, name, weight, position, total, unreadable.
+
+        Control and target are what `read` gives: (3, H, W) bytes, or latents (C, h, w) from the cache.
 
         Raises:
             OSError: neither the picture nor any stand-in can be read.

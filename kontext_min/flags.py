@@ -65,7 +65,11 @@ def parse(settings: type[T], argv: Sequence[str] | None, description: str, epilo
 
 
 def check_numbers(settings: Any) -> None:
-    """ValueError, which names the flag, for a number that is not finite or less than the least allowed."""
+    """Look at every number of the settings.
+
+    Raises:
+        ValueError: one is not finite or less than the least allowed; it names the flag.
+    """
     for field in dataclasses.fields(settings):
         value, least = getattr(settings, field.name), field.metadata["least"]
         name = "--" + field.name.replace("_", "-")

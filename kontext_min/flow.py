@@ -297,7 +297,7 @@ def shift_time(t: Tensor, image_tokens: int) -> Tensor:
     """Flux's shift of time by the size of the picture: t' = e^mu / (e^mu + 1/t - 1).
 
     mu = 0.5 + (L - 256) (1.15 - 0.5) / (4096 - 256), not clipped. L counts the generated tokens only. Written as
-    e^mu t / (e^mu t + 1 - t), which is the same and also holds at t = 0. Source: sampling.py `time_shift`.
+    e^mu t / (e^mu t + 1 - t), which is the same and also holds at t = 0. Any shape. Source: sampling.py `time_shift`.
     """
     mu = 0.5 + (image_tokens - 256) * (1.15 - 0.5) / (4096 - 256)
     return math.exp(mu) * t / (math.exp(mu) * t + 1 - t)

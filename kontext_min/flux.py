@@ -238,7 +238,7 @@ class DoubleStreamBlock(nn.Module):
         return img, txt
 
     def attend(self, img: Tensor, txt: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
-        """The joint attention; what it needs, a third of the block's memory, is gone before the MLPs run."""
+        """(B, L_img, D), (B, L_txt, D), both normed -> the same, attended; q, k and v are gone before the MLPs run."""
         img_q, img_k, img_v = self.img_attn.heads(img)
         txt_q, txt_k, txt_v = self.txt_attn.heads(txt)
         q = torch.cat([txt_q, img_q], dim=2)  # text first: (B, H, L_txt + L_img, d)

@@ -41,7 +41,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_bytes(tensor: Tensor) -> Tensor:
-    """About [-1, 1] -> bytes, clamped and rounded half to even as diffusers does (BFL truncates)."""
+    """About [-1, 1] -> bytes in the same shape, clamped and rounded half to even as diffusers does (BFL truncates)."""
     return tensor.float().div(2).add_(0.5).clamp_(0, 1).mul_(255).round_().byte()
 
 

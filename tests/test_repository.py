@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,39 @@ def test_no_function_is_longer_than_two_screens():
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= LONGEST, f"{file.name}: {node.name} has {lines} lines; split it"
+
+
+SHAPE = re.compile(r"\([\w .+*/]+,[^()]*\)|[Ss]hape|scalar")
+TEACHING = (*CORE, "quantize", "tiles", "restore", "stream", "colour", "prompts", "latents", "lora_formats", "plan")
+
+
+def public(node: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from public(child, f"{child.name}.")
+        if isinstance(child, ast.FunctionDef) and not child.name.startswith("_"):
+            yield inside + child.name, child
+
+
+def test_docstrings_tell_shapes_errors_and_sources():
+    """Of every public function of the package that raises, and that takes or gives tensors where these are taught."""
+    seen = 0
+    for file in (f for f in FILES if f.parent.name == "kontext_min" and f.stem != "__init__"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if file.stem in CORE:
+            assert re.search(r"Sources?:|et al\.", ast.get_docstring(tree)), f"{file.name} names no source"
+        for name, function in public(tree):
+            text, signature = ast.get_docstring(function) or "", ast.unparse(function.args)
+            result = ast.unparse(function.returns) if function.returns else ""
+            takes = re.search(r": (?:Callable.*)?Tensor\b", signature) or "Tensor" in result
+            if file.stem in TEACHING and takes and not result.startswith("Iterator"):
+                assert SHAPE.search(text), f"{file.name}: {name} tells no shapes"
+                seen += 1
+            raised = (n.exc for n in ast.walk(function) if isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call))
+            if any(getattr(call.func, "id", "") in ("ValueError", "OSError") for call in raised):
+                assert "Raises:" in text, f"{file.name}: {name} does not tell what it raises"
+                seen += 1
+    assert seen > 100
 
 
 @pytest.mark.parametrize("program", [train, sample])
