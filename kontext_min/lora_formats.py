@@ -284,7 +284,7 @@ def _swapped(factors: Factors) -> Factors:
 
 
 def emit(lora: Mapping[str, Factors], modules: Mapping[str, list[str]], format: str) -> dict[str, Tensor]:
-    """One correction a module to the tensors of a file.
+    """One correction a module to the tensors of a file: down (rank, in), up (out, rank), alpha a scalar.
 
     kohya: as trained, with alpha. peft: q, k, v and mlp apart, alpha / rank multiplied into up, so that alpha = rank
     and no reader can take it for another. Exact if alpha / rank is a power of two, else rounded once, in float32.
