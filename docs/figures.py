@@ -1,5 +1,6 @@
-"""The figures of docs/flow.md: `python docs/figures.py` makes them again and prints the table beside the first one.
+"""The figures of docs: `python docs/figures.py` makes them again and prints the table beside the first one.
 
+docs/demo.jpg    what `make demo` left in runs/demo, at half its size; docs/degradations.jpg is that of degrade.py
 docs/flow.png    a value that is -1 or +1, and what is left of it; the exact velocity, followed in 1 to 25 steps
 docs/steps.png   PSNR and texture against steps, as measured: docs/steps.json, {label: {steps, psnr, texture}}
 
@@ -187,6 +188,8 @@ def main() -> int:
     flow_figure()
     print(toy_table())
     steps_figure()
+    if (demo := HERE.parent / "runs" / "demo" / "demo.png").exists():
+        Image.open(demo).convert("RGB").reduce(2).save(HERE / "demo.jpg", quality=88)
     return 0
 
 
