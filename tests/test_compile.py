@@ -90,7 +90,13 @@ def test_compiled_gradients_on_a_cpu(quantized):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("dtype", "quantized", "checkpointed"), [(torch.float32, False, False), (torch.bfloat16, True, True)]
+    ("dtype", "quantized", "checkpointed"),
+    [
+        (torch.float32, False, False),
+        (torch.bfloat16, True, True),
+        *(pytest.param(torch.float32, *case, marks=SLOW) for case in ((False, True), (True, False), (True, True))),
+        *(pytest.param(torch.bfloat16, *case, marks=SLOW) for case in ((False, False), (False, True), (True, False))),
+    ],
 )
 def test_compiled_gradients_on_a_gpu(dtype, quantized, checkpointed):
     torch._dynamo.reset()

@@ -378,7 +378,7 @@ def test_on_a_gpu_as_without_streaming(tmp_path, kind, kept):
     stream.wrap()
     checkpoint_blocks(flux)
     for a, b in zip(losses(flux), plain, strict=True):
-        assert (a - b).norm() <= 1e-2 * b.norm()  # kernels may add in another order
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)  # kernels may add in another order
 
 
 @pytest.mark.gpu
