@@ -58,7 +58,8 @@ def start(device: str) -> Processes:
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine, or this build of torch, has no CUDA; use --device cpu.")
-        index, there = int(os.environ["LOCAL_RANK"]) if world > 1 else chosen.index or 0, torch.cuda.device_count()
+        index = int(os.environ["LOCAL_RANK"]) if world > 1 else chosen.index or 0
+        there = torch.cuda.device_count()
         if index >= there:
             raise ValueError(
                 f"--device {device}: there is no cuda:{index} among the {there} GPUs of this machine; choose another, "

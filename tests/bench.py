@@ -153,6 +153,21 @@ def target_names(size: str) -> dict[str, list[str]]:
     return {ours: theirs for ours, theirs in flux_modules(SIZES[size][0]).items() if pattern.fullmatch(ours)}
 
 
+def same_loras(size: str, ours, theirs) -> tuple[dict[str, list[str]], dict[str, torch.nn.Module]]:
+    """LoRAs with the same numbers on both sides. Returns `target_names` and their modules by name."""
+    names = target_names(size)
+    our_lora(ours)
+    their_lora(theirs, [n for them in names.values() for n in them])
+    modules = dict(theirs.named_modules())
+    for name, them in names.items():
+        layer = ours.get_submodule(name)
+        sizes = [modules[n].out_features for n in them]
+        for n, b in zip(them, layer.lora_B.detach().split(sizes), strict=True):
+            modules[n].lora_A["default"].weight.data.copy_(layer.lora_A)
+            modules[n].lora_B["default"].weight.data.copy_(b)
+    return names, modules
+
+
 def their_call(model, x: tuple) -> torch.Tensor:
     img, ids, txt, txt_ids, t, y, guidance, read = x
     return model(
@@ -228,16 +243,7 @@ def transformer(size: str) -> None:
     taken = turns(lambda: forward(their_call, theirs, x), lambda: forward(our_call, ours, x))
     report("forward", *taken, "s", f"{flops / 1e9:.0f} GFLOP, {share(flops, taken[1])}")
 
-    names = target_names(size)
-    our_lora(ours)
-    their_lora(theirs, [n for them in names.values() for n in them])
-    modules = dict(theirs.named_modules())
-    for name, them in names.items():
-        layer = ours.get_submodule(name)
-        sizes = [modules[n].out_features for n in them]
-        for n, b in zip(them, layer.lora_B.detach().split(sizes), strict=True):
-            modules[n].lora_A["default"].weight.data.copy_(layer.lora_A)
-            modules[n].lora_B["default"].weight.data.copy_(b)
+    names, modules = same_loras(size, ours, theirs)
     for what in ("LoRA step", "LoRA step, checkpointed"):
         if what != "LoRA step":
             checkpoint_blocks(ours)
