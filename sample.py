@@ -26,18 +26,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from kontext_min import data, degrade, metrics, parallel, pictures, plan, prompts, report
+from kontext_min import data, degrade
 from kontext_min.autoencoder import Autoencoder
 from kontext_min.checkpoints import Weights, find, fingerprint, load_autoencoder, metadata
-from kontext_min.colour import COLOUR_FIXES
-from kontext_min.flags import check_numbers, flag, parse
+from kontext_min.extras import metrics, parallel, pictures, plan, prompts, report
+from kontext_min.extras.colour import COLOUR_FIXES
+from kontext_min.extras.flags import check_numbers, flag, parse
+from kontext_min.extras.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of, trained_with
+from kontext_min.extras.quantize import QUANTIZED
+from kontext_min.extras.runs import finite
+from kontext_min.extras.stream import load_network
+from kontext_min.extras.validation import grid
 from kontext_min.flow import SOLVERS, Network, Objective, Prompt, evaluations
-from kontext_min.lora_files import BRIDGE_ONLY, load_lora, purpose, strength_of, trained_with
-from kontext_min.quantize import COMPUTE_DTYPES, QUANTIZED, compute_dtype
 from kontext_min.restore import STEPS, passes, restore, to_image, working_size
-from kontext_min.runs import Progress, finite
-from kontext_min.stream import load_network
-from kontext_min.validation import grid
+from kontext_min.utils import COMPUTE_DTYPES, Progress, compute_dtype
 
 
 @dataclass(frozen=True)

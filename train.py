@@ -26,20 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kontext_min import __version__, data, degrade, flow, parallel, plan, prompts, runs
+from kontext_min import __version__, data, degrade, flow
 from kontext_min.autoencoder import Autoencoder
 from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, save_flux
 from kontext_min.data import Picture
-from kontext_min.flags import check_numbers, flag, parse, to_json
+from kontext_min.extras import parallel, plan, prompts, runs
+from kontext_min.extras.flags import check_numbers, flag, parse, to_json
+from kontext_min.extras.latents import CachedPairs, LatentCache, fill
+from kontext_min.extras.lora_files import FORMATS, init_lora, outside_of_blocks, save_lora
+from kontext_min.extras.quantize import QUANTIZED
+from kontext_min.extras.report import write_report
+from kontext_min.extras.stream import Stream, checkpoint_blocks, load_network
+from kontext_min.extras.validation import validate
 from kontext_min.flow import Objective
 from kontext_min.flux import Flux
-from kontext_min.latents import CachedPairs, LatentCache, fill
 from kontext_min.lora import TARGETS, add_lora
-from kontext_min.lora_files import FORMATS, init_lora, outside_of_blocks, save_lora
-from kontext_min.quantize import COMPUTE_DTYPES, QUANTIZED, compute_dtype
-from kontext_min.report import write_report
-from kontext_min.stream import Stream, checkpoint_blocks, load_network
-from kontext_min.validation import validate
+from kontext_min.utils import COMPUTE_DTYPES, Progress, compute_dtype
 
 INTERVALS = 5  # of sigma, for which losses are logged apart
 ADVICE = "Lower --lr, raise --warmup, or look for a broken picture."
@@ -69,7 +71,7 @@ class Settings:
     rank: int = flag(16, "rank of the LoRA", "model")
     alpha: float | None = flag(None, "the correction counts alpha / rank; else alpha = rank", "model")
     lora_targets: str = flag("attention-mlp", f"{', '.join(TARGETS)}, or a pattern of module names", "model")
-    lora_format: str = flag("kohya", "names in the LoRA file: see kontext_min/lora_formats.py", "model", FORMATS)
+    lora_format: str = flag("kohya", "names in the LoRA file: see kontext_min/extras/lora_formats.py", "model", FORMATS)
     init_lora: Path | None = flag(None, "start from this LoRA; its rank may be lower than --rank", "model")
     full: bool = flag(False, "train all weights of the transformer instead of a LoRA", "model")
     quantize: str | None = flag(None, "keep the frozen weights in 8 or 4 bits", "model", QUANTIZED)
@@ -213,7 +215,7 @@ def check(settings: Settings) -> None:
     if settings.full and settings.dtype not in ("auto", "float32"):
         raise ValueError(f"--dtype {settings.dtype}: with --full all weights train, in float32; leave --dtype out.")
     if settings.full and settings.init_lora:
-        merging = "merge it into the base first: python -m kontext_min.lora_files merge"
+        merging = "merge it into the base first: python -m kontext_min.extras.lora_files merge"
         raise ValueError(f"--init-lora {settings.init_lora}: with --full no LoRA trains; {merging}.")
 
 
@@ -289,7 +291,7 @@ def learn(run: Run, learner: Learner, batches: Iterator[dict[str, Any]]) -> None
     """THE LOOP: step after step, until all are taken or a signal asks to stop."""
     settings, me, state, optimizer = run.settings, run.me, learner.state, learner.optimizer
     params = list(learner.trained.values())
-    progress, stop, stopping = runs.Progress(state["step"]), runs.StopSignal(), False
+    progress, stop, stopping = Progress(state["step"]), runs.StopSignal(), False
     while state["step"] < settings.steps and not stopping:
         step, began = state["step"], time.monotonic()
         micro = [next(batches) for _ in range(settings.accumulate)]  # their gradients add up to one step
@@ -449,7 +451,7 @@ def prepare(
     state = learner.state
     if settings.cache_latents:
         cache = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {written['fingerprint']['vae']}")
-        report = partial(runs.Progress().show, text="latents") if me.first else lambda *_: None
+        report = partial(Progress().show, text="latents") if me.first else lambda *_: None
         encode = partial(to_latents, autoencoder, me.device)
         for line in fill(pairs, cache, encode, settings.workers, me.rank, me.world, report):
             print(f"left out: {line}")

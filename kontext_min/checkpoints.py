@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.clip import ClipParams, ClipTextEncoder
+from kontext_min.extras.quantize import QUANTIZED, QuantizedLinear, quantize, storage
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.names import SWAPPED, autoencoder_modules, flux_modules, split_rows
-from kontext_min.quantize import QUANTIZED, QuantizedLinear, quantize, storage
 from kontext_min.t5 import T5Encoder, T5Params
 
 # ------------------------------------------------------------------------------------------------- files and headers

@@ -31,6 +31,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from kontext_min.utils import numpy_generator
+
 Size = tuple[int, int]
 
 # ---- buckets ---------------------------------------------------------------------------------------------------------
@@ -380,12 +382,6 @@ class Draw(NamedTuple):
     total: int = 1  # items of weight 1 in the global batch
 
 
-def generator(seed: int, purpose: str, epoch: int, name: str = "") -> np.random.Generator:
-    """Random numbers for one purpose, a function of the arguments alone."""
-    digest = hashlib.sha256(f"{purpose}:{name}".encode()).digest()
-    return np.random.default_rng([seed, epoch, int.from_bytes(digest[:16], "little")])
-
-
 class Pairs(torch.utils.data.Dataset):
     """(control, target): a crop of each picture, degraded and clean.
 
@@ -443,7 +439,7 @@ class Pairs(torch.utils.data.Dataset):
     def read(self, epoch: int, i: int, bucket: Size) -> tuple[Tensor, Tensor]:
         """control, target: bytes (3, H, W) each. Raises UnreadableError."""
         picture = self.pictures[i]
-        rng = generator(self.seed, "crop", epoch, picture.name) if self.train else None
+        rng = numpy_generator(self.seed, "crop", epoch, picture.name) if self.train else None
         window = _window(picture.width, picture.height, bucket, rng)
         mirror = self.flip and rng is not None and rng.random() < 0.5
         # Reduced decoding rounds the size up, which would shift a picture against its partner by part of a pixel.
@@ -452,7 +448,7 @@ class Pairs(torch.utils.data.Dataset):
         if self.controls:
             control = _cut(open_picture(self.controls[i].path), window, bucket, mirror)
         else:
-            control = self.degrade(target, generator(self.seed, "degrade", epoch, picture.name))
+            control = self.degrade(target, numpy_generator(self.seed, "degrade", epoch, picture.name))
         return to_tensor(control), to_tensor(target)
 
     def item(
@@ -490,7 +486,7 @@ class Pairs(torch.utils.data.Dataset):
     def _stand_ins(self, epoch: int, i: int) -> Iterator[int]:
         """The picture, then in its place seven of its bucket, then seven of any, which may have to be blown up."""
         yield i
-        rng = generator(self.seed, "stand-in", epoch, self.pictures[i].name)
+        rng = numpy_generator(self.seed, "stand-in", epoch, self.pictures[i].name)
         for others in (np.flatnonzero(self.bucket_of == self.bucket_of[i]), np.arange(len(self.pictures))):
             yield from rng.permutation(others[others != i])[:7].tolist()
 
@@ -628,7 +624,7 @@ class BucketSampler:
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures in order, grouped by bucket, and where each global batch starts and stops among them."""
-        rng = generator(self.seed, "order", epoch)
+        rng = numpy_generator(self.seed, "order", epoch)
         order = rng.permutation(len(self.bucket_of))
         order = order[np.argsort(self.bucket_of[order], kind="stable")]
         ends = np.cumsum(self.sizes)

@@ -23,14 +23,14 @@ what enters the network has the dtype of the computation.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from kontext_min.utils import torch_generator
 
 Network = Callable[..., Tensor]  # flux.Flux, or anything that is called like it
 
@@ -178,12 +178,6 @@ def start_time(control: Tensor, target: Tensor, source_noise: float = 0.0) -> fl
 # ------------------------------------------------------------------------------------- where on the path: sigma, weight
 
 
-def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
-    """A generator that depends on (seed, purpose, position) alone, never on how many numbers were drawn before."""
-    key = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *position])
-    return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
-
-
 def draw(seed: int, step: int, positions: Sequence[int], shape: Sequence[int], total: int = 0) -> tuple[Tensor, Tensor]:
     """Noise and uniform numbers of some pictures of a step, the same whichever process draws them, always on the CPU.
 
@@ -199,7 +193,7 @@ def draw(seed: int, step: int, positions: Sequence[int], shape: Sequence[int], t
     """
     eps, u = [], []
     for i in positions:
-        g = generator(seed, "flow", step, i)
+        g = torch_generator(seed, "flow", step, i)
         u.append(torch.rand((), generator=g))
         eps.append(torch.randn(tuple(shape), generator=g))
     uniform = torch.stack(u)

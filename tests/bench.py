@@ -260,7 +260,7 @@ def transformer(size: str) -> None:
 
 
 def flop_count(f: Callable[[], object]) -> int:
-    from kontext_min.plan import Tally
+    from kontext_min.extras.plan import Tally
 
     with Tally() as tally:
         f()
@@ -367,7 +367,8 @@ def restoration() -> None:
     from diffusers import FluxKontextPipeline
     from PIL import Image
 
-    from kontext_min import checkpoints, flow, prompts
+    from kontext_min import checkpoints, flow
+    from kontext_min.extras import prompts
     from kontext_min.restore import restore, to_image, to_tensor
 
     heading("a whole restoration on weights/tiny, 256x256, 4 steps")

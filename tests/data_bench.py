@@ -64,9 +64,9 @@ def ours(pairs, i, clock):
     picture, bucket = pairs.pictures[i], pairs.buckets[pairs.bucket_of[i]]
     image = data.open_picture(picture.path, bucket)
     clock("read")
-    target = cover_crop(image, bucket, data.generator(0, "crop", 0, picture.name))
+    target = cover_crop(image, bucket, data.numpy_generator(0, "crop", 0, picture.name))
     clock("resize, crop")
-    control = pairs.degrade(target, data.generator(0, "degrade", 0, picture.name))
+    control = pairs.degrade(target, data.numpy_generator(0, "degrade", 0, picture.name))
     clock("degrade")
     # The loop turns bytes into floats on the GPU, where it is free; here it is counted.
     batch = [data.to_float(torch.stack([data.to_tensor(image)])) for image in (control, target)]

@@ -9,7 +9,7 @@ a LoRA of rank 16 on the same Linears. Outputs, or the gradients of the first Lo
 this card's own matmul.
 
 runs: each in a process of its own, which reports the most that torch's allocator held (max_memory_allocated) beside
-what kontext_min/plan.py says before the run, less its half GB for the CUDA context.
+what kontext_min/extras/plan.py says before the run, less its half GB for the CUDA context.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def child(argv: list[str]) -> None:
     """One script with its flags, in this process; prints what the card held at most, what was planned, and times."""
     import sample
     import train
-    from kontext_min import plan
+    from kontext_min.extras import plan
 
     planned, encoding = [], []
     plan.fit = lambda setting, sizes, device: planned.append(plan.measure(setting, sizes).device) or setting

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import processes
 from conftest import make_bundle, make_pictures
-from kontext_min import lora_files, runs
+from kontext_min.extras import lora_files, runs
 
 FLAGS = (
     "--resolution 64 --steps 24 --batch-size 2 --accumulate 2 --ema 0.9 --warmup 3 --lr 1e-3 --flip --stratified "

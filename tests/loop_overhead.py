@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from kontext_min import flow, runs  # noqa: E402
+from kontext_min import flow  # noqa: E402
 from kontext_min.autoencoder import Autoencoder  # noqa: E402
+from kontext_min.extras import runs  # noqa: E402
 
 FLAGS = "--resolution 128 --steps 40 --accumulate 4 --workers 0 --val-count 0 --checkpoint-every 100000 --warmup 5"
 WORK = {

@@ -20,7 +20,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kontext_min import checkpoints, degrade, flow, prompts  # noqa: E402
+from kontext_min import checkpoints, degrade, flow  # noqa: E402
+from kontext_min.extras import prompts  # noqa: E402
 from kontext_min.flow import Objective  # noqa: E402
 from kontext_min.lora import add_lora  # noqa: E402
 from kontext_min.restore import to_tensor  # noqa: E402

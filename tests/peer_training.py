@@ -24,8 +24,9 @@ from diffusers.optimization import get_cosine_schedule_with_warmup  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
 import train  # noqa: E402
-from kontext_min import checkpoints, data, degrade, flow, prompts, runs  # noqa: E402
-from kontext_min.flags import parse  # noqa: E402
+from kontext_min import checkpoints, data, degrade, flow  # noqa: E402
+from kontext_min.extras import prompts, runs  # noqa: E402
+from kontext_min.extras.flags import parse  # noqa: E402
 from kontext_min.lora import add_lora, lora_layers  # noqa: E402
 
 FLAGS = (

@@ -28,10 +28,11 @@ from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kontext_min import checkpoints, degrade, prompts  # noqa: E402
+from kontext_min import checkpoints, degrade  # noqa: E402
+from kontext_min.extras import prompts  # noqa: E402
+from kontext_min.extras.lora_files import load_lora, read_lora  # noqa: E402
+from kontext_min.extras.metrics import psnr, ssim, texture  # noqa: E402
 from kontext_min.flow import SOLVERS, Objective  # noqa: E402
-from kontext_min.lora_files import load_lora, read_lora  # noqa: E402
-from kontext_min.metrics import psnr, ssim, texture  # noqa: E402
 from kontext_min.restore import restore, to_image, to_tensor  # noqa: E402
 
 SIDE, TUNING_CROPS = 256, 10

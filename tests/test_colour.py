@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter
 
-from kontext_min import colour
-from kontext_min.colour import COLOUR_FIXES, adain, wavelet
+from kontext_min.extras import colour
+from kontext_min.extras.colour import COLOUR_FIXES, adain, wavelet
 
 PHOTO = Path(__file__).parent / "photos" / "bowl.jpg"
 

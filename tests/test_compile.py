@@ -5,10 +5,10 @@ import torch
 from safetensors import safe_open
 
 from kontext_min import data, flow
+from kontext_min.extras.lora_files import save_lora
+from kontext_min.extras.quantize import quantize_
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora, lora_layers
-from kontext_min.lora_files import save_lora
-from kontext_min.quantize import quantize_
 from train import checkpoint_blocks, compile_blocks
 
 SMALL = FluxParams(

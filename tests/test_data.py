@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from kontext_min import data, degrade
 from kontext_min.data import BucketSampler, Draw, Pairs, Picture
-from kontext_min.latents import CachedPairs, LatentCache, fill
+from kontext_min.extras.latents import CachedPairs, LatentCache, fill
 
 GOLDEN = Path(__file__).parent / "golden"
 PHOTOS = Path(__file__).parent / "photos"

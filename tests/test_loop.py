@@ -18,8 +18,9 @@ import loop_overhead
 import processes
 import sample
 import train
-from kontext_min import data, runs
+from kontext_min import data
 from kontext_min.data import Draw, Picture
+from kontext_min.extras import runs
 
 FLAGS = (
     "--resolution 64 --steps 6 --accumulate 6 --batch-size 1 --warmup 2 --lr 1e-3 --ema 0.5 --checkpoint-every 2 "

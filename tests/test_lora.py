@@ -5,8 +5,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kontext_min.extras.lora_files import load_lora, read_lora, save_lora, strength_of
 from kontext_min.lora import LoRALinear, add_lora, lora_layers, merge_lora
-from kontext_min.lora_files import load_lora, read_lora, save_lora, strength_of
 from test_checkpoints import TINY, random_flux
 from test_flux import random_pair
 

@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from kontext_min import flow, lora_files, prompts
+from kontext_min import flow
 from kontext_min.checkpoints import Weights, load_autoencoder, load_flux
+from kontext_min.extras import lora_files, prompts
+from kontext_min.extras.lora_files import init_lora, load_lora, merge, purpose, read_lora, save_lora, trained_with
+from kontext_min.extras.lora_formats import FORMATS, Factors, emit, parse
+from kontext_min.extras.quantize import QuantizedLinear, quantize_
 from kontext_min.flux import FluxParams
 from kontext_min.lora import TARGETS, add_lora, lora_layers, merge_lora
-from kontext_min.lora_files import init_lora, load_lora, merge, purpose, read_lora, save_lora, trained_with
-from kontext_min.lora_formats import FORMATS, Factors, emit, parse
 from kontext_min.names import flux_modules
-from kontext_min.quantize import QuantizedLinear, quantize_
 from test_flux import random_pair
 from test_lora import ARGS
 
@@ -827,7 +828,7 @@ def test_merging_says_what_is_wrong(base, tmp_path, capsys):
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lora_files", "convert", str(tmp_path / "nowhere"), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as done:
-        runpy.run_module("kontext_min.lora_files", run_name="__main__")
+        runpy.run_module("kontext_min.extras.lora_files", run_name="__main__")
     assert done.value.code == 2
     assert capsys.readouterr().err.startswith(f"lora_files: {tmp_path / 'nowhere'}: no such LoRA file; train one")
 

@@ -8,8 +8,8 @@ from PIL import Image, ImageFilter
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from kontext_min import metrics
-from kontext_min.metrics import luma, mean_row, psnr, psnr_y, row, scores, ssim, table, texture
+from kontext_min.extras import metrics
+from kontext_min.extras.metrics import luma, mean_row, psnr, psnr_y, row, scores, ssim, table, texture
 
 PHOTOS = sorted(Path(__file__).parent.glob("photos/*.jpg"))
 

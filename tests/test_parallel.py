@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 import processes
 import train
-from kontext_min import lora_files, parallel, runs, stream
 from kontext_min.checkpoints import load_flux
+from kontext_min.extras import lora_files, parallel, runs, stream
 
 FLAGS = (
     "--resolution 64 --steps 8 --accumulate 2 --checkpoint-every 4 --keep 0 --warmup 3 --ema 0.9 --flip "

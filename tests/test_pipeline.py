@@ -10,7 +10,8 @@ from diffusers import FluxKontextPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kontext_min import checkpoints, flow, prompts
+from kontext_min import checkpoints, flow
+from kontext_min.extras import prompts
 from kontext_min.flow import Objective
 from kontext_min.restore import restore, to_image, to_tensor
 

@@ -13,12 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 import sample
 import train
 from conftest import TINY
-from kontext_min import flow, plan
+from kontext_min import flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
+from kontext_min.extras import plan
+from kontext_min.extras.plan import GB, Setting, Sizes
+from kontext_min.extras.quantize import quantize_
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
-from kontext_min.plan import GB, Setting, Sizes
-from kontext_min.quantize import quantize_
 
 SMALL = FluxParams(
     hidden_size=192, num_heads=6, depth=3, depth_single_blocks=5, context_in_dim=96, vec_in_dim=64, axes_dim=(4, 14, 14)

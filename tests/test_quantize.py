@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kontext_min.checkpoints import load_flux
+from kontext_min.extras.quantize import NF4, QUANTIZED, QuantizedLinear, dequantize, quantize, quantize_
 from kontext_min.flux import DoubleStreamBlock, SingleStreamBlock, rope
 from kontext_min.lora import add_lora
-from kontext_min.quantize import NF4, QUANTIZED, QuantizedLinear, compute_dtype, dequantize, quantize, quantize_
+from kontext_min.utils import compute_dtype
 from test_checkpoints import random_flux, to_diffusers
 from test_lora import ARGS, randomise
 

@@ -30,9 +30,9 @@ import full_size
 import sample
 import train
 from conftest import make_pictures
-from kontext_min import plan
 from kontext_min.checkpoints import Weights
-from kontext_min.flags import parse
+from kontext_min.extras import plan
+from kontext_min.extras.flags import parse
 from kontext_min.flux import FluxParams
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # runpy, of what is imported
@@ -124,7 +124,7 @@ def test_it_runs(words, home, monkeypatch):
         "python train.py --hr-root ~/photos --lerning-rate 1",
         "python train.py --hr-root ~/photos --degrade bluur=1",
         "python sample.py --input old.jpg --output new.png --lora runs/nowhere/lora.safetensors",
-        "python -m kontext_min.lora_files convert a b --fromat peft",
+        "python -m kontext_min.extras.lora_files convert a b --fromat peft",
         "torchrun --nproc-per-node 4 train.py --hr-root ~/photos --sharded",
         "torchrun --nproc-per-node 4 --no-such-flag train.py --hr-root ~/photos",
         "python tests/quality_bench.py --degrade guide",
@@ -153,7 +153,8 @@ def test_lengths_of_the_files():
     for row in (line.split("|") for line in table.splitlines() if line.startswith("| `")):
         names, lengths = re.findall(r"`([\w/]+\.py)`", row[1]), [int(n) for n in row[2].split(",")]
         for name, said in zip(names, lengths, strict=True):
-            path = ROOT / name if (ROOT / name).exists() else ROOT / "kontext_min" / name
+            places = (ROOT, ROOT / "kontext_min", ROOT / "kontext_min" / "extras")
+            path = next(place / name for place in places if (place / name).exists())
             real = len(path.read_text(encoding="utf-8").splitlines())
             assert abs(said - real) <= max(10, 0.1 * real), f"{name}: README says {said} lines, it has {real}"
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kontext_min import report
-from kontext_min.report import evenly, slices, smooth, thin, ticks, write_report
-from kontext_min.validation import grid
+from kontext_min.extras import report
+from kontext_min.extras.report import evenly, slices, smooth, thin, ticks, write_report
+from kontext_min.extras.validation import grid
 
 PHOTOS = Path(__file__).parent / "photos"
 VOID = {"meta", "img", "input", "path", "circle", "polyline", "option"}  # no end tag in HTML, or self-closed in our SVG

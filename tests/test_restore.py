@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from kontext_min import data, flow, prompts
+from kontext_min import data, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams, GroupNorm
 from kontext_min.checkpoints import Weights, load_autoencoder, load_flux
+from kontext_min.extras import prompts
 from kontext_min.flow import Objective, Prompt
 from kontext_min.restore import (
     pad_to_grid,

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 
 import large_bench
 import sample
-from kontext_min import data, degrade, metrics, pictures
+from kontext_min import data, degrade
 from kontext_min.checkpoints import load_flux
+from kontext_min.extras import metrics, pictures
+from kontext_min.extras.lora_files import save_lora
 from kontext_min.lora import add_lora
-from kontext_min.lora_files import save_lora
 from test_report import Page
 
 ROOT = Path(__file__).parent.parent
@@ -386,7 +387,7 @@ def test_degradation_depends_on_seed_and_name(identity, small_bundle, tmp_path):
         np.asarray(Image.open(tmp_path / f)).astype(int) for f in ("out/a.png", "out/b.png", "b.png", "c.png")
     )
     assert np.array_equal(b, alone) and not np.array_equal(a, b) and not np.array_equal(b, other)
-    expected = degrade.parse("noise=0.1")(crop(32, 32), data.generator(42, "degrade", 0, "b.png"))
+    expected = degrade.parse("noise=0.1")(crop(32, 32), data.numpy_generator(42, "degrade", 0, "b.png"))
     assert np.array_equal(b, np.asarray(expected))
 
 

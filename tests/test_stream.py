@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
 
 import train
-from kontext_min import plan, prompts, stream
 from kontext_min.checkpoints import Weights, load_flux, load_t5
+from kontext_min.extras import plan, prompts, stream
+from kontext_min.extras.quantize import QUANTIZED, QuantizedLinear
+from kontext_min.extras.stream import checkpoint_blocks, load_streamed
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
-from kontext_min.quantize import QUANTIZED, QuantizedLinear
-from kontext_min.stream import checkpoint_blocks, load_streamed
 from test_checkpoints import random_flux, to_diffusers
 from test_lora import ARGS, randomise
 
@@ -249,7 +249,7 @@ def test_t5(tmp_path):
 
 PEAK = """
 import gc, re, sys, torch
-from kontext_min.stream import load_streamed
+from kontext_min.extras.stream import load_streamed
 from kontext_min.lora import add_lora
 from train import checkpoint_blocks
 ids, one = lambda n: torch.zeros(1, n, 3), torch.ones(1)

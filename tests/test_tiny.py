@@ -12,9 +12,10 @@ import torch
 from diffusers import AutoencoderKL, FluxKontextPipeline
 from PIL import Image
 
-from kontext_min import degrade, metrics, prompts
+from kontext_min import degrade
 from kontext_min.checkpoints import Weights, load_autoencoder, load_clip, load_flux, load_t5
 from kontext_min.clip import ClipTokenizer
+from kontext_min.extras import metrics, prompts
 from kontext_min.flow import Objective
 from kontext_min.restore import restore, to_image, to_tensor
 from kontext_min.t5 import T5Tokenizer

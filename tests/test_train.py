@@ -19,7 +19,8 @@ import memorise
 import peer_training
 import sample
 import train
-from kontext_min import degrade, flow, prompts, runs, stream
+from kontext_min import degrade, flow
+from kontext_min.extras import prompts, runs, stream
 from train import Settings
 
 FLAGS = (

@@ -17,7 +17,8 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, generator, open_picture, scan
+from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
+from kontext_min.utils import numpy_generator
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LAYOUT = {  # TIFF tags that say how the old file's pixels lie: nothing of a photograph
@@ -144,7 +145,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     if file.rgb.size != job.size:
         raise UnreadableError(f"{job.path}: has changed since the start.")
     if degradation:
-        degraded, clean = degradation(file.rgb, generator(seed, "degrade", 0, job.name)), file.rgb
+        degraded, clean = degradation(file.rgb, numpy_generator(seed, "degrade", 0, job.name)), file.rgb
     elif reference:
         if path := reference_of(job, reference):
             clean = read(path).rgb

@@ -1,7 +1,7 @@
 """LoRA files: saved, loaded, several at once, converted, merged into the base.
 
-    python -m kontext_min.lora_files convert IN OUT --format peft         any format that is read, to kohya or peft
-    python -m kontext_min.lora_files merge OUT --weights BASE --lora a.safetensors=0.8 --lora b.safetensors
+    python -m kontext_min.extras.lora_files convert IN OUT --format peft      any format that is read, to kohya or peft
+    python -m kontext_min.extras.lora_files merge OUT --weights BASE --lora a.safetensors=0.8 --lora b.safetensors
 
 Two formats are written, the two that ComfyUI and diffusers both read at the strength that was trained (lora_formats.py
 has the names, and reads seven more):
@@ -38,11 +38,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kontext_min.checkpoints import WIDENED, find, load_flux, read_headers, save_file, save_flux
+from kontext_min.extras.lora_formats import FORMATS, Factors, Sizes, emit, parse
+from kontext_min.extras.quantize import QuantizedLinear, dequantize, storage
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import LoRALinear, linears, lora_layers
-from kontext_min.lora_formats import FORMATS, Factors, Sizes, emit, parse
 from kontext_min.names import flux_modules
-from kontext_min.quantize import QuantizedLinear, dequantize, storage
 
 BRIDGE_ONLY = "made for a bridge: only sample.py follows its path; other programs start from noise, where it is lost"
 

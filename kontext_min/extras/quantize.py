@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 QUANTIZED = ("int8", "fp8", "nf4")
-COMPUTE_DTYPES = ("auto", "bfloat16", "float32")  # of the computation, as the flags spell it
 BLOCK = 64  # weights that share a scale in nf4
 ROWS = 256  # quantised at a time: what lies between stays in the processor's cache, 7 times as fast for int8
 MODULATION = re.compile(r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modulation\.lin")
@@ -156,12 +155,3 @@ def quantize_(model: nn.Module, kind: str) -> nn.Module:
     for name in filter(chosen.get, chosen):
         model.set_submodule(name, QuantizedLinear.from_linear(model.get_submodule(name), chosen[name]))
     return model
-
-
-def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """What to compute in: with "auto" bfloat16 on GPUs and on CPUs that multiply it in hardware, else float32."""
-    if choice != "auto":
-        return getattr(torch, choice)
-    able = torch.cpu.get_capabilities()
-    units = able.get("amx_bf16") or able.get("avx512_bf16")
-    return torch.bfloat16 if device.type == "cuda" or units else torch.float32

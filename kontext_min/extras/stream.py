@@ -40,8 +40,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kontext_min import checkpoints
 from kontext_min.checkpoints import Device, Stored, TensorReader, load_flux, load_t5, save_file
+from kontext_min.extras.quantize import QuantizedLinear, storage
 from kontext_min.flux import Flux
-from kontext_min.quantize import QuantizedLinear, storage
 
 ALIGN = 64  # codes start at multiples of so many bytes in a slot
 

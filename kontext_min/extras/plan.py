@@ -15,7 +15,7 @@ All blocks of a kind are alike, so two of each are run, and the rest is multipli
 inputs need no gradient) and the last single block (which computes only what is read) stand for themselves, the other
 two for all blocks between. What kernels allocate for themselves is not seen, nor are gaps between allocations.
 
-    python -m kontext_min.plan        memory and FLOPs of the full model in all 17 shapes, as docs/memory.md has them
+    python -m kontext_min.extras.plan     memory and FLOPs of the full model in all 17 shapes: docs/memory.md
 
 Sources: torch._subclasses.FakeTensorMode, torch.utils._python_dispatch.TorchDispatchMode, torch.utils.flop_counter.
 """
@@ -35,14 +35,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from kontext_min import data, flow, prompts
+from kontext_min import data, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.checkpoints import DTYPES, Weights, outline
+from kontext_min.extras import prompts
+from kontext_min.extras.quantize import QuantizedLinear, quantize_
+from kontext_min.extras.stream import checkpoint_blocks
 from kontext_min.flow import Objective, Prompt
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
-from kontext_min.quantize import QuantizedLinear, quantize_
-from kontext_min.stream import checkpoint_blocks
 from kontext_min.t5 import T5Encoder, T5Params
 
 GB = 2.0**30  # a card of 16 GB has 16 times this

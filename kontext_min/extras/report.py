@@ -1,7 +1,7 @@
 """report.html: how a run went, or what sample.py made of a folder, in one file that needs neither network nor others.
 
     settings.json, metrics.jsonl, validation/step-000500.png  ->  report.html in the run folder
-    python -m kontext_min.report runs/NAME                        writes it again
+    python -m kontext_min.extras.report runs/NAME                        writes it again
     before and after of some pictures                         ->  report.html beside the restored ones
 
 Curves are inline SVG, pictures embedded JPEGs, the before/after slider is a range input over stacked images. The page's
@@ -24,7 +24,8 @@ from typing import Any
 
 from PIL import Image
 
-from kontext_min.runs import clock, read_metrics, write_text
+from kontext_min.extras.runs import read_metrics, write_text
+from kontext_min.utils import clock
 
 GAP = 4  # white pixels between the pictures of a sheet, as validation.grid leaves them
 SIDE, QUALITY = 768, 85  # embedded pictures: longest side in pixels, JPEG quality
@@ -474,5 +475,5 @@ views?.addEventListener("input", ({target}) => {
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m kontext_min.report RUN_FOLDER")
+        sys.exit("usage: python -m kontext_min.extras.report RUN_FOLDER")
     print(write_report(Path(sys.argv[1])))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kontext_min import flow
 from kontext_min.autoencoder import Autoencoder
+from kontext_min.extras.metrics import psnr, ssim
 from kontext_min.flow import Network, Objective, Prompt
-from kontext_min.metrics import psnr, ssim
 from kontext_min.restore import restore, to_image
 
 SIGMAS = tuple(i / 10 for i in range(1, 10))

@@ -151,7 +151,7 @@ def parse(
         if found:
             help = "only plain LoRAs (A, B, alpha) are"
             if kind.endswith("text encoder"):
-                help = "`python -m kontext_min.lora_files convert IN OUT --drop PREFIX` leaves such tensors out"
+                help = "`python -m kontext_min.extras.lora_files convert IN OUT --drop PREFIX` leaves such tensors out"
             raise ValueError(f"{where}: {kind}, which is not read here ({_some(found)}); {help}.")
 
     table = places(modules)

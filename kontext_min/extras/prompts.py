@@ -21,8 +21,8 @@ from torch import Tensor
 
 from kontext_min.checkpoints import Device, Weights, fingerprint, load_clip, save_file
 from kontext_min.clip import ClipTokenizer
+from kontext_min.extras.stream import load_network
 from kontext_min.flow import Prompt
-from kontext_min.stream import load_network
 from kontext_min.t5 import T5Tokenizer
 
 Encoded = dict[str, tuple[Tensor, Tensor] | Path]  # text -> ((L_txt, context_in_dim), (vec_in_dim,)) or their file
