@@ -10,10 +10,10 @@ BIN = $(VENV)/bin
 demo: $(VENV)/run
 	$(BIN)/python train.py --hr-root tests/photos --output-dir runs/demo --overwrite \
 		--degrade noise=0.12,jpeg=40 --prompt "Remove the noise from this photo." --resolution 128 \
-		--batch-size 4 --accumulate 1 --lr 1e-3 --warmup 20 --steps 200 --stratified --weighting clean \
-		--validate-every-steps 100 --validation-steps 1
+		--batch-size 4 --accumulate 1 --lr 1e-3 --steps 200 --weighting clean \
+		--validate-every-epochs 50
 	$(BIN)/python sample.py --input tests/photos/picosdeeuropa.jpg --output runs/demo/demo.png --lora runs/demo/lora.safetensors \
-		--degrade noise=0.12,jpeg=40 --compare --steps 1
+		--degrade noise=0.12,jpeg=40 --compare --steps 1 --overwrite
 	@echo "look at runs/demo/demo.png: degraded | restored | clean"
 
 test: $(VENV)/test

@@ -2,555 +2,271 @@
 
     python train.py --hr-root DIR
 
-Every step: take clean pictures of one bucket, degrade them, encode both with the Flux autoencoder, stand somewhere on
-the line from the degraded to the clean latent, and learn the velocity that leads along it (kontext_min/flow.py). Only
-the LoRA trains. Without --weights the small embedded model is trained, so that this runs anywhere.
+Every step takes clean pictures of one bucket, degrades them, encodes both with the Flux autoencoder, stands somewhere
+on the line from the degraded to the clean latent, and learns the velocity that leads along it (kontext_min/flow.py).
+Only the LoRA trains. Without --weights it trains the small embedded model, which runs on any computer.
 
-Many GPUs: torchrun --nproc-per-node N train.py ...     (add --shard if the model does not fit one card)
-Stop at any time; the same command with the same --output-dir goes on, bit for bit as if nothing had happened.
+Several GPUs: torchrun --nproc-per-node N train.py ...     (add --shard if the model does not fit one card)
+Stop at any time: the same command with the same --output-dir continues, bit for bit as if it had never stopped.
 """
 
 import json
 import math
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kontext_min import __version__, data, degrade, flow
 from kontext_min.autoencoder import Autoencoder
-from kontext_min.checkpoints import Weights, fingerprint, load_autoencoder, save_flux
-from kontext_min.data import Picture
-from kontext_min.extras import parallel, plan, prompts, runs
-from kontext_min.extras.flags import check_numbers, flag, parse, to_json
-from kontext_min.extras.latents import CachedPairs, LatentCache, fill
-from kontext_min.extras.lora_files import FORMATS, init_lora, outside_of_blocks, save_lora
-from kontext_min.extras.quantize import QUANTIZED
+from kontext_min.checkpoints import load_autoencoder, read_json
+from kontext_min.extras import checks, held_out, inventory, parallel, plan, program, prompts, runs, validation
+from kontext_min.extras.base import Weights, load_base
+from kontext_min.extras.fingerprint import fingerprint
+from kontext_min.extras.flags import defaults, flag, given, parse_flags, to_json
+from kontext_min.extras.lora_files import init_lora, save_lora
+from kontext_min.extras.parallel import COMPUTE_DTYPES, compute_dtype
+from kontext_min.extras.progress import Progress, clock
 from kontext_min.extras.report import write_report
-from kontext_min.extras.stream import Stream, checkpoint_blocks, load_network
-from kontext_min.extras.validation import validate
+from kontext_min.extras.saving import save_flux
+from kontext_min.extras.stand_ins import StandIns
 from kontext_min.flow import Objective
 from kontext_min.flux import Flux
 from kontext_min.lora import TARGETS, add_lora
-from kontext_min.utils import COMPUTE_DTYPES, Progress, compute_dtype
 
+OBJECTIVES, QUANTIZED = ("bridge", "kontext"), ("int8", "fp8", "nf4")
 INTERVALS = 5  # of sigma, for which losses are logged apart
+CLIP_NORM, WEIGHT_DECAY = 1.0, 1e-4  # longer gradients are scaled down to this norm; of AdamW
+GUIDE = {"resolution": 1024, "steps": 3000, "batch_size": 1, "accumulate": 4, "lr": 1e-4}  # where the base says nothing
+MAX_SKIPS = 10  # steps in a row without a finite gradient, after which the run stops
+EPILOG = "* or what suits the base, if its folder has a defaults.json\n\n--degrade takes presets and operators.\n"
 ADVICE = "Lower --lr, raise --warmup, or look for a broken picture."
+
+
+picture, model, method, training, validating, running, machine = (
+    partial(flag, group) for group in ("pictures", "model", "method", "optimization", "validation", "run", "machine")
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every flag of train.py, once: name, type, default, help."""
+    """Every flag of train.py, once: name, type, default, help, range."""
 
-    hr_root: Path = flag(..., "folder of clean photographs, read recursively", "pictures")
-    lr_root: Path | None = flag(None, "degraded partners under the same names, instead of --degrade", "pictures")
-    degrade: str = flag("guide", "preset or operators, e.g. blur=0.5:2,noise=0.02,jpeg=40:95", "pictures")
-    resolution: int = flag(1024, "side of the square bucket in pixels; the 17 shapes keep this area", "pictures")
-    upscale: bool = flag(False, "use pictures smaller than their bucket too, blown up", "pictures")
-    flip: bool = flag(False, "mirror half of the pictures", "pictures")
-    prompt: str | None = flag(None, "for pictures without a .txt beside them; else the preset's own", "pictures")
-    workers: int = flag(2, "processes that load and degrade pictures", "pictures", least=0)
-    cache_latents: int = flag(0, "degraded variants of each picture kept encoded on disk", "pictures", least=0)
-    drop_last: bool = flag(False, "leave out the incomplete last batch of a bucket", "pictures")
-    cache_dir: Path = flag(Path("runs/cache"), "where prompts, latents and picture headers are kept", "pictures")
+    hr_root: Path = picture(..., "folder of clean photos, read recursively")
+    lr_root: Path | None = picture(None, "folder of degraded pictures with the same names, instead of --degrade")
+    degrade: str | None = picture(None, "preset or operators, such as blur=0.5:2,jpeg=40:95; default: guide")
+    resolution: int | None = picture(None, "side of the square bucket, in pixels; default: 1024 *", least=16, most=4096)
+    prompt: str | None = picture(None, "prompt of pictures without a .txt beside them; default: the preset's")
+    workers: int = picture(2, "processes that load and degrade pictures", least=0, most=256)
+    cache_latents: int = picture(0, "degraded variants per picture, encoded once, kept on disk", least=0, most=10_000)
+    cache_dir: Path = picture(Path("runs/cache"), "folder of encoded prompts, latents and quantized blocks")
 
-    weights: Path = flag(Path("weights/tiny"), "folder of the base model", "model")
-    transformer: Path | None = flag(None, "file of the transformer, instead of the one in --weights", "model")
-    vae: Path | None = flag(None, "file of the autoencoder, likewise", "model")
-    clip: Path | None = flag(None, "file of the CLIP text encoder, likewise", "model")
-    t5: Path | None = flag(None, "file of the T5 encoder, likewise", "model")
-    rank: int = flag(16, "rank of the LoRA", "model")
-    alpha: float | None = flag(None, "the correction counts alpha / rank; else alpha = rank", "model")
-    lora_targets: str = flag("attention-mlp", f"{', '.join(TARGETS)}, or a pattern of module names", "model")
-    lora_format: str = flag("kohya", "names in the LoRA file: see kontext_min/extras/lora_formats.py", "model", FORMATS)
-    init_lora: Path | None = flag(None, "start from this LoRA; its rank may be lower than --rank", "model")
-    full: bool = flag(False, "train all weights of the transformer instead of a LoRA", "model")
-    quantize: str | None = flag(None, "keep the frozen weights in 8 or 4 bits", "model", QUANTIZED)
+    weights: Path = model(program.beside_the_programs("weights/tiny"), "folder of the base model")
+    transformer: Path | None = model(None, "file of the transformer, instead of the one in --weights")
+    vae: Path | None = model(None, "file of the autoencoder, instead of the one in --weights")
+    clip: Path | None = model(None, "file of the CLIP text encoder, instead of the one in --weights")
+    t5: Path | None = model(None, "file of the T5 text encoder, instead of the one in --weights")
+    rank: int = model(16, "rank of the LoRA", least=1)
+    alpha: float | None = model(None, "scales the LoRA by alpha / rank; default: the rank", above=0)
+    lora_targets: str = model("attention-mlp", f"{', '.join(TARGETS)}, or a pattern of module names")
+    init_lora: Path | None = model(None, "LoRA file to start from; its rank is at most --rank")
+    full: bool = model(False, "train all weights of the transformer instead of a LoRA")
+    quantize: str | None = model(None, "keep the frozen weights in 8 or 4 bits", QUANTIZED)
 
-    objective: str = flag("bridge", "what the velocity leads from", "method", ("bridge", "kontext"))
-    context: bool = flag(False, "bridge: show the degraded picture as reference tokens too", "method")
-    source_noise: float = flag(0.0, "bridge: deviation of the noise that is part of the source", "method")
-    start_time: str = flag("1", "bridge: Flux's time at the source, 0 to 1, or auto", "method")
-    sigma: str = flag("uniform", "density of the place on the path", "method", flow.SIGMA_DENSITIES)
-    stratified: bool = flag(False, "spread the places of a step evenly", "method")
-    weighting: str = flag("uniform", "weight of the error along the path", "method", flow.WEIGHTINGS)
-    penalty: str = flag("mse", "of a picture's error; psnr: its logarithm", "method", flow.PENALTIES)
-    guidance: float = flag(1.5, "distilled guidance that the network is told", "method")
+    objective: str = method("bridge", "flow to learn: from degraded to clean, or from noise to clean", OBJECTIVES)
+    context: bool = method(False, "bridge: append the degraded picture as reference tokens")
+    source_noise: float = method(0.0, "bridge: deviation of the noise added to the source", least=0, most=1)
+    start_time: str = method("1", "bridge: Flux's time at the source, above 0 to 1, or auto")
+    sigma: str = method("uniform", "density of the place on the path", flow.SIGMA_DENSITIES)
+    weighting: str = method("uniform", "weight of the error along the path", flow.WEIGHTINGS)
+    penalty: str = method("mse", "minimize a picture's squared error, or its logarithm (psnr)", flow.PENALTIES)
+    guidance: float = method(1.5, "distilled guidance that the network is told", least=0, most=100)
 
-    steps: int = flag(3000, "optimizer steps", "optimization", least=1)
-    batch_size: int = flag(1, "pictures at a time, in each process", "optimization", least=1)
-    accumulate: int = flag(4, "batches that make one step", "optimization", least=1)
-    lr: float = flag(1e-4, "learning rate at its peak", "optimization", least=0)
-    lr_schedule: str = flag("cosine", "shape after the warm-up", "optimization", ("cosine", "linear", "constant"))
-    warmup: int = flag(100, "steps over which the learning rate rises", "optimization", least=0)
-    weight_decay: float = flag(1e-4, "of AdamW", "optimization", least=0)
-    clip_norm: float = flag(1.0, "gradients are scaled down to this norm; 0 = off", "optimization", least=0)
-    ema: float = flag(0.0, "decay of an average of the weights, e.g. 0.999; 0 = off", "optimization")
-    max_skips: int = flag(10, "stop after so many steps in a row whose loss is not finite", "optimization", least=1)
-    seed: int = flag(42, "of everything that is random", "optimization", least=0)
+    steps: int | None = training(None, "optimizer steps; default: 3000 *", least=1, most=10**8)
+    batch_size: int | None = training(None, "batch size per process; default: 1 *", least=1, most=4096)
+    accumulate: int | None = training(None, "batches whose gradients make one step; default: 4 *", least=1, most=4096)
+    lr: float | None = training(None, "peak learning rate of AdamW; default: 1e-4 *", above=0, most=1)
+    warmup: int | None = training(None, "steps of linear warm-up; default: 100, at most a tenth of --steps", least=0)
+    ema: float = training(0.0, "decay of an average of the weights, such as 0.999; 0 = off", least=0, most=0.999999)
+    seed: int = training(42, "seed for every random number", least=0, most=2**63 - 1)
 
-    val_root: Path | None = flag(None, "pictures to validate on; else some are held out of --hr-root", "validation")
-    val_lr_root: Path | None = flag(None, "degraded partners of --val-root, as --lr-root", "validation")
-    val_count: int = flag(8, "at most so many (and of --hr-root at most one in eight); 0 = none", "validation", least=0)
-    validate_every_epochs: int = flag(5, "epochs between validations; 0 = off", "validation", least=0)
-    validate_every_steps: int = flag(0, "steps between validations, instead of epochs; 0 = off", "validation", least=0)
-    validation_prompt: str | None = flag(None, "else the training prompt", "validation")
-    validation_steps: int = flag(4, "steps of the validation pictures, by Euler's rule", "validation", least=1)
+    val_root: Path | None = validating(None, "pictures to validate on; default: a few of --hr-root, held out")
+    validate_every_epochs: int = validating(5, "epochs between validations; 0: none, and none held out", least=0)
+    validation_prompt: str | None = validating(None, "prompt of the validation; default: --prompt")
 
-    output_dir: Path | None = flag(None, "the run folder; else runs/ and the date", "run")
-    resume: bool = flag(True, "go on from the last checkpoint of --output-dir, if it has one", "run")
-    accept_changes: bool = flag(False, "resume although settings changed", "run")
-    overwrite: bool = flag(False, "delete a run that --output-dir holds already", "run")
-    checkpoint_every: int = flag(500, "steps between checkpoints", "run", least=1)
-    keep: int = flag(3, "checkpoints to keep besides the best; 0 = all", "run", least=0)
-    tensorboard: bool = flag(False, "write tensorboard files too, if it is installed", "run")
+    output_dir: Path | None = running(None, "run folder; default: runs/ and the date")
+    resume: bool = running(True, "continue from the last checkpoint in --output-dir")
+    accept_changes: bool = running(False, "continue although settings changed")
+    overwrite: bool = running(False, "delete the run in --output-dir and start afresh")
+    checkpoint_every: int = running(500, "steps between checkpoints", least=1)
+    tensorboard: bool = running(False, "also write tensorboard files")
 
-    device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes cuda if there is one", "machine")
-    shard: bool = flag(False, "spread the weights over the processes (FSDP2)", "machine")
-    dtype: str = flag(
-        "auto", "of the computation; auto: bfloat16 if the hardware multiplies it", "machine", COMPUTE_DTYPES
+    device: str = machine("auto", "cpu, cuda, cuda:1 ...; auto: cuda if there is one")
+    shard: bool = machine(False, "spread the weights over the processes of torchrun (FSDP2)")
+    dtype: str = machine("auto", "dtype of the computation; auto: bfloat16 where the hardware has it", COMPUTE_DTYPES)
+    stream: bool = machine(False, "stream weights from disk, two blocks in memory")
+    gradient_checkpointing: str | None = machine(
+        None,
+        "blocks to recompute backward; default: all above 1 billion parameters",
+        ("all", "half", "none"),
+        bare="all",
     )
-    stream: bool = flag(False, "leave the weights in their files, two blocks at a time in memory", "machine")
-    gradient_checkpointing: bool = flag(False, "recompute blocks in the backward pass; on if it must be", "machine")
-    offload_activations: bool = flag(False, "with it or --stream: block inputs wait in the host's memory", "machine")
-    compile: bool = flag(False, "torch.compile, block by block", "machine")
-    plan: bool = flag(False, "print how much memory the run will take, and stop", "machine")
-    budget: str = flag("16G", "memory of the device that --plan looks for flags for", "machine")
+    compile: bool = machine(False, "torch.compile every kind of block")
+    plan: bool = machine(False, "print the memory that the run needs, and stop")
 
 
 # --------------------------------------------------------------------------------------------------- small ingredients
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The rate of a step, counted from 0: linear warm-up, then cosine, a line to 0, or constant."""
+    """The rate of a step, counted from 0: linear warm-up, then half a cosine down to 0."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
-    shapes = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
-    return settings.lr * shapes[settings.lr_schedule]
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def compile_blocks(flux: Flux, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Each kind of block becomes one graph for any number of tokens; all blocks of the kind share it."""
-    for block in flux.blocks:
-        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=True)
+@torch.no_grad()
+def to_latents(autoencoder: Autoencoder, device: torch.device, pictures: Tensor) -> Tensor:
+    """Bytes (B, 3, H, W) to latents (B, C, h, w) on the device; latents from the cache pass through."""
+    x = pictures.to(device)
+    if x.is_floating_point():
+        return x
+    # One picture at a time: the autoencoder's activations are larger than all else in memory.
+    return torch.cat([autoencoder.encode(data.to_float(picture)) for picture in x.split(1)])
 
 
-@contextmanager
-def averaged(params: Sequence[Tensor], ema: Sequence[Tensor]) -> Iterator[None]:
-    """The EMA in place of the weights, for validation and saving; nothing happens without one."""
-    if not ema:
-        yield
-        return
-    kept = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        for p, average in zip(params, ema, strict=True):
-            p.copy_(average)
-        yield
-        for p, value in zip(params, kept, strict=True):
-            p.copy_(value)
-
-
-def split_validation(
-    settings: Settings, pictures: list[Picture], buckets: list[data.Size]
-) -> tuple[list[Picture], list[Picture]]:
-    """Training and validation pictures: those of --val-root, or a few of --hr-root chosen by a hash of their names."""
-    if settings.val_root:
-        found, rejected = data.scan(settings.val_root, settings.cache_dir / "index.json")
-        found, small = data.usable(found, buckets, settings.upscale)
-        if not found:
-            name, reason = (rejected + small or [("nothing", "no pictures")])[0]
-            raise ValueError(f"--val-root {settings.val_root}: no usable picture, e.g. {name}: {reason}.")
-        return pictures, sorted(found, key=data.name_hash)[: settings.val_count]
-    count = min(settings.val_count, len(pictures) // 8)
-    held = {p.name for p in sorted(pictures, key=data.name_hash)[:count]}
-    return [p for p in pictures if p.name not in held], [p for p in pictures if p.name in held]
-
-
-def validation_due(settings: Settings, batches_per_epoch: int, done: int) -> bool:
-    """Whether to validate after `done` steps: by steps, else whenever some epochs more are full; and at the end."""
-    if settings.validate_every_steps:
-        return done % settings.validate_every_steps == 0 or done == settings.steps
-    if not settings.validate_every_epochs:
-        return False
-    batches = batches_per_epoch * settings.validate_every_epochs
-    filled, before = (n * settings.accumulate // batches for n in (done, done - 1))
-    return filled > before or done == settings.steps
-
-
-def check(settings: Settings) -> None:
-    """Refuse numbers that make no sense, before anything is loaded."""
-    check_numbers(settings)
-    if not 0 <= settings.ema < 1:
-        raise ValueError(f"--ema: got {settings.ema}, expected a decay from 0 to below 1, e.g. 0.999.")
-    try:
-        start_time = 0.5 if settings.start_time == "auto" else float(settings.start_time)
-    except ValueError:
-        raise ValueError(f"--start-time: got {settings.start_time!r}, expected auto or a number up to 1.") from None
-    Objective(settings.objective, settings.context, settings.source_noise, start_time)
-    for whole in ("full", "shard"):  # these need the weights themselves, in memory
-        for part in ("quantize", "stream"):
-            if getattr(settings, whole) and getattr(settings, part):
-                raise ValueError(f"--{part} can't be used with --{whole}; leave one of them out.")
-    if settings.offload_activations and not (settings.gradient_checkpointing or settings.stream):
-        raise ValueError("--offload-activations: add --gradient-checkpointing, whose block inputs it moves.")
-    if settings.tensorboard and not find_spec("tensorboard"):
-        raise ValueError("--tensorboard: the package is not installed; pip install tensorboard, or leave it out.")
-    if settings.val_root and settings.lr_root and not settings.val_lr_root:
-        raise ValueError("--val-root: with --lr-root it needs --val-lr-root, the degraded partners of its pictures.")
-    if settings.val_lr_root and not settings.val_root:
-        raise ValueError("--val-lr-root: its partners are the pictures of --val-root; add that.")
-    folder = settings.output_dir or Path("runs")
-    if settings.hr_root.exists() and folder.resolve().is_relative_to(settings.hr_root.resolve()):
-        raise ValueError(f"--output-dir {folder}: lies in --hr-root, so its pictures would be trained on; move it.")
-    if settings.full and settings.dtype not in ("auto", "float32"):
-        raise ValueError(f"--dtype {settings.dtype}: with --full all weights train, in float32; leave --dtype out.")
-    if settings.full and settings.init_lora:
-        merging = "merge it into the base first: python -m kontext_min.extras.lora_files merge"
-        raise ValueError(f"--init-lora {settings.init_lora}: with --full no LoRA trains; {merging}.")
-
-
-# ------------------------------------------------------------------------------------------------------------- the run
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is settled before the first step."""
-
-    settings: Settings
-    me: parallel.Processes
-    dtype: torch.dtype  # of the computation
-    folder: Path
-    board: Any  # of tensorboard, or None
-    autoencoder: Autoencoder
-    encoded: prompts.Encoded  # every prompt of the run
-    objective: Objective
-    header: dict[str, str]  # of the result: what it was trained for
-    batches_per_epoch: int
-    validation_pairs: list[tuple[Tensor, Tensor]]  # (control, target), (1, 3, H, W) in [-1, 1] on the device
-
-
-@dataclass(frozen=True)
-class Learner:
-    """What changes from step to step."""
-
-    flux: Flux
-    model: nn.Module  # flux as the loop calls it: itself, in DDP or sharded
-    stream: Stream | None
-    trained: dict[str, nn.Parameter]  # by name: A and B of the LoRA, or with --full all weights
-    ema: list[Tensor]  # their averages, in the same order; empty without --ema
-    optimizer: torch.optim.AdamW
-    state: dict[str, Any]  # counts that checkpoints keep
-
-
-def train(settings: Settings) -> int:
-    """The whole run, from the folder of pictures to the LoRA file: `prepare`, `learn`, save. Returns the exit code."""
-    check(settings)
-    me = parallel.start(settings.device)
-    # Steps of 1e-4 of a weight vanish in bfloat16's 8 bits: weights that train are float32, LoRA or all.
-    dtype = torch.float32 if settings.full else compute_dtype(settings.dtype, me.device)
-    weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
-    sizes = plan.Sizes.of(weights)
-    asked, at_512 = plan.for_training(settings, sizes, dtype, me.device)
-    if settings.plan:
-        me.say(plan.show(asked, sizes, plan.budget_bytes(settings.budget), at_512))
-        return 0
-    if not settings.shard and plan.fit(asked, sizes, me.device).checkpointing and not asked.checkpointing:
-        me.say("--gradient-checkpointing is on: without it this run takes more memory than is free")
-        settings = replace(settings, gradient_checkpointing=True)
-    run, learner, batches = prepare(settings, me, weights, dtype)
-    state = learner.state
-    with runs.under_way(run.folder):
-        learn(run, learner, batches)
-        if state["step"] < settings.steps:
-            again = f"the same command with --output-dir {run.folder} goes on from there"
-            me.say(f"stopped after step {state['step']}; {again}")
-            return 0
-        if state["skipped"] == settings.steps:
-            raise runs.Stopped(f"{run.folder}: no step had a finite loss, so nothing was learnt. {ADVICE}")
-        result = gather(learner, learner.ema or learner.trained.values())
-        if me.first:
-            save_result(run, learner, result, run.folder)
-            write_report(run.folder)
-    if learner.stream:
-        me.say(learner.stream.report())
-    me.say(f"done: {run.folder / ('transformer' if settings.full else 'lora.safetensors')}")
-    return 0
-
-
-def learn(run: Run, learner: Learner, batches: Iterator[dict[str, Any]]) -> None:
-    """THE LOOP: step after step, until all are taken or a signal asks to stop."""
-    settings, me, state, optimizer = run.settings, run.me, learner.state, learner.optimizer
-    params = list(learner.trained.values())
-    progress, stop, stopping = Progress(state["step"]), runs.StopSignal(), False
-    while state["step"] < settings.steps and not stopping:
-        step, began = state["step"], time.monotonic()
-        micro = [next(batches) for _ in range(settings.accumulate)]  # their gradients add up to one step
-        for line in (line for batch in micro for line in batch["unreadable"]):
-            if line not in state["unreadable"]:  # once, not every epoch
-                state["unreadable"].append(line)
-                print(f"\nleft out: {line}", flush=True)
-        count = sum(batch["total"] for batch in micro)  # pictures of this step, in all processes
-        tally = add_gradients(run, learner, micro, count)
-        norm = runs.whole(nn.utils.clip_grad_norm_(params, settings.clip_norm or math.inf)).item()
-        losses, pictures_there = parallel.add_up(tally).tolist()
-        loss, lr = sum(losses) / count, learning_rate(settings, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-            if learner.ema:
-                torch._foreach_lerp_(learner.ema, [p.detach() for p in params], 1 - settings.ema)
-            state["skipped_in_a_row"] = 0
-        else:  # one bad picture must not spoil the weights
-            state["skipped"] += 1
-            state["skipped_in_a_row"] += 1
-        optimizer.zero_grad(set_to_none=True)
-        state["step"] = done = step + 1
-
-        seconds = time.monotonic() - began
-        speed = count / seconds
-        row = {
-            "step": done,
-            "epoch": step * settings.accumulate // run.batches_per_epoch,
-            "loss": loss,
-            "sigma_loss": [s / n if n else None for s, n in zip(losses, pictures_there, strict=True)],
-            "lr": lr,
-            "grad_norm": norm,
-            "images_per_second": speed,
-            "seconds": seconds,
-            "skipped": state["skipped"],
-            "unreadable": len(state["unreadable"]),
-        }
-        if me.first:
-            runs.append_metrics(run.folder, row, run.board)
-            progress.show(done, settings.steps, f"loss {loss:.4f}  lr {lr:.1e}  {speed:.2f} images/s")
-        if state["skipped_in_a_row"] >= settings.max_skips:
-            raise runs.Stopped(
-                f"{run.folder}: no finite loss for {settings.max_skips} steps in a row; the last checkpoint is "
-                f"{runs.latest_checkpoint(run.folder)}. {ADVICE}"
-            )
-        if run.validation_pairs and validation_due(settings, run.batches_per_epoch, done):
-            measure(run, learner)
-        stopping = parallel.any_of(stop.received)
-        due = done % settings.checkpoint_every == 0 and not state["skipped_in_a_row"]  # else it may be a broken one
-        if due or stopping or done in (settings.steps, state["best_step"]):
-            save_checkpoint(run, learner)
-
-
-def add_gradients(run: Run, learner: Learner, micro: Sequence[dict[str, Any]], count: int) -> Tensor:
-    """The gradient of a step: of the mean loss over its `count` pictures in the batches of all processes.
-
-    Returns (2, INTERVALS): sum of the losses, and number of pictures, of this process by interval of sigma.
-    """
-    settings, world = run.settings, run.me.world
-    tally = torch.zeros(2, INTERVALS)
-    whole_batch = settings.batch_size * world
-    strata = settings.accumulate * whole_batch if settings.stratified else 0
-    for i, batch in enumerate(micro):
-        control, target = to_latents(
-            run.autoencoder, run.me.device, torch.cat([batch["control"], batch["target"]])
-        ).chunk(2)
-        positions = [i * whole_batch + p for p in batch["position"].tolist()]
-        eps, u = flow.draw(settings.seed, learner.state["step"], positions, target.shape[1:], strata)
-        sigma = flow.density(u, settings.sigma, image_tokens=target.shape[-2] * target.shape[-1] // 4)
-        text = prompts.batch(run.encoded, batch["prompt"], settings.guidance, run.dtype, run.me.device)
-        with parallel.sync_gradients(learner.model, now=i == settings.accumulate - 1):
-            loss = flow.losses(learner.model, control, target, eps.to(target), sigma.to(target), text, run.objective)
-            weight = flow.weight(sigma, settings.weighting) * batch["weight"]  # 0 for what only fills up
-            # Gradients are averaged over the processes: our sum, times their number, by the pictures of all.
-            ((weight.to(loss) * flow.penalty(loss, settings.penalty)).sum() * world / count).backward()
-        interval = (sigma * INTERVALS).long().clamp(0, INTERVALS - 1)
-        tally[0].index_add_(0, interval, loss.detach().cpu() * batch["weight"])
-        tally[1].index_add_(0, interval, batch["weight"])
-    return tally
-
-
-def measure(run: Run, learner: Learner) -> None:
-    """Validate, note whether it is the best so far, and write row, pictures and report."""
-    settings, state, began = run.settings, learner.state, time.monotonic()
-    text = prompts.batch(run.encoded, [prompts_of(settings)[1]], settings.guidance, run.dtype, run.me.device)
-    with averaged(list(learner.trained.values()), learner.ema):
-        row, sheet = validate(
-            learner.flux, run.autoencoder, run.validation_pairs, text, run.objective, settings.validation_steps,
-            settings.seed,
-        )  # fmt: skip
-    step, score = state["step"], parallel.from_first(row["psnr"])
-    if state["best_psnr"] is None or score > state["best_psnr"]:
-        state |= {"best_psnr": score, "best_step": step}
-    if run.me.first:
-        row |= {"step": step, "validation": True, "seconds": time.monotonic() - began}
-        runs.append_metrics(run.folder, row, run.board)
-        runs.save_picture(run.folder, step, sheet, run.board)
-        write_report(run.folder)
-    run.me.say(f"step {step}: PSNR {row['psnr_degraded']:.2f} -> {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}")
-
-
-def gather(learner: Learner, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Weights or averages by name; whole, so if they are sharded every process must ask."""
-    return {name: runs.whole(x.detach()) for name, x in zip(learner.trained, tensors, strict=True)}
-
-
-def save_checkpoint(run: Run, learner: Learner) -> None:
-    """Keep this step; older checkpoints go. The first process writes, but all must call."""
-    files = {
-        "trained": gather(learner, learner.trained.values()),
-        "optimizer": runs.optimizer_tensors(learner.optimizer),
-    }
-    if learner.ema:
-        files["ema"] = gather(learner, learner.ema)
-    if run.me.first:
-        save = partial(save_result, run, learner, files.get("ema", files["trained"]))
-        runs.save_checkpoint(run.folder, learner.state["step"], files, learner.state, save)
-        runs.prune_checkpoints(run.folder, run.settings.keep, learner.state["best_step"])
-
-
-def save_result(run: Run, learner: Learner, values: dict[str, Tensor], where: Path) -> None:
-    """lora.safetensors, or with --full a transformer/ folder."""
-    if run.settings.full:
-        save_flux(learner.flux, where / "transformer", run.header, values)
-    else:
-        save_lora(learner.flux, where / "lora.safetensors", run.settings.lora_format, run.header, values)
+def trained_for(settings: Settings, objective: Objective, written: dict[str, Any]) -> dict[str, str]:
+    """What a LoRA was trained for, in the header of its file; sample.py takes its defaults from here."""
+    names = ["resolution", "guidance", "rank", "alpha", "lora_targets", "steps", "lr", "warmup", "accumulate", "ema"]
+    about = {name: written[name] for name in (*names, "seed", "sigma", "weighting", "penalty", "pictures_a_batch")}
+    about |= {"degrade": "pairs" if settings.lr_root else settings.degrade, "prompt": settings.prompt}
+    about |= {"objective": objective.name, "context": objective.context, "source_noise": objective.source_noise}
+    about |= {"start_time": objective.start_time, "base": written["fingerprint"]["transformer"]}
+    return {"kontext_min": json.dumps(about)}
 
 
 # ----------------------------------------------------------------------------------------------------- before the loop
 
 
-def prepare(
-    settings: Settings, me: parallel.Processes, weights: Weights, dtype: torch.dtype
-) -> tuple[Run, Learner, Iterator[dict[str, Any]]]:
-    """Pictures, run folder, prompts, network and endless batches (data.collate), in this order.
-
-    A resumed run enters the stream of batches where it was left.
-    """
-    autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=me.device)
-    pairs, validation_pairs, left_out = load_pairs(settings, me, autoencoder)
-    bucket_of = pairs.bucket_of
-    folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
-    written = to_json(settings) | {
-        "versions": {"kontext_min": __version__, "torch": torch.__version__},
-        "fingerprint": {part: fingerprint(weights.path(part), part) for part in ("transformer", "vae", "clip", "t5")},
-        "pictures": data.list_hash(pairs.pictures),
-        "pictures_a_batch": settings.batch_size * me.world,
-    }
-    with parallel.first_goes_ahead(me):
-        last = runs.open_run(folder, written, settings.resume, settings.accept_changes, me.first, settings.overwrite)
-    with parallel.first_goes_ahead(me):  # the text encoders are gone before the transformer comes
-        texts = {*pairs.prompts, prompts_of(settings)[1]}
-        encoded = prompts.encode(texts, weights, settings.cache_dir / "prompts", dtype, me.device, settings.stream)
-    learner = load_learner(settings, me, weights.path("transformer"), dtype, last)
-    state = learner.state
-    if settings.cache_latents:
-        cache = LatentCache(settings.cache_dir / "latents", f"{settings.degrade} {written['fingerprint']['vae']}")
-        report = partial(Progress().show, text="latents") if me.first else lambda *_: None
-        encode = partial(to_latents, autoencoder, me.device)
-        for line in fill(pairs, cache, encode, settings.workers, me.rank, me.world, report):
-            print(f"left out: {line}")
-        parallel.wait()
-        pairs = CachedPairs(pairs, cache)
-    sampler = data.BucketSampler(
-        bucket_of, settings.batch_size, settings.seed, me.rank, me.world, settings.drop_last,
-        start=state["step"] * settings.accumulate,
-    )  # fmt: skip
-    batches = iter(data.load(pairs, sampler, settings.workers, me.device.type == "cuda", runs.outlive_signals))
-    objective = objective_of(settings, me, pairs, autoencoder)
-    header = {"kontext_min": json.dumps(trained_for(settings, objective, written))}
-
-    if parallel.any_of(parallel.from_first(state["step"]) != state["step"]):
-        raise ValueError(f"{folder}: not all processes see the same checkpoint; it must be on a disk that they share.")
-    if me.first:
-        if settings.overwrite:
-            runs.delete_run(folder)
-        runs.write_json(folder / "settings.json", written)
-        runs.write_text(folder / "left-out.txt", "".join(f"{name}: {reason}\n" for name, reason in left_out))
-        runs.rewind_metrics(folder, state["step"])
-    board = runs.open_tensorboard(folder, state["step"]) if me.first and settings.tensorboard else None
-    counts = f"{len(pairs)} pictures, {sampler.batches_per_epoch} batches an epoch"
-    me.say(f"{folder}: {counts}, {len(validation_pairs)} to validate on")
-    if settings.cache_latents and not validation_pairs:
-        autoencoder.to("meta")  # nothing is encoded or decoded any more: its weights go
-    run = Run(
-        settings, me, dtype, folder, board, autoencoder, encoded, objective, header, sampler.batches_per_epoch,
-        validation_pairs,
-    )  # fmt: skip
-    return run, learner, batches
-
-
-def load_pairs(
-    settings: Settings, me: parallel.Processes, autoencoder: Autoencoder
-) -> tuple[data.Pairs, list[tuple[Tensor, Tensor]], list[tuple[str, str]]]:
-    """Pairs to train on, a few to validate on, which stay in memory, and (name, reason) of files that are left out.
-
-    Only headers are read here but for the few. What can't be used is said once, by name.
-    """
-    prompt, validation_prompt = prompts_of(settings)
+def find_pairs(
+    settings: Settings, me: parallel.Processes, buckets: list[data.Size]
+) -> tuple[data.Pairs, data.Pairs | None, list[tuple[str, str]]]:
+    """Pairs to train on, a few to validate on, and (name, reason) of files that are not used. Only headers are read."""
     degradation = degrade.parse(settings.degrade)
-    buckets = data.buckets(settings.resolution, multiple=2 * autoencoder.factor)
-    index = settings.cache_dir / "index.json"  # of headers, those of all roots
-    with parallel.first_goes_ahead(me):
-        pictures, rejected = data.scan(settings.hr_root, index)
-    pictures, small = data.usable(pictures, buckets, settings.upscale)
-    me.say(data.describe(pictures, rejected + small, buckets))
-    pictures, held_out = split_validation(settings, pictures, buckets)
-    pairs = data.Pairs(
-        pictures, buckets, degradation, settings.seed, prompt, settings.lr_root, settings.flip, settings.cache_latents,
-        lr_index=index,
-    )  # fmt: skip
-    validation_pairs = []
-    if held_out:
-        partners = settings.val_lr_root if settings.val_root else settings.lr_root
-        held = data.Pairs(
-            held_out, buckets, degradation, settings.seed, validation_prompt, partners, train=False, lr_index=index
-        )
-        for i, bucket in enumerate(held.bucket_of):
-            try:
-                control, target = (data.to_float(x.to(me.device))[None] for x in held.read(0, i, buckets[bucket]))
-                validation_pairs.append((control, target))
-            except data.UnreadableError as error:
-                me.say(f"left out of validation: {error}")
-    return pairs, validation_pairs, rejected + small
+    pictures, rejected = data.scan(settings.hr_root)
+    pictures, small = data.usable(pictures, buckets)
+    left_out = rejected + small + inventory.unread(settings.hr_root, pictures)
+    me.say(inventory.describe(pictures, left_out, buckets))
+    pictures, held = held_out.split(settings, pictures, buckets)
+    make = partial(data.Pairs, buckets=buckets, degrade=degradation, seed=settings.seed)
+    pairs = make(pictures, prompt=settings.prompt)
+    held = make(held, prompt=settings.validation_prompt, train=False) if held else None
+    if settings.lr_root:  # degraded partners from a folder instead of --degrade
+        from kontext_min.extras.paired import PairedFolders
+
+        pairs, held = PairedFolders(pairs, settings.lr_root), held and PairedFolders(held, settings.lr_root)
+    largest = int(np.bincount(pairs.bucket_of).max())
+    if settings.batch_size * me.world > largest:
+        me.say(f"note: a batch is larger than the largest bucket ({largest} pictures), so pictures repeat within it")
+    return pairs, held, left_out
 
 
-def load_learner(
-    settings: Settings, me: parallel.Processes, base: Path, dtype: torch.dtype, last: Path | None
-) -> Learner:
-    """The transformer, frozen but for its LoRA, and its optimizer, as at the start or in the `last` checkpoint."""
-    kind = None if settings.full or settings.shard else settings.quantize or "stored"  # these take the weights as such
-    with parallel.first_goes_ahead(me) if settings.stream else nullcontext():
-        flux, stream = load_network(
-            "transformer", base, dtype, me.device, kind, settings.stream, settings.cache_dir / "quantized"
-        )
+def load_model(settings: Settings, me: parallel.Processes, path: Path, dtype: torch.dtype) -> tuple[Flux, Any]:
+    """The frozen transformer with its LoRA, ready to train, and its stream if the weights are streamed."""
+    with parallel.first_goes_ahead(me) if settings.stream else nullcontext():  # it may write quantized blocks
+        flux, stream = load_base(settings, path, dtype, me.device, settings.cache_dir)
     if settings.full:
         flux.requires_grad_(True)
     else:
-        add_lora(flux, settings.rank, settings.alpha, settings.lora_targets, seed=settings.seed)
-        if settings.init_lora and not last:
+        add_lora(flux, settings.rank, settings.alpha, settings.lora_targets, settings.seed)
+        if settings.init_lora:
             init_lora(flux, settings.init_lora)
-        if settings.lora_format == "kohya" and (outside := outside_of_blocks(flux)):
-            me.say(f"note: diffusers drops {', '.join(outside)} from kohya files; --lora-format peft keeps them")
-    # Each wraps what stands above: a compiled block, the bringing of its weights, and both again in the backward pass.
-    if settings.compile:
+
+    # Each of these wraps the forward of the one before: a compiled block, its weights brought in, both run again.
+    if settings.compile:  # one graph per kind of block, for any number of tokens
+        from kontext_min.extras.compiling import compile_blocks
+
         compile_blocks(flux)
     if stream:
         stream.wrap()
-    if settings.gradient_checkpointing or stream:
-        checkpoint_blocks(flux, settings.offload_activations)
-    model = parallel.spread(flux, me, settings.shard)
+    if settings.gradient_checkpointing != "none":  # keep the input of a block, compute its inside again
+        from kontext_min.extras.checkpointing import checkpoint_blocks
+
+        checkpoint_blocks(flux, settings.gradient_checkpointing)
+    if settings.shard:  # every process holds a part of each block
+        parallel.shard(flux, me)
+    return flux, stream
+
+
+def find_start_time(settings: Settings, pairs: Any, encode: Any) -> float:
+    """The number given, or for `auto` the mean over a few pictures, the same ones after a resume."""
+    if settings.start_time != "auto":
+        return float(settings.start_time)
+    few = [data.collate([pairs[0, i]]) for i in range(min(8, len(pairs)))]
+    times = [flow.start_time(encode(x["control"]), encode(x["target"]), settings.source_noise) for x in few]
+    return sum(times) / len(times)
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def train(settings: Settings) -> int:
+    """The whole run, from the folder of pictures to the LoRA file, top to bottom. Returns the exit code."""
+    checks.check_training(settings)
+    began = time.monotonic()
+    me = parallel.start(settings.device)
+    # A step of 1e-4 of a weight vanishes in bfloat16's 8 bits: weights that train are float32, a LoRA's or all.
+    dtype = torch.float32 if settings.full else compute_dtype(settings.dtype, me.device)
+    weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
+    sizes = plan.Sizes.of(weights)
+    settings = settled(settings, sizes)
+    asked, at_512 = plan.for_training(settings, sizes, dtype, me.device)
+    if settings.plan:  # nothing is loaded for it
+        me.say(plan.show(asked, sizes, at_512))
+        return 0
+    if not settings.shard:
+        plan.fit(asked, sizes, me.device)
+
+    # ---- pictures, and the run folder: everything that can be refused is refused before the models are loaded
+    autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=me.device)
+    encode = partial(to_latents, autoencoder, me.device)
+    buckets = data.buckets(settings.resolution, multiple=2 * autoencoder.factor)
+    checks.check_shared_memory(buckets, settings.batch_size, settings.workers)
+    pairs, held, left_out = find_pairs(settings, me, buckets)
+    folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    written = to_json(settings) | {
+        "versions": {"kontext_min": __version__, "torch": torch.__version__, "device": str(me.device)},
+        "fingerprint": {part: fingerprint(weights.path(part), part) for part in ("transformer", "vae", "clip", "t5")},
+        "pictures": runs.hash_of([(p.name, p.width, p.height) for p in pairs.pictures]),
+        "pictures_a_batch": settings.batch_size * me.world,
+    }
+    with parallel.first_goes_ahead(me):
+        last = runs.open_run(
+            folder, written, settings.resume, settings.accept_changes, settings.overwrite, write=me.first
+        )
+
+    # ---- prompts: the text encoders are gone from memory before the transformer comes
+    texts = {*pairs.prompts, settings.validation_prompt}
+    with parallel.first_goes_ahead(me):
+        encoded = prompts.encode(texts, weights, settings.cache_dir / "prompts", dtype, me.device, settings.stream)
+    validation_pairs = held_out.load(held, me.device)
+
+    # ---- the transformer, its LoRA, and where the last checkpoint left them
+    flux, stream = load_model(settings, me, weights.path("transformer"), dtype)
     trained = {name: p for name, p in flux.named_parameters() if p.requires_grad}
     params = list(trained.values())
     ema = [p.detach().clone() for p in params] if settings.ema else []
-    optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
-    me.say(f"{sum(p.numel() for p in params):,} parameters train")
-
+    optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=WEIGHT_DECAY)
     state: dict[str, Any] = {"step": 0, "best_psnr": None, "best_step": None}
     state |= {"skipped": 0, "skipped_in_a_row": 0, "unreadable": []}
     if last:
@@ -560,73 +276,197 @@ def load_learner(
         if ema:
             runs.put_back(dict(zip(trained, ema, strict=True)), files.get("ema", files["trained"]))
         runs.load_optimizer(optimizer, files["optimizer"])
-        me.say(f"going on from {last}")
-    return Learner(flux, model, stream, trained, ema, optimizer, state)
+        me.say(f"continuing from {last}")
+        if state["step"] > settings.steps:
+            raise ValueError(f"--steps: got {settings.steps}, but {last} is at step {state['step']}; give more steps.")
+    if parallel.any_of(parallel.from_first(state["step"]) != state["step"]):
+        raise ValueError(f"{folder}: not all processes see the same checkpoint; it must be on a disk that they share.")
+
+    # ---- batches without end; a resumed run enters the stream where it was left
+    if settings.cache_latents:  # pictures are encoded once
+        from kontext_min.extras.latents import CachedPairs, fill
+
+        base = f"{settings.degrade} {written['fingerprint']['vae']}"
+        pairs = CachedPairs(pairs, settings.cache_dir / "latents", base, settings.cache_latents)
+        for line in fill(pairs, encode, settings.workers, me.rank, me.world):
+            print(f"left out: {line}")
+        parallel.wait()
+    start = state["step"] * settings.accumulate
+    sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed, me.rank, me.world, start)
+    readable = StandIns(pairs)  # another picture stands in for one that can no longer be read
+    batches = iter(data.load(readable, sampler, settings.workers, me.device.type == "cuda", runs.outlive_signals))
+    start_time = find_start_time(settings, readable, encode)
+    objective = Objective(settings.objective, settings.context, settings.source_noise, start_time)
+    header = trained_for(settings, objective, written)
+
+    # ---- from here on the run folder changes
+    board = None
+    if me.first:
+        if settings.overwrite:
+            runs.delete_run(folder)
+        runs.write_json(folder / "settings.json", written | {"defaults": defaults(Settings)})
+        runs.write_text(folder / "left-out.txt", "".join(f"{name}: {reason}\n" for name, reason in left_out))
+        runs.rewind_metrics(folder, state["step"] if last else -1)
+        if settings.tensorboard:
+            board = runs.open_tensorboard(folder, state["step"])
+    me.say(f"{folder}: {given(settings)}")
+    me.say(
+        f"{len(pairs)} pictures, {sampler.batches_per_epoch} batches per epoch, {len(validation_pairs)} to validate "
+        f"on, {sum(p.numel() for p in params):,} parameters train"
+    )
+
+    def save_result(values: dict[str, Tensor], where: Path) -> None:
+        if settings.full:
+            save_flux(flux, where / "transformer", header, values)
+        else:
+            save_lora(flux, where / "lora.safetensors", None, header, values)
+
+    def gather(tensors: Sequence[Tensor]) -> dict[str, Tensor]:  # sharded ones are put together, so all must call
+        return {name: runs.whole(x.detach()) for name, x in zip(trained, tensors, strict=True)}
+
+    def save() -> None:
+        files = {"trained": gather(params), "optimizer": runs.optimizer_tensors(optimizer)}
+        files |= {"ema": gather(ema)} if ema else {}
+        if me.first:
+            runs.save_checkpoint(folder, files, state, partial(save_result, files.get("ema", files["trained"])))
+
+    def measure() -> None:
+        text = prompts.batch(encoded, [settings.validation_prompt], settings.guidance, dtype, me.device)
+        with validation.averaged(params, ema):
+            row, sheet = validation.validate(flux, autoencoder, validation_pairs, text, objective, settings.seed)
+        psnr = parallel.from_first(row["psnr"])
+        if state["best_psnr"] is None or psnr > state["best_psnr"]:
+            state.update(best_psnr=psnr, best_step=state["step"])
+        if me.first:
+            runs.append_metrics(folder, {"step": state["step"], "validation": True, **row}, board)
+            runs.save_picture(folder, state["step"], sheet, board)
+            write_report(folder)
+        me.say(f"step {state['step']}: {validation.describe(row)}")
+
+    # ---- THE LOOP: degrade, encode, stand somewhere on the path, learn the velocity there
+    progress, stop, stopping = Progress(state["step"]), runs.StopSignal(), False
+    pictures_a_step = settings.accumulate * settings.batch_size * me.world
+    with runs.under_way(folder):
+        if validation_pairs and not last:
+            measure()
+        while state["step"] < settings.steps and not stopping:
+            step, step_began = state["step"], time.monotonic()
+            lr = learning_rate(settings, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            losses = torch.zeros(2, INTERVALS)  # sum and number of pictures, by interval of sigma
+            for micro in range(settings.accumulate):  # batches whose gradients add up to one step
+                batch = next(batches)
+                for line in chain(*batch["unreadable"]):
+                    if line not in state["unreadable"]:  # once, not every epoch
+                        state["unreadable"].append(line)
+                        print(f"\nleft out: {line}", flush=True)
+                control, target = encode(batch["control"]), encode(batch["target"])  # (B, C, h, w)
+                # Noise and sigma are a function of seed and place alone, so a resumed run repeats them.
+                place = (micro * me.world + me.rank) * settings.batch_size
+                places = range(place, place + settings.batch_size)
+                eps, u = flow.draw(settings.seed, step, places, target.shape[1:], pictures_a_step)
+                sigma = flow.SIGMA_DENSITIES[settings.sigma](u, target.shape[-2] * target.shape[-1] // 4)
+                text = prompts.batch(encoded, batch["prompt"], settings.guidance, dtype, me.device)
+                error = flow.loss(flux, control, target, eps.to(target), sigma.to(target), text, objective)  # (B,)
+                weight = flow.WEIGHTINGS[settings.weighting](sigma).to(error)
+                loss = (weight * flow.PENALTIES[settings.penalty](error)).mean()
+                (loss / settings.accumulate).backward()
+                interval = (sigma * INTERVALS).long().clamp(0, INTERVALS - 1)
+                losses[0].index_add_(0, interval, error.detach().cpu())
+                losses[1].index_add_(0, interval, torch.ones_like(sigma))
+            if me.world > 1:  # each process has seen a part of the batch
+                parallel.average_gradients(params)
+                parallel.add_up(losses)
+            norm = runs.whole(nn.utils.clip_grad_norm_(params, CLIP_NORM)).item()
+            # A norm that is not finite is the sign of a loss that is not: one bad picture must not spoil the weights.
+            if math.isfinite(norm):
+                optimizer.step()
+                if ema:  # the decay rises from 0.1, so that a short run does not average in its random start
+                    decay = min(settings.ema, (1 + step) / (10 + step))
+                    torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - decay)
+                state["skipped_in_a_row"] = 0
+            else:
+                state["skipped"] += 1
+                state["skipped_in_a_row"] += 1
+            optimizer.zero_grad(set_to_none=True)
+            state["step"] = done = step + 1
+
+            # ---- what the run writes
+            seconds = time.monotonic() - step_began
+            sums, counts = losses.tolist()
+            row = {
+                "step": done,
+                "epoch": step * settings.accumulate // sampler.batches_per_epoch,
+                "loss": sum(sums) / pictures_a_step,
+                "sigma_loss": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
+                "lr": lr,
+                "grad_norm": norm,
+                "images_per_second": pictures_a_step / seconds,
+                "seconds": seconds,
+                "skipped": state["skipped"],
+                "unreadable": len(state["unreadable"]),
+            }
+            if me.first:
+                runs.append_metrics(folder, row, board)
+                speed = f"{row['images_per_second']:.2f} images/s"
+                progress.show(done, settings.steps, f"loss {row['loss']:.4f}  lr {lr:.1e}  {speed}")
+            if state["skipped_in_a_row"] >= MAX_SKIPS:
+                last = runs.latest_checkpoint(folder)
+                raise runs.Stopped(
+                    f"{folder}: no finite loss for {MAX_SKIPS} steps; the last checkpoint is {last}. {ADVICE}"
+                )
+            if validation_pairs and held_out.due(settings, sampler.batches_per_epoch, done):
+                measure()
+            stopping = parallel.any_of(stop.received)
+            due = done % settings.checkpoint_every == 0 and not state["skipped_in_a_row"]  # else it may be a broken one
+            if due or stopping or done in (settings.steps, state["best_step"]):
+                save()
+
+        # ---- the end
+        if state["step"] < settings.steps:
+            me.say(f"stopped after step {state['step']}; the same command with --output-dir {folder} continues")
+            return 130
+        result = gather(ema or params)
+        if not all(x.isfinite().all() for x in result.values()) or state["skipped"] == settings.steps:
+            raise runs.Stopped(f"{folder}: the result is not finite, or no step was; it is not written. {ADVICE}")
+        if me.first:
+            save_result(result, folder)
+            write_report(folder)
+    if stream:
+        me.say(stream.report())
+    if state["skipped"]:
+        me.say(
+            f"note: {state['skipped']} of {settings.steps} steps had no finite gradient and changed nothing. {ADVICE}"
+        )
+    result = f"--transformer {folder}/transformer" if settings.full else f"--lora {folder}/lora.safetensors"
+    me.say(f"done in {clock(time.monotonic() - began)}; curves and pictures: {folder}/report.html; restore with")
+    me.say(f"    python sample.py --input PICTURE --output restored.png --weights {settings.weights} {result}")
+    return 0
 
 
-@torch.no_grad()
-def to_latents(autoencoder: Autoencoder, device: torch.device, pictures: Tensor) -> Tensor:
-    """Bytes (B, 3, H, W) to latents (B, C, h, w) on the device; latents from the cache pass through."""
-    x = pictures.to(device)
-    if x.is_floating_point():
-        return x
-    return torch.cat([autoencoder.encode(data.to_float(picture)) for picture in x.split(1)])  # memory of one
-
-
-def objective_of(
-    settings: Settings, me: parallel.Processes, pairs: data.Pairs | CachedPairs, autoencoder: Autoencoder
-) -> Objective:
-    """What the flags ask for; `--start-time auto` is the mean over a few pictures, the same ones after a resume."""
-    start_time = settings.start_time
-    if start_time == "auto":
-        few = [data.collate([pairs[0, i]]) for i in range(min(8, len(pairs)))]
-        latents = [[to_latents(autoencoder, me.device, x[key]) for key in ("control", "target")] for x in few]
-        start_time = sum(flow.start_time(*pair, settings.source_noise) for pair in latents) / len(few)
-        me.say(f"start time {start_time:.3f}")
-    return Objective(settings.objective, settings.context, settings.source_noise, float(start_time))
-
-
-def prompts_of(settings: Settings) -> tuple[str, str]:
-    """The prompt of pictures without a caption, and that of validation."""
+def settled(settings: Settings, sizes: plan.Sizes) -> Settings:
+    """The settings with their defaults filled in, where these depend on the base or on other settings."""
+    file = settings.weights / "defaults.json"  # what suits this base; the official folder has none
+    suited = GUIDE | (read_json(file) if file.exists() else {})
+    filled = {name: suited[name] for name in GUIDE if getattr(settings, name) is None}
+    settings = replace(settings, **filled, degrade=settings.degrade or "guide")
     prompt = settings.prompt or degrade.PROMPTS.get(settings.degrade, degrade.PROMPTS["guide"])
-    return prompt, settings.validation_prompt or prompt
-
-
-def trained_for(settings: Settings, objective: Objective, written: dict[str, Any]) -> dict[str, Any]:
-    """What a LoRA was trained for, kept in its header; sample.py takes its defaults from here."""
-    names = ["degrade", "resolution", "guidance", "rank", "alpha", "lora_targets"]
-    names += ["steps", "lr", "lr_schedule", "warmup", "accumulate", "ema", "seed", "sigma", "weighting", "penalty"]
-    return {
-        **{name: getattr(settings, name) for name in names},
-        **({"degrade": "pairs"} if settings.lr_root else {}),
-        "objective": objective.name,
-        "context": objective.context,
-        "source_noise": objective.source_noise,
-        "start_time": objective.start_time,
-        "prompt": prompts_of(settings)[0],
-        "base": written["fingerprint"]["transformer"],
-        "pictures_a_batch": written["pictures_a_batch"],
-    }
+    checks.check_lengths(settings)
+    large = sizes.flux.hidden_size >= 2048  # above about 1 billion parameters
+    which = "all" if settings.stream else settings.gradient_checkpointing or ("all" if large else "none")
+    return replace(
+        settings,
+        prompt=prompt,
+        validation_prompt=settings.validation_prompt or prompt,
+        warmup=min(100, settings.steps // 10) if settings.warmup is None else settings.warmup,
+        gradient_checkpointing=which,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 done or stopped in order, 2 bad input, 1 anything else."""
-    settings = parse(Settings, argv, __doc__, f"--degrade takes presets and operators.\n{degrade.describe()}")
-    try:
-        return train(settings)
-    except runs.Stopped as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception:  # shown here and not by the interpreter, which would keep the loader's processes alive for it
-        traceback.print_exc()
-        return 1
-    finally:
-        parallel.finish()
+    """Exit code 0 done, 2 bad input, 130 stopped by a signal, 1 anything else."""
+    return program.run("train.py", train, parse_flags(Settings, argv, __doc__, EPILOG + degrade.describe()))
 
 
 if __name__ == "__main__":

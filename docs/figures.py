@@ -1,6 +1,6 @@
 """The figures of docs: `python docs/figures.py` makes them again and prints the table beside the first one.
 
-docs/demo.jpg    what `make demo` left in runs/demo, at half its size; docs/degradations.jpg is that of degrade.py
+docs/demo.jpg    what `make demo` left in runs/demo, at half its size (extras/contact_sheet.py makes degradations.jpg)
 docs/flow.png    a value that is -1 or +1, and what is left of it; the exact velocity, followed in 1 to 25 steps
 docs/steps.png   PSNR and texture against steps, as measured: docs/steps.json, {label: {steps, psnr, texture}}
 

@@ -1,62 +1,43 @@
-"""Official weight files to networks: find the files, map the names, build on meta, assign the mapped memory.
+"""Official weight files to networks, in every layout that people download.
 
-    load_flux("flux1-kontext-dev.safetensors")     load_autoencoder("FLUX.1-Kontext-dev/")     load_t5("t5xxl_fp16...")
+    1. header    each file lists name, shape and dtype of its tensors; the safetensors library checks them
+    2. map       stored tensors get the names of our parameters; their shapes tell how wide and deep the network is
+    3. meta      the network is built on the meta device, where parameters take no memory, and each finds its tensors
+    4. assign    tensors mapped into memory from the file become the parameters; nothing is copied if the dtype fits
 
-What is read, for each network: one safetensors file, or a folder with shards and their index, or the whole hub folder
-(transformer/, vae/, text_encoder/, text_encoder_2/). Names may be BFL's or diffusers', with the prefixes of ComfyUI's
-all-in-one checkpoints; fp8 files, with or without scales, are widened, or kept as they are (quantize.py). A file is
-understood from its HEADER (names, shapes, dtypes) before a byte of data is touched, so a wrong file is refused in
-milliseconds.
+A path is one safetensors file, a folder of shards with their index, or the whole hub folder (transformer/, vae/,
+text_encoder/, text_encoder_2/). Names are BFL's or diffusers', with the prefixes of ComfyUI's all-in-one files. fp8
+weights, with or without scales, are widened while loading. What no shape tells (NOT_IN_SHAPES) comes from config.json
+beside the file or from `config` in its metadata; otherwise it is the official value.
 
-Loading is strict: each parameter gets exactly one source, and what is missing, unexpected or misshapen is an error.
-Networks are built on the meta device and the memory-mapped tensors are assigned, not copied: a file whose names and
-dtype are ours costs no memory of its own until its pages are used.
-
-Sources of the names: black-forest-labs/flux 802fb47, modules/*.py; diffusers 0.42.1, transformer_flux.py and
-autoencoder_kl.py; ComfyUI (October 2025) for prefixes and fp8 scales; transformers for CLIP and T5, whose names are
-used as they are.
+Sources: for the names black-forest-labs/flux 802fb47, src/flux/modules/layers.py and autoencoder.py; diffusers 0.42.1,
+transformer_flux.py, normalization.py (AdaLayerNormContinuous) and autoencoder_kl.py; ComfyUI (October 2025) for
+prefixes and fp8 scales; transformers for CLIP and T5, whose names are used as they are.
 """
 
-import hashlib
 import json
 import math
-import os
-import platform
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file as save_private
 from torch import Tensor, nn
 
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.clip import ClipParams, ClipTextEncoder
-from kontext_min.extras.quantize import QUANTIZED, QuantizedLinear, quantize, storage
 from kontext_min.flux import Flux, FluxParams
-from kontext_min.names import SWAPPED, autoencoder_modules, flux_modules, split_rows
 from kontext_min.t5 import T5Encoder, T5Params
 
-# ------------------------------------------------------------------------------------------------- files and headers
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a file, as its header describes it."""
-
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' spelling: F32, BF16, F16, F8_E4M3, ...
-    file: Path | None = None
-    name: str = ""  # in the file, before any prefix was taken off
-    offset: int = 0  # of its first byte in the file
-    nbytes: int = 0
-
-
-Headers = dict[str, Stored]
 Device = str | torch.device
 
+# ------------------------------------------------------------------------------------------------------ finding files
+
+NOUNS = {"transformer": "Flux transformer", "vae": "autoencoder", "clip": "CLIP text encoder", "t5": "T5 encoder"}
 FOLDERS = {"transformer": "transformer", "vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
 SINGLE_FILES = {
     "transformer": ("flux1*kontext*.safetensors", "flux1*.safetensors"),
@@ -64,21 +45,16 @@ SINGLE_FILES = {
     "clip": ("clip_l*.safetensors",),
     "t5": ("t5xxl*.safetensors",),
 }
-NOUNS = {"transformer": "Flux transformer", "vae": "autoencoder", "clip": "CLIP text encoder", "t5": "T5 encoder"}
 
 
 def find(path: str | Path, part: str) -> list[Path]:
-    """The safetensors files of one network.
-
-    Args:
-        path: a file; the network's own folder; a hub folder; or a folder of single files (BFL's, ComfyUI's).
-        part: transformer, vae, clip or t5.
+    """The safetensors files of a network (transformer, vae, clip or t5); `path` is a file, or a folder that holds it.
 
     Raises:
-        FileNotFoundError: nothing there, or nothing of that network.
+        FileNotFoundError: no such path, or no file of that network in it.
+        ValueError: several files to choose from, or a broken index of shards.
     """
-    path = Path(path)
-    noun = NOUNS[part]
+    path, noun = Path(path), NOUNS[part]
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected the {noun}. See weights/README.md.")
     if path.is_file():
@@ -86,18 +62,17 @@ def find(path: str | Path, part: str) -> list[Path]:
     if (path / FOLDERS[part]).is_dir():
         return find(path / FOLDERS[part], part)
     for index in sorted(path.glob("*.safetensors.index.json")):
-        shards = sorted({path / shard for shard in _read_json(index).get("weight_map", {}).values()})
-        absent = [shard.name for shard in shards if not shard.exists()]
-        if absent:
-            raise FileNotFoundError(
-                f"{index}: names {len(shards)} shards, not there: {', '.join(absent)}; get them too."
-            )
+        names = read_json(index).get("weight_map")
+        if not names or not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index}: expected a weight_map from tensor names to files.")
+        shards = sorted({path / name for name in names.values()})
+        if absent := [shard.name for shard in shards if not shard.exists()]:
+            raise FileNotFoundError(f"{index}: {len(absent)} of {len(shards)} shards are missing: {', '.join(absent)}.")
         return shards
     for pattern in (*SINGLE_FILES[part], "diffusion_pytorch_model.safetensors", "model.safetensors"):
         found = sorted(path.glob(pattern))
         if len(found) > 1:
-            names = ", ".join(f.name for f in found)
-            raise ValueError(f"{path}: several files may be the {noun} ({names}); name one of them.")
+            raise ValueError(f"{path}: several may be the {noun} ({', '.join(f.name for f in found)}); name one.")
         if found:
             return found
     raise FileNotFoundError(
@@ -105,599 +80,453 @@ def find(path: str | Path, part: str) -> list[Path]:
     )
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; Raises: ValueError if it holds something else."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error}).") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- headers
+
+DTYPES = {  # safetensors' spelling
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+}
+LONGEST = 100_000_000  # bytes of a header, the official limit
+WIDENED = ("F8_E4M3", "F8_E5M2", "I8")  # read as float32, times their scale; I8 is what this project writes
+OTHER_FILES = {  # by their first bytes
+    **dict.fromkeys((b"PK", b"\x80"), "a pickled PyTorch file, which can run code; convert it to safetensors"),
+    b"GGUF": "a GGUF file of llama.cpp; use the safetensors file, with --quantize to make it small",
+    b"version ": "a pointer of Git LFS; run git lfs pull to get the file itself",
+}
+
+
 @dataclass(frozen=True)
-class Weights:
-    """Where the networks are: one folder, and single files that override it part by part."""
+class Stored:
+    """One tensor of a file, as its header describes it."""
 
-    root: Path
-    transformer: Path | None = None
-    vae: Path | None = None
-    clip: Path | None = None
-    t5: Path | None = None
+    shape: tuple[int, ...]
+    dtype: str  # a key of DTYPES
+    file: Path | None = None
+    name: str = ""  # in the file, prefix included
+    offset: int = 0  # of its first byte in the file
+    nbytes: int = 0
+    scale: "Stored | None" = None  # of an fp8 weight
 
-    def path(self, part: str) -> Path:
-        """File or folder of one network, for `find` and the load functions."""
-        return getattr(self, part) or self.root
 
-    def tokenizer(self, folder: str) -> Path:
-        """The folder `tokenizer` or `tokenizer_2`; single files carry no vocabularies, so they are always in root."""
-        return self.root / folder
+Headers = dict[str, Stored]
 
 
 def read_headers(files: Iterable[Path]) -> Headers:
-    """Names, shapes and dtypes of all tensors in some safetensors files.
+    """The tensors of some safetensors files by name; everything that reads weights comes through here.
 
     Raises:
-        ValueError: a file is no safetensors file, or not whole.
+        ValueError: no safetensors file, a truncated or broken one, or one name in two files.
     """
     headers: Headers = {}
     for file in files:
-        size = file.stat().st_size
-        with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):
-                raise ValueError(f"{file}: not a safetensors file ({size} bytes); expected one, download it again.")
-            try:
-                entries = json.loads(f.read(length))
-                entries.pop("__metadata__", None)
-                end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-                new = {}
-                for name, e in entries.items():
-                    start, stop = e["data_offsets"]
-                    new[name] = Stored(tuple(e["shape"]), e["dtype"], file, name, 8 + length + start, stop - start)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{file}: broken safetensors header; download it again.") from None
-        if end > size:
-            raise ValueError(f"{file}: truncated, {size} bytes of {end}; download it again.")
-        headers |= new
+        for name, stored in _read_header(file)[0].items():
+            if name in headers:
+                raise ValueError(f"{file}: {name!r} is in another file too, {headers[name].file}.")
+            headers[name] = stored
     return headers
 
 
-UMASK = os.umask(0)  # can only be read by setting it
-os.umask(UMASK)
-
-
-def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file aside and rename it, so that it is whole or absent.
-
-    The library's own can be read by their owner alone, and have their metadata in a random order; here permissions are
-    the usual ones, and equal tensors and texts are equal files, byte by byte.
-    """
-    aside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")  # machines may share the folder
-    try:
-        save_private(dict(tensors), aside, metadata=dict(metadata) if metadata else None)
-        aside.chmod(0o666 & ~UMASK)
-        with aside.open("r+b") as f:
-            length = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(length))
-            if metadata:
-                header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-                f.seek(8)
-                f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def metadata(file: Path) -> dict[str, str]:
-    """The text in the header of a safetensors file; ValueError as for `read_headers`."""
-    read_headers([file])
+    """The text that a safetensors file carries in its header; ValueError as for `read_headers`."""
+    return _read_header(file)[1]
+
+
+def _read_header(file: Path) -> tuple[Headers, dict[str, str]]:
+    """A file is 8 bytes with the length of the header, the header in JSON, and the tensors without gaps."""
     with file.open("rb") as f:
-        return json.loads(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__", {})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+        start = f.read(8)
+        start += f.read(min(int.from_bytes(start, "little"), LONGEST))
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); download it again.") from None
+        # The library checks types, sizes and offsets, but not that each name occurs once. With "pt" it would reserve
+        # memory for the whole file, which fails where the file is larger than the memory.
+        with safe_open(file, "np"):
+            pairs = json.loads(start[8:], object_pairs_hook=list)
+        entries = {name: dict(entry or ()) for name, entry in pairs}  # __metadata__ may be null
+        if len(entries) < len(pairs):
+            raise ValueError("a name occurs twice")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file}: {_fault(file, start, str(error))}.") from None
+    about, headers = entries.pop("__metadata__", {}), {}
+    for name, entry in entries.items():
+        first, stop = entry["data_offsets"]
+        headers[name] = Stored(tuple(entry["shape"]), entry["dtype"], file, name, len(start) + first, stop - first)
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{file}: {name!r} has dtype {entry['dtype']}; expected one of {', '.join(DTYPES)}.")
+    return headers, about
 
 
-def fingerprint(path: str | Path, part: str) -> str:
-    """16 hex digits that name the weights by content: headers, sizes and 64 samples of each file, not all 24 GB."""
-    digest = hashlib.sha256()
-    for file in find(path, part):
-        size = file.stat().st_size
-        with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            digest.update(f.read(length) + str(size).encode())
-            for k in range(64):
-                f.seek(8 + length + (size - 8 - length) * k // 64)
-                digest.update(f.read(1024))
-    return digest.hexdigest()[:16]
+def _fault(file: Path, start: bytes, error: str) -> str:
+    """What is wrong with a file that the library refuses; `start` are its first bytes, up to the end of the header."""
+    length, size = int.from_bytes(start[:8], "little"), file.stat().st_size
+    if size > 8 and (start[8:9] != b"{" or length > LONGEST):
+        kind = next((kind for mark, kind in OTHER_FILES.items() if start.startswith(mark)), "of another kind")
+        return f"not a safetensors file but {kind}"
+    end = 8 + max(length, 1)
+    if "not fully covered" in error:  # the header is whole; the data may be cut, or have other bytes behind it
+        end += max(entry["data_offsets"][1] for name, entry in json.loads(start[8:]).items() if name[:2] != "__")
+    return f"truncated, {size} bytes of {end}; download it again" if size < end else f"broken safetensors file: {error}"
 
 
-# --------------------------------------------------------------------------------------- from headers to a complete map
+# --------------------------------------------------------------------------------------- names: diffusers' and ours
 
-PREFIXES = {  # all-in-one checkpoints hold several networks; the longest prefix that occurs selects ours
+# Our attribute names are those of BFL's files, which need no map. diffusers keeps q, k, v (and the first MLP matrix of
+# single blocks) apart instead of in one matrix: several names on the right are joined along the rows. `.weight` and
+# `.bias` follow the module; the q/k norms are `.scale` here and `.weight` there.
+EMBEDDER = (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+# fmt: off
+FLUX_MODULES = {
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    **{f"time_in.{ours}": [f"time_text_embed.timestep_embedder.{theirs}"] for ours, theirs in EMBEDDER},
+    **{f"guidance_in.{ours}": [f"time_text_embed.guidance_embedder.{theirs}"] for ours, theirs in EMBEDDER},
+    **{f"vector_in.{ours}": [f"time_text_embed.text_embedder.{theirs}"] for ours, theirs in EMBEDDER},
+    "final_layer.linear": ["proj_out"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+}
+DOUBLE_BLOCK_MODULES = {
+    "img_mod.lin": ["norm1.linear"], "txt_mod.lin": ["norm1_context.linear"],
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn.norm.query_norm": ["attn.norm_q"], "txt_attn.norm.query_norm": ["attn.norm_added_q"],
+    "img_attn.norm.key_norm": ["attn.norm_k"], "txt_attn.norm.key_norm": ["attn.norm_added_k"],
+    "img_attn.proj": ["attn.to_out.0"], "txt_attn.proj": ["attn.to_add_out"],
+    "img_mlp.0": ["ff.net.0.proj"], "txt_mlp.0": ["ff_context.net.0.proj"],
+    "img_mlp.2": ["ff.net.2"], "txt_mlp.2": ["ff_context.net.2"],
+}
+SINGLE_BLOCK_MODULES = {
+    "modulation.lin": ["norm.linear"],
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+    "linear2": ["proj_out"],
+    "norm.query_norm": ["attn.norm_q"], "norm.key_norm": ["attn.norm_k"],
+}
+# fmt: on
+# The one place where the numbers differ too: rows [shift, scale] in BFL's file, [scale, shift] in diffusers'.
+SWAPPED = "final_layer.adaLN_modulation.1"
+
+
+def flux_modules(params: FluxParams) -> dict[str, list[str]]:
+    """Module names of a whole Flux: ours -> diffusers'."""
+    table = dict(FLUX_MODULES)
+    double = [(f"double_blocks.{i}", f"transformer_blocks.{i}") for i in range(params.depth)]
+    single = [(f"single_blocks.{i}", f"single_transformer_blocks.{i}") for i in range(params.depth_single_blocks)]
+    for blocks, modules in ((double, DOUBLE_BLOCK_MODULES), (single, SINGLE_BLOCK_MODULES)):
+        for ours, theirs in blocks:
+            table |= {f"{ours}.{k}": [f"{theirs}.{name}" for name in v] for k, v in modules.items()}
+    return table
+
+
+AUTOENCODER_NAMES = {  # diffusers' -> BFL's, replaced in this order
+    ".mid_block.resnets.0.": ".mid.block_1.", ".mid_block.resnets.1.": ".mid.block_2.",
+    ".mid_block.attentions.0.group_norm.": ".mid.attn_1.norm.",
+    ".mid_block.attentions.0.to_out.0.": ".mid.attn_1.proj_out.",
+    ".mid_block.attentions.0.to_": ".mid.attn_1.",  # q, k and v
+    ".down_blocks.": ".down.", ".up_blocks.": ".up.", ".resnets.": ".block.",
+    ".downsamplers.0.": ".downsample.", ".upsamplers.0.": ".upsample.",
+    ".conv_norm_out.": ".norm_out.", ".conv_shortcut.": ".nin_shortcut.",
+}  # fmt: skip
+
+
+def autoencoder_name(theirs: str, levels: int) -> str:
+    """A parameter's name in diffusers -> in BFL's file and here. diffusers counts the decoder's levels downwards."""
+    for old, new in AUTOENCODER_NAMES.items():
+        theirs = theirs.replace(old, new)
+    return re.sub(r"(?<=^decoder\.up\.)\d+", lambda level: str(levels - 1 - int(level[0])), theirs)
+
+
+PREFIXES = {  # all-in-one checkpoints hold several networks; the first prefix that occurs selects ours
     "transformer": ("model.diffusion_model.", "diffusion_model."),
     "vae": ("vae.",),
     "clip": ("text_encoders.clip_l.transformer.text_model.", "text_encoders.clip_l.transformer.", "text_model."),
     "t5": ("text_encoders.t5xxl.transformer.",),
 }
 SCALES = ("scale_weight", "weight_scale")  # ComfyUI's old and new spelling: W = fp8 * scale
-IGNORED = (  # of no use here: scales for fp8 x fp8 products, markers, and heads that third-party exports carry along
+IGNORED = (  # scales for fp8 x fp8 products, markers, and heads that third-party exports carry along
     *("scale_input", "input_scale", "comfy_quant", "scaled_fp8"),
     *("position_ids", "logit_scale", "text_projection.weight"),
 )
+Sources = dict[str, list[Stored]]  # parameter -> the tensors that it consists of, joined along the rows
 
 
-def strip_prefix(headers: Headers, part: str) -> Headers:
-    """Only the tensors of one network, named as the network names them."""
-    for prefix in PREFIXES[part]:
-        found = {name.removeprefix(prefix): stored for name, stored in headers.items() if name.startswith(prefix)}
-        if found:
-            return found
-    return dict(headers)
-
-
-def sources_of(model: nn.Module, headers: Headers, modules: Mapping[str, list[str]], part: str) -> dict[str, list[str]]:
-    """Which stored tensors make each parameter: every parameter once, every stored tensor used or an error.
-
-    Args:
-        model: the network, may be on meta.
-        headers: its file's, prefix stripped.
-        modules: our module name -> theirs, for files in diffusers' names; empty where there is one layout.
-        part: transformer, vae, clip or t5.
-
-    Returns:
-        parameter name -> names of the stored tensors whose rows, joined, it consists of.
+def by_our_names(headers: Headers, part: str) -> Sources:
+    """The tensors of one network under the names of our parameters, fp8 weights with their scales.
 
     Raises:
-        ValueError: missing, unexpected or misshapen tensors, all of them in one line, with the likely reason.
+        ValueError: a scale that fits neither the whole weight nor its rows.
+    """
+    prefix = next((p for p in PREFIXES[part] if any(name.startswith(p) for name in headers)), "")
+    headers = {name.removeprefix(prefix): stored for name, stored in headers.items() if name.startswith(prefix)}
+    found = {}
+    for name, stored in headers.items():
+        if name.endswith((*SCALES, *IGNORED)):
+            continue
+        scales = [f"{name.removesuffix('.weight')}.{spelling}" for spelling in SCALES]
+        scale = next((headers[s] for s in scales if s in headers), None) if stored.dtype in WIDENED else None
+        if scale and math.prod(scale.shape) not in (1, *stored.shape[:1]):
+            raise ValueError(f"{scale.file}: {scale.name} {list(scale.shape)}, but {name} is {list(stored.shape)}.")
+        found[name] = replace(stored, scale=scale)
+
+    if part == "vae" and (levels := _count(found, "decoder.up_blocks.")):
+        found = {autoencoder_name(name, levels): stored for name, stored in found.items()}
+    if part == "t5" and (copy := found.pop("encoder.embed_tokens.weight", None)):  # files hold either name or both
+        found.setdefault("shared.weight", copy)
+    sources: Sources = {}
+    if part == "transformer" and "x_embedder.weight" in found:
+        doubles, singles = (_count(found, f"{kind}_blocks.") for kind in ("transformer", "single_transformer"))
+        for ours, theirs in flux_modules(FluxParams(depth=doubles, depth_single_blocks=singles)).items():
+            for leaf in ("weight", "bias"):
+                names = [f"{module}.{leaf}" for module in theirs]
+                if all(name in found for name in names):  # otherwise they stay as they are and will be unexpected
+                    ours_leaf = "scale" if ours.endswith("_norm") else leaf
+                    sources[f"{ours}.{ours_leaf}"] = [found.pop(name) for name in names]
+    return sources | {name: [stored] for name, stored in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------- sizes of networks
+
+Shapes = dict[str, tuple[int, ...]]  # by the names of our parameters
+
+
+def flux_sizes(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of a Flux. A head is as long as its norm; an eighth of it, made even, is for the index of the picture."""
+    hidden, in_channels = shapes["img_in.weight"]
+    (head,) = shapes["single_blocks.0.norm.query_norm.scale"]
+    index = 2 * math.ceil(head / 16)
+    return {
+        "in_channels": in_channels,
+        "out_channels": shapes["final_layer.linear.weight"][0],
+        "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
+        "context_in_dim": shapes["txt_in.weight"][1],
+        "hidden_size": hidden,
+        "mlp_ratio": shapes["single_blocks.0.linear2.weight"][1] / hidden - 1,  # reads [attention, MLP]
+        "num_heads": hidden // head,
+        "depth": _count(shapes, "double_blocks."),
+        "depth_single_blocks": _count(shapes, "single_blocks."),
+        "axes_dim": (index, (head - index) // 2, (head - index) // 2),  # 128 = 16 + 56 + 56
+        "guidance_embed": "guidance_in.in_layer.weight" in shapes,
+    }
+
+
+def autoencoder_sizes(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of an autoencoder; the decoder has one residual block a level more than the encoder, so it shows all."""
+    ch, in_channels = shapes["encoder.conv_in.weight"][:2]
+    levels = range(_count(shapes, "decoder.up."))
+    return {
+        "in_channels": in_channels,
+        "ch": ch,
+        "out_ch": shapes["decoder.conv_out.weight"][0],
+        "ch_mult": tuple(shapes[f"decoder.up.{i}.block.0.conv2.weight"][0] // ch for i in levels),
+        "num_res_blocks": _count(shapes, "decoder.up.0.block.") - 1,
+        "z_channels": shapes["decoder.conv_in.weight"][1],
+    }
+
+
+def clip_sizes(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of a CLIP text encoder; every CLIP of OpenAI's has heads of 64."""
+    vocab_size, hidden_size = shapes["embeddings.token_embedding.weight"]
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": _count(shapes, "encoder.layers."),
+        "num_attention_heads": hidden_size // 64,
+        "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
+    }
+
+
+def t5_sizes(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of a T5 encoder; the table of the position bias has a column per head."""
+    buckets, heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    vocab_size, d_model = shapes["shared.weight"]
+    return {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "d_kv": shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0] // heads,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wo.weight"][1],
+        "num_layers": _count(shapes, "encoder.block."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+
+
+def _count(names: Iterable[str], prefix: str) -> int:
+    """How many blocks there are behind a prefix."""
+    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
+
+
+NETWORKS = {  # part: network, its params, their sizes, a key that marks the network's own config.json
+    "transformer": (Flux, FluxParams, flux_sizes, "num_single_layers"),
+    "vae": (Autoencoder, AutoencoderParams, autoencoder_sizes, "block_out_channels"),
+    "clip": (ClipTextEncoder, ClipParams, clip_sizes, "num_hidden_layers"),
+    "t5": (T5Encoder, T5Params, t5_sizes, "d_kv"),
+}
+NOT_IN_SHAPES = {  # part: key of its config.json -> our name
+    "transformer": {"axes_dims_rope": "axes_dim"},  # where it is not 1/8, 7/16, 7/16 of a head
+    "vae": {"scaling_factor": "scale_factor", "shift_factor": "shift_factor"},
+    "clip": {name: name for name in ("num_attention_heads", "layer_norm_eps")},
+    "t5": {name: name for name in ("relative_attention_max_distance", "layer_norm_epsilon")},
+}
+
+
+def told(file: Path, part: str) -> dict[str, Any]:
+    """The numbers that no shape tells, as far as config.json or the file's metadata has them.
+
+    Raises:
+        ValueError: one of them is no number, or for `axes_dim` no list.
+    """
+    where = file.parent / "config.json"
+    config = read_json(where) if where.exists() else {}
+    if NETWORKS[part][3] not in config:  # it is that of another network in the same folder
+        where, text = file, metadata(file).get("config", "{}")
+        try:
+            config = dict(json.loads(text).items())
+        except (ValueError, RecursionError, AttributeError):  # other programs write other things there
+            config = {}
+    found = {}
+    for key, ours in NOT_IN_SHAPES[part].items():
+        if key in config:
+            value, kind = config[key], "list" if ours == "axes_dim" else "number"
+            if type(value) not in ((list,) if kind == "list" else (int, float)):
+                raise ValueError(f"{where}: {key} is {value!r:.40}, expected a {kind}.")
+            found[ours] = tuple(value) if kind == "list" else value
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ building and filling
+
+
+def outline(part: str, path: str | Path, params: Any = None) -> tuple[Any, Sources]:
+    """A network on meta, and the stored tensors of each of its parameters; `params` None reads the sizes from them.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: the files hold another network, or not all of this one.
+    """
+    files, (network, params_of, sizes, _) = find(path, part), NETWORKS[part]
+    sources = by_our_names(read_headers(files), part)
+    known = told(files[0], part)
+    try:
+        params = params or params_of(**sizes(_shapes(sources)) | known)
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{files[0]}: no {NOUNS[part]} ({error}). {likely(sources, part)}") from None
+    with torch.device("meta"):
+        model = network(params)
+    check(model, sources, part, files[0])
+    return model, sources
+
+
+def _shapes(sources: Sources) -> Shapes:
+    return {n: (sum(s.shape[0] for s in x if s.shape), *x[0].shape[1:]) for n, x in sources.items()}
+
+
+def check(model: nn.Module, sources: Sources, part: str, file: Path) -> None:
+    """Every parameter has its tensors, and every tensor its parameter.
+
+    Raises:
+        ValueError: missing, unexpected or misshapen tensors, all in one line, with the likely reason.
     """
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    by_theirs = {}
-    for name in wanted:
-        module, _, leaf = name.rpartition(".")
-        leaf = "weight" if leaf == "scale" else leaf
-        by_theirs[name] = [f"{their}.{leaf}" for their in modules.get(module, [])] or [name]
-    ours = sum(name in headers for name in wanted)
-    theirs = sum(source in headers for sources in by_theirs.values() for source in sources)
-    sources = by_theirs if theirs > ours else {name: [name] for name in wanted}
-    if part == "t5" and "shared.weight" not in headers:  # one matrix under two names; files carry either or both
-        sources["shared.weight"] = ["encoder.embed_tokens.weight"]
-
-    used = {s for names in sources.values() for s in names}
-    missing = sorted(used - headers.keys())
-    spare = {"encoder.embed_tokens.weight", "shared.weight"} if part == "t5" else set()
-    unexpected = sorted(
-        name for name in headers.keys() - used - spare if not name.endswith(IGNORED) and not name.endswith(SCALES)
-    )
     misshapen = []
-    for name, shape in wanted.items():
-        stored = [headers[s].shape for s in sources[name] if s in headers]
-        if len(stored) < len(sources[name]):
-            continue
-        rows = (sum(s[0] for s in stored if s), *stored[0][1:])
-        if rows != shape and (*rows, 1, 1) != shape:  # diffusers stores 1x1 convolutions as matrices
-            misshapen.append(f"{name} {list(rows)} for {list(shape)}")
-    if missing or unexpected or misshapen:
-        file = next((s.file for s in headers.values()), None)
-        kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        found = "; ".join(f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in kinds if v)
-        raise ValueError(f"{file}: not this {NOUNS[part]}: {found}. {likely(headers, part)}")
-    return sources
+    for name, shape in _shapes(sources).items():
+        parts, want = sources[name], wanted.get(name, shape)
+        alike = all(s.shape[1:] == shape[1:] for s in parts)
+        numbers = all(DTYPES[s.dtype].is_floating_point or s.dtype in WIDENED for s in parts)
+        # diffusers stores the 1x1 convolutions of the autoencoder's attention as matrices.
+        if name in wanted and not (alike and numbers and want in (shape, (*shape, 1, 1))):
+            misshapen.append(f"{name} {parts[0].dtype} {list(shape)} for {list(want)}")
+    missing, unexpected = sorted(wanted.keys() - sources.keys()), sorted(sources.keys() - wanted.keys())
+    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    found = [f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in kinds.items() if v]
+    if found:
+        raise ValueError(f"{file}: not this {NOUNS[part]}: {'; '.join(found)}. {likely(sources, part)}")
 
 
-def likely(headers: Headers, part: str) -> str:
+def likely(names: Iterable[str], part: str) -> str:
     """A guess at what a file is that is not what it should be."""
-    names = " ".join(headers)
-    signs = (
-        ("lora", "a LoRA: give it to --lora, not as a base model"),
-        ("lokr", "a LoKr adapter, which is not read here"),
-        ("diffusion_model.input_blocks", "a Stable Diffusion checkpoint; a Flux is needed"),
-        ("SelfAttention", NOUNS["t5"]),
-        ("self_attn.q_proj", NOUNS["clip"]),
-        ("single_blocks.", NOUNS["transformer"]),
-        ("single_transformer_blocks.", NOUNS["transformer"]),
-        ("decoder.conv_in", NOUNS["vae"]),
-    )
-    for sign, kind in signs:
-        if sign in names and kind == NOUNS[part]:
-            return f"It is a {kind} of another size or an incomplete one; check config.json and download it again."
-        if sign in names:
-            return f"It looks like {'' if kind.startswith('a ') else 'the '}{kind}."
-    return f"It does not look like a {NOUNS[part]} at all; see weights/README.md for the right file."
+    signs = {"SelfAttention": "t5", "self_attn.q_proj": "clip", "single_": "transformer", "decoder.conv_in": "vae"}
+    text = " ".join(names)
+    if "lora" in text:
+        return "It looks like a LoRA: give it to --lora, not as a base model."
+    kind = next((kind for sign, kind in signs.items() if sign in text), None)
+    if kind in (None, part):
+        return "It is incomplete or of another kind; see weights/README.md."
+    return f"It looks like the {NOUNS[kind]}."
 
 
-# -------------------------------------------------------------------------------------------------- reading the tensors
-
-DTYPES = {  # safetensors' spelling of what weights are stored in
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8},
-}
-WIDENED = ("F8_E4M3", "F8_E5M2", "I8")  # I8: what lora_files.py merge --quantize int8 writes
-
-
-class TensorReader:
-    """Opens each file once and hands out its tensors, memory-mapped; codes come out as float32, times their scale."""
-
-    def __init__(self, headers: Headers, mapped: bool = True) -> None:
-        self.headers, self.mapped = headers, mapped
-        self.files: dict[Path, Any] = {}
-
-    def raw(self, name: str) -> Tensor:
-        """The tensor as stored, in its shape; with `mapped` false in memory of its own, since mapped pages that were
-        read stay.
-
-        Raises:
-            ValueError: a broken file.
-        """
-        stored = self.headers[name]
-        if not self.mapped:
-            data = torch.empty(stored.nbytes, dtype=torch.uint8)
-            with stored.file.open("rb", buffering=0) as f:
-                read_at(f, stored.offset, data)
-            return data.view(DTYPES[stored.dtype]).view(stored.shape)
-        if stored.file not in self.files:
-            try:
-                self.files[stored.file] = safe_open(stored.file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{stored.file}: broken safetensors file ({error}); download it again.") from None
-        return self.files[stored.file].get_tensor(stored.name)
-
-    def scale(self, name: str) -> Tensor | None:
-        """What an fp8 weight is multiplied by: (1, 1), or (out, 1), or None."""
-        names = [f"{name.removesuffix('.weight')}.{spelling}" for spelling in SCALES]
-        return next((self.raw(n).float().reshape(-1, 1) for n in names if n in self.headers), None)
-
-    def __call__(self, name: str) -> Tensor:
-        """The tensor, dequantised."""
-        tensor = self.raw(name)
-        if self.headers[name].dtype not in WIDENED:
-            return tensor
-        tensor, scale = tensor.float(), self.scale(name)
-        return tensor if scale is None else tensor * scale.reshape(-1, *[1] * (tensor.ndim - 1))
+def mapped(stored: Stored) -> Tensor:
+    """The tensor (*shape) as stored: memory mapped to its place in the file, filled as it is read, freed with it."""
+    data = torch.from_numpy(np.memmap(stored.file, np.uint8, "c", stored.offset, (stored.nbytes,)))  # copy on write
+    dtype = DTYPES[stored.dtype]
+    if stored.offset % dtype.itemsize:  # old files do not align their tensors
+        data = data.clone()
+    return data.view(dtype).view(stored.shape)
 
 
-def read_at(file: BinaryIO, offset: int, data: Tensor) -> None:
-    """Fill a flat uint8 CPU tensor from a place in a file, which is opened without a buffer.
-
-    Raises:
-        ValueError: the file ends before that.
-    """
-    file.seek(offset)
-    view = memoryview(data.numpy())
-    while view:  # one read gives 2 GB at most
-        got = file.readinto(view)
-        if not got:
-            raise ValueError(f"{file.name}: ends too early; download it again.")
-        view = view[got:]
+def widened(stored: Stored) -> Tensor:
+    """The tensor (*shape); fp8 and int8 come out as float32, times their scale."""
+    tensor = mapped(stored)
+    if stored.dtype not in WIDENED:
+        return tensor
+    scale = mapped(stored.scale).float() if stored.scale else torch.ones(1)
+    return tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))
 
 
-def scales_of(read: TensorReader, names: Sequence[str]) -> Tensor | None:
-    """Scales of the rows of a weight that some stored tensors make: (out, 1) float32, or None if it has none."""
-    found = [read.scale(n) for n in names]
-    if all(s is None for s in found):
-        return None
-    rows = [read.headers[n].shape[0] for n in names]
-    return torch.cat([(torch.ones(1, 1) if s is None else s).expand(r, 1) for s, r in zip(found, rows, strict=True)])
-
-
-def narrow(read: TensorReader, names: Sequence[str], kind: str, device: Device) -> tuple[Tensor, Tensor | None]:
-    """The weight that some stored tensors make, joined along the rows, as codes and scales of quantize.py.
-
-    What a file holds in fp8 stays so unless 4 bits are asked for: a second rounding would add its error, save nothing.
-    """
-    if kind == "stored" or (kind != "nf4" and all(read.headers[n].dtype in WIDENED for n in names)):
-        codes = torch.cat([read.raw(n) for n in names]) if len(names) > 1 else read.raw(names[0])
-        scales = scales_of(read, names)
-        return codes.to(device), None if scales is None else scales.to(device)
-    return quantize(torch.cat([read(n).to(device) for n in names]), kind)
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def assemble(
-    model: Model,
-    headers: Headers,
-    sources: Mapping[str, list[str]],
-    dtype: torch.dtype | None,
-    device: Device,
-    kind: str | None = None,
-    leave: Container[str] = (),
-) -> Model:
-    """Fill a network on meta from its files, parameter by parameter; returned frozen and in eval mode.
-
-    Args:
-        model: on meta.
-        headers: of its files.
-        sources: parameter name -> names of the stored tensors whose rows it consists of.
-        dtype: to convert to; else as stored.
-        device: where to put it.
-        kind: how the Linears of the blocks are kept, see quantize.py; "stored" where the file is narrower than dtype.
-        leave: parameters that stay on meta.
-    """
-    if dtype is None and any(s.dtype in WIDENED for s in headers.values()):
+def fill(model: Any, sources: Sources, dtype: torch.dtype | None, device: Device) -> Any:
+    """Give a network on meta the parameters in `sources`; others stay on meta. It comes back frozen, in eval mode."""
+    if dtype is None and any(s.dtype in WIDENED for stored in sources.values() for s in stored):
         dtype = torch.bfloat16  # an fp8 file holds the rest in several dtypes: one for all
-    read = TensorReader(headers, mapped=kind not in QUANTIZED)
+    shapes = {name: p.shape for name, p in model.state_dict().items()}
     state = {}
-    for name, parameter in model.state_dict().items():
-        if name in leave:
-            continue
-        module, _, leaf = name.rpartition(".")
-        store = storage(module, kind) if kind and leaf == "weight" else None
-        if store == "stored" and (not dtype or DTYPES[headers[sources[name][0]].dtype].itemsize >= dtype.itemsize):
-            store = None
-        if store:
-            codes, scales = narrow(read, sources[name], store, device)
-            state |= {f"{module}.codes": codes} | ({} if scales is None else {f"{module}.scales": scales})
-            model.set_submodule(module, QuantizedLinear(model.get_submodule(module), codes, scales))
-            continue
-        parts = [read(source) for source in sources[name]]
+    for name, stored in sources.items():
+        parts = [widened(s) for s in stored]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if name.startswith(SWAPPED) and sources[name] != [name]:
+        if name.startswith(SWAPPED) and not stored[0].name.endswith(name):  # the file has diffusers' names
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        state[name] = tensor.reshape(parameter.shape).to(device=device, dtype=dtype)
-    model.load_state_dict(state, strict=not leave, assign=True)
+        state[name] = tensor.reshape(shapes[name]).to(device=device, dtype=dtype)
+    model.load_state_dict(state, strict=False, assign=True)  # `check` was strict
     return model.eval().requires_grad_(False)
 
 
-# --------------------------------------------------------------------------------------------------------- the networks
-
-
-def _config(files: list[Path], key: str) -> dict[str, Any]:
-    """config.json beside the files if it speaks of this network (has `key`), else the `config` of the metadata."""
-    beside = files[0].parent / "config.json"
-    if beside.exists():
-        config = _read_json(beside)
-        if key in config:
-            return config
-    try:
-        return json.loads(metadata(files[0]).get("config", "{}"))
-    except ValueError:
-        return {}
-
-
-def _known(params_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a config that are fields of a params class, lists as tuples."""
-    names = {f.name for f in fields(params_class)}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
-
-
-def axes_of(head_dim: int) -> tuple[int, int, int]:
-    """How Flux splits a head over (index, row, column): 128 -> (16, 56, 56), an eighth for the index, made even."""
-    first = 2 * math.ceil(head_dim / 16)
-    return first, (head_dim - first) // 2, (head_dim - first) // 2
-
-
-def flux_params(headers: Headers, config: Mapping[str, Any]) -> FluxParams:
-    """Sizes of a Flux from diffusers' config, from BFL's own names, or from the shapes."""
-    if "num_single_layers" in config:
-        heads, dim = config["num_attention_heads"], config["attention_head_dim"]
-        return FluxParams(
-            in_channels=config["in_channels"],
-            out_channels=config.get("out_channels") or config["in_channels"],
-            vec_in_dim=config["pooled_projection_dim"],
-            context_in_dim=config["joint_attention_dim"],
-            hidden_size=heads * dim,
-            num_heads=heads,
-            depth=config["num_layers"],
-            depth_single_blocks=config["num_single_layers"],
-            axes_dim=tuple(config.get("axes_dims_rope", axes_of(dim))),
-            guidance_embed=config["guidance_embeds"],
-        )
-    if "depth_single_blocks" in config:
-        return FluxParams(**_known(FluxParams, config))
-    bfl = "img_in.weight" in headers
-    name = (lambda module, leaf="weight": f"{module}.{leaf}") if bfl else _diffusers_name
-    hidden, in_channels = headers[name("img_in")].shape
-    head_dim = headers[name("single_blocks.0.norm.query_norm", "scale" if bfl else "weight")].shape[0]
-    return FluxParams(
-        in_channels=in_channels,
-        out_channels=headers[name("final_layer.linear")].shape[0],
-        vec_in_dim=headers[name("vector_in.in_layer")].shape[1],
-        context_in_dim=headers[name("txt_in")].shape[1],
-        hidden_size=hidden,
-        mlp_ratio=headers[name("double_blocks.0.img_mlp.0")].shape[0] / hidden,
-        num_heads=hidden // head_dim,
-        depth=_count(headers, "double_blocks." if bfl else "transformer_blocks."),
-        depth_single_blocks=_count(headers, "single_blocks." if bfl else "single_transformer_blocks."),
-        axes_dim=axes_of(head_dim),
-        guidance_embed=name("guidance_in.in_layer") in headers,
-    )
-
-
-def _diffusers_name(module: str, leaf: str = "weight") -> str:
-    return f"{flux_modules(FluxParams(depth=1, depth_single_blocks=1))[module][0]}.{leaf}"
-
-
-def _count(headers: Headers, prefix: str) -> int:
-    """Number of blocks: one more than the highest index behind the prefix."""
-    return 1 + max((int(n[len(prefix) :].split(".")[0]) for n in headers if n.startswith(prefix)), default=-1)
-
-
-def autoencoder_params(headers: Headers, config: Mapping[str, Any]) -> AutoencoderParams:
-    """Sizes of an autoencoder; from the shapes alone, shift and scale are the official ones."""
-    if "block_out_channels" in config:
-        widths = config["block_out_channels"]
-        return AutoencoderParams(
-            in_channels=config["in_channels"],
-            ch=widths[0],
-            out_ch=config["out_channels"],
-            ch_mult=tuple(w // widths[0] for w in widths),
-            num_res_blocks=config["layers_per_block"],
-            z_channels=config["latent_channels"],
-            scale_factor=config["scaling_factor"],
-            shift_factor=config["shift_factor"],
-        )
-    if "ch_mult" in config:
-        return AutoencoderParams(**_known(AutoencoderParams, config))
-    bfl = "encoder.norm_out.weight" in headers
-    level, block = ("encoder.down.", "block") if bfl else ("encoder.down_blocks.", "resnets")
-    ch, in_channels = headers["encoder.conv_in.weight"].shape[:2]
-    widths = [headers[f"{level}{i}.{block}.0.conv2.weight"].shape[0] for i in range(_count(headers, level))]
-    return AutoencoderParams(
-        in_channels=in_channels,
-        ch=ch,
-        out_ch=headers["decoder.conv_out.weight"].shape[0],
-        ch_mult=tuple(w // ch for w in widths),
-        num_res_blocks=_count(headers, f"{level}0.{block}."),
-        z_channels=headers["decoder.conv_in.weight"].shape[1],
-    )
-
-
-def clip_params(headers: Headers, config: Mapping[str, Any]) -> ClipParams:
-    """Sizes of a CLIP text encoder; from the shapes alone, a head has 64 components, as every CLIP of OpenAI's."""
-    if "num_hidden_layers" in config:
-        return ClipParams(**_known(ClipParams, config))
-    vocab, hidden = headers["embeddings.token_embedding.weight"].shape
-    return ClipParams(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=headers["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=_count(headers, "encoder.layers."),
-        num_attention_heads=hidden // 64,
-        max_position_embeddings=headers["embeddings.position_embedding.weight"].shape[0],
-    )
-
-
-def t5_params(headers: Headers, config: Mapping[str, Any]) -> T5Params:
-    """Sizes of a T5 encoder."""
-    if "d_kv" in config:
-        return T5Params(**_known(T5Params, config))
-    embedding = "shared.weight" if "shared.weight" in headers else "encoder.embed_tokens.weight"
-    vocab, d_model = headers[embedding].shape
-    attention = "encoder.block.0.layer.0.SelfAttention."
-    buckets, heads = headers[f"{attention}relative_attention_bias.weight"].shape
-    return T5Params(
-        vocab_size=vocab,
-        d_model=d_model,
-        d_kv=headers[f"{attention}q.weight"].shape[0] // heads,
-        d_ff=headers["encoder.block.0.layer.1.DenseReluDense.wo.weight"].shape[1],
-        num_layers=_count(headers, "encoder.block."),
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-    )
-
-
-_NETWORKS = {  # part: (class, params from headers and config, a key of its config.json, names in diffusers)
-    "transformer": (Flux, flux_params, "num_single_layers", flux_modules),
-    "vae": (Autoencoder, autoencoder_params, "block_out_channels", autoencoder_modules),
-    "clip": (ClipTextEncoder, clip_params, "num_hidden_layers", None),
-    "t5": (T5Encoder, t5_params, "d_kv", None),
-}
-
-
-def outline(part: str, path: str | Path, params: Any = None) -> tuple[Any, Headers, dict[str, list[str]]]:
-    """A network on meta, what its files hold, and which stored tensors make each of its parameters.
-
-    Raises:
-        ValueError: the files hold another network, or not all of this one.
-    """
-    network, infer, key, modules = _NETWORKS[part]
-    files = find(path, part)
-    headers = strip_prefix(read_headers(files), part)
-    if params is None:
-        try:
-            params = infer(headers, _config(files, key))
-        except (KeyError, IndexError, TypeError, ZeroDivisionError):
-            raise ValueError(f"{files[0]}: no {NOUNS[part]}. {likely(headers, part)}") from None
-    with torch.device("meta"):
-        model = network(params)
-    return model, headers, sources_of(model, headers, modules(params) if modules else {}, part)
-
-
 def load_flux(
-    path: str | Path,
-    params: FluxParams | None = None,
-    dtype: torch.dtype | None = None,
-    device: Device = "cpu",
-    kind: str | None = None,
+    path: str | Path, params: FluxParams | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> Flux:
-    """The transformer, frozen, from any official layout.
+    """The transformer, frozen, from a file or folder as `find` takes it; on the CPU it stays mapped to the file.
 
-    Args:
-        path: file or folder, see `find`.
-        params: sizes; else from config.json, else from the metadata key `config`, else from the shapes.
-        dtype: to convert to; else as stored (fp8 becomes bfloat16).
-        device: where to put it; on the CPU the memory stays mapped to the file.
-        kind: int8, fp8 or nf4 narrows the Linears of the blocks as they are read; "stored" leaves them as the file has
-            them and widens them to `dtype` one at a time when they are used (quantize.py).
+    `params` None reads the sizes from the files; `dtype` None keeps what is stored, and makes fp8 bfloat16.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not a whole Flux, with what is missing, unexpected, misshapen.
+        FileNotFoundError: no such file.
+        ValueError: not a whole Flux; the message says what is missing, unexpected or misshapen.
     """
-    return assemble(*outline("transformer", path, params), dtype, device, kind)
+    return fill(*outline("transformer", path, params), dtype, device)
 
 
 def load_autoencoder(
     path: str | Path, params: AutoencoderParams | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> Autoencoder:
     """The autoencoder; arguments and errors as for load_flux."""
-    return assemble(*outline("vae", path, params), dtype, device)
+    return fill(*outline("vae", path, params), dtype, device)
 
 
 def load_clip(
     path: str | Path, params: ClipParams | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> ClipTextEncoder:
-    """The CLIP text encoder, with or without `text_model.` in its names; arguments and errors as for load_flux."""
-    return assemble(*outline("clip", path, params), dtype, device)
+    """The CLIP text encoder; arguments and errors as for load_flux."""
+    return fill(*outline("clip", path, params), dtype, device)
 
 
 def load_t5(
-    path: str | Path,
-    params: T5Params | None = None,
-    dtype: torch.dtype | None = None,
-    device: Device = "cpu",
-    kind: str | None = None,
+    path: str | Path, params: T5Params | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> T5Encoder:
-    """The T5 encoder; arguments as for load_flux.
-
-    Raises:
-        ValueError: as load_flux, and for float16, in which T5-XXL overflows.
-    """
+    """The T5 encoder, as load_flux; Raises: ValueError for float16 too, in which T5-XXL overflows."""
     if dtype == torch.float16:
         raise ValueError("T5: got dtype float16, in which it overflows; take bfloat16 or float32.")
-    return assemble(*outline("t5", path, params), dtype, device, kind)
-
-
-def save_flux(
-    model: Flux,
-    folder: str | Path,
-    metadata: Mapping[str, str] | None = None,
-    tensors: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a transformer as the hub folder has it: diffusers' names and config.json, so that diffusers loads it too.
-
-    Args:
-        model: a Flux with mlp_ratio 4, which diffusers takes for granted.
-        folder: is made; the files are written aside and renamed.
-        metadata: text kept in the header.
-        tensors: values by parameter name instead of the model's own.
-
-    Raises:
-        ValueError: another mlp_ratio.
-    """
-    params, values = model.params, tensors or model.state_dict()
-    if params.mlp_ratio != 4:
-        raise ValueError(f"save_flux: mlp_ratio {params.mlp_ratio}, but diffusers' layout knows 4 only.")
-    modules, state = flux_modules(params), {}
-    for name, tensor in values.items():
-        module, _, leaf = name.rpartition(".")
-        names = modules[module]
-        if module == SWAPPED:
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        leaf = "weight" if leaf == "scale" else leaf
-        for their, part in zip(names, split_rows(tensor, len(names), params.hidden_size), strict=True):
-            state[f"{their}.{leaf}"] = part.detach().cpu().contiguous()
-    config = {
-        "_class_name": "FluxTransformer2DModel",
-        "attention_head_dim": params.hidden_size // params.num_heads,
-        "axes_dims_rope": list(params.axes_dim),
-        "guidance_embeds": params.guidance_embed,
-        "in_channels": params.in_channels,
-        "joint_attention_dim": params.context_in_dim,
-        "num_attention_heads": params.num_heads,
-        "num_layers": params.depth,
-        "num_single_layers": params.depth_single_blocks,
-        "out_channels": params.out_channels,
-        "patch_size": 1,
-        "pooled_projection_dim": params.vec_in_dim,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt", **(metadata or {})})
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return fill(*outline("t5", path, params), dtype, device)

@@ -11,11 +11,11 @@ clip/simple_tokenizer.py; transformers 5.23, models/clip/modeling_clip.py and to
 Attribute names are the hub's without their leading `text_model.`.
 Shapes: B batch, L tokens (77), D width, H heads, K = D / H.
 
-The prompt clean-up has three conventions, and this file follows the first:
+Three conventions clean a prompt up, and this file follows the first:
   A. transformers 5 and its older fast tokenizer: NFC, whitespace to one space, each character lower-cased by itself;
   B. OpenAI's own, also transformers 4 with ftfy: repairs mojibake, straightens quotes, unescapes HTML, str.lower();
   C. transformers 4 without ftfy: BERT's clean-up, with spaces around CJK ideographs.
-They give the same ids for plain English. A needs nothing beyond the standard library, and is what diffusers now runs.
+They give the same ids for plain English. diffusers now runs A.
 """
 
 import json
@@ -45,26 +45,8 @@ class ClipParams:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"CLIP: hidden_size {self.hidden_size} over {self.num_attention_heads} heads leaves a rest: "
-                "give a number of heads that divides it."
-            )
-
-
-# ------------------------------------------------------------------------------------------------------ the network
-
-
-class Embeddings(nn.Module):
-    """Token plus learned absolute position."""
-
-    def __init__(self, params: ClipParams) -> None:
-        super().__init__()
-        self.token_embedding = nn.Embedding(params.vocab_size, params.hidden_size)
-        self.position_embedding = nn.Embedding(params.max_position_embeddings, params.hidden_size)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, L, D)."""
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # (B, L, D)
+            got = f"hidden_size {self.hidden_size} over {self.num_attention_heads} heads"
+            raise ValueError(f"CLIP: {got} leaves a rest: give a number of heads that divides it.")
 
 
 class SelfAttention(nn.Module):
@@ -82,40 +64,30 @@ class SelfAttention(nn.Module):
         """(B, L, D) -> (B, L, D)."""
         projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (rearrange(p, "B L (H K) -> B H L K", H=self.heads) for p in projections)
-        # Causal although nothing is generated: CLIP was trained so. It also makes padding harmless, since whatever
-        # follows the first <|endoftext|> cannot reach the pooled vector; hence no padding mask.
+        # Causal, because CLIP was trained so. What follows the first <|endoftext|> cannot reach the pooled vector, so
+        # the padding needs no mask.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(rearrange(x, "B H L K -> B L (H K)"))
 
 
-class Mlp(nn.Module):
-    """Two layers around quick_gelu, x * sigmoid(1.702 x): CLIP's early approximation of GELU, not GELU itself."""
-
-    def __init__(self, params: ClipParams) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(params.hidden_size, params.intermediate_size)
-        self.fc2 = nn.Linear(params.intermediate_size, params.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        x = self.fc1(x)  # (B, L, intermediate_size)
-        return self.fc2(x * torch.sigmoid(1.702 * x))
-
-
 class EncoderLayer(nn.Module):
-    """Attention, then MLP, each on a normalised copy of the residual stream."""
+    """Attention, then MLP, both residual."""
 
     def __init__(self, params: ClipParams) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(params.hidden_size, eps=params.layer_norm_eps)
         self.self_attn = SelfAttention(params)
         self.layer_norm2 = nn.LayerNorm(params.hidden_size, eps=params.layer_norm_eps)
-        self.mlp = Mlp(params)
+        fc1 = nn.Linear(params.hidden_size, params.intermediate_size)
+        fc2 = nn.Linear(params.intermediate_size, params.hidden_size)
+        self.mlp = nn.ModuleDict({"fc1": fc1, "fc2": fc2})
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        h = self.mlp.fc1(self.layer_norm2(x))  # (B, L, intermediate_size)
+        # quick_gelu, an approximation of GELU.
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))
 
 
 class ClipTextEncoder(nn.Module):
@@ -123,9 +95,12 @@ class ClipTextEncoder(nn.Module):
 
     def __init__(self, params: ClipParams) -> None:
         super().__init__()
-        self.embeddings = Embeddings(params)
+        # Dictionaries without a forward of their own give weights the hub's names.
+        tokens = nn.Embedding(params.vocab_size, params.hidden_size)
+        positions = nn.Embedding(params.max_position_embeddings, params.hidden_size)
+        self.embeddings = nn.ModuleDict({"token_embedding": tokens, "position_embedding": positions})
         layers = nn.ModuleList(EncoderLayer(params) for _ in range(params.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layers": layers})  # a level of its own, for the hub's names
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.final_layer_norm = nn.LayerNorm(params.hidden_size, eps=params.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,16 +108,14 @@ class ClipTextEncoder(nn.Module):
 
         Flux takes the pooled vector only. <|endoftext|> must be the highest id, as it is in every CLIP vocabulary.
         """
-        x = self.embeddings(ids)
+        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[: ids.shape[1]]
         for layer in self.encoder["layers"]:
             x = layer(x)
         x = self.final_layer_norm(x)
-        # argmax finds the FIRST of equal maxima: the end of the prompt, although the padding has the same id. The hub's
-        # config.json names 2 as end token, which is wrong but kept; transformers takes the argmax on seeing that 2.
+        # The padding has the id of <|endoftext|> too; argmax finds the first of equal maxima, the end of the prompt.
+        # (The hub's config.json names 2 as end token, which is wrong; transformers then takes the argmax as well.)
         return x, x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
 
-
-# ---------------------------------------------------------------------------------------------------- the tokenizer
 
 LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -154,10 +127,8 @@ WORD = re.compile(r"<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0
 
 
 def clean(text: str) -> str:
-    """Convention A: compose accents, every run of whitespace to one space, lower-case.
-
-    Character by character, so that a final sigma stays U+03C3, where str.lower() on the word would give U+03C2.
-    """
+    """Convention A: compose accents, every run of whitespace to one space, lower-case."""
+    # Character by character: str.lower() on a word would make another letter of a final sigma.
     text = WHITESPACE.sub(" ", unicodedata.normalize("NFC", text))
     return "".join(character.lower() for character in text)
 
@@ -165,25 +136,20 @@ def clean(text: str) -> str:
 def split_words(text: str) -> list[str]:
     r"""Cut a cleaned text into contractions, runs of letters, single digits and runs of anything else but spaces.
 
-    The official pattern is `'s|...|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+`. Python's `re` has no \p{L}, and its usual
-    substitute `[^\W\d_]` is wrong for 1,131 characters. So a stand-in of the same length, each character beyond ASCII
-    replaced by an ASCII one of its Unicode category, is matched, and the spans are cut out of the text itself.
-    Exact for all characters that this Python's `unicodedata` knows: a Python older than the official tokenizer takes
-    letters that were added to Unicode since for symbols.
+    The official pattern is `'s|...|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+`. Python's `re` has no \p{L}, so the pattern is
+    matched on a stand-in of the same length, in which an ASCII character of the same Unicode category replaces each
+    other character. An older Python does not know letters that Unicode added later, and takes them for symbols.
     """
-    in_class = {"L": "a", "N": "0"}  # "a" and "0" occur in no contraction, so a stand-in cannot complete one
+    # "a" and "0" occur in no contraction, so a stand-in cannot complete one.
+    in_class = {"L": "a", "N": "0"}
     stand_in = "".join(c if c.isascii() else in_class.get(unicodedata.category(c)[0], "!") for c in text)
     words = [text[match.start() : match.end()] for match in WORD.finditer(stand_in)]
-    # Only an end token typed in capitals is still here (see `ClipTokenizer.encode`). The official pattern isolates it,
-    # and a second one, of the byte-level step behind it, takes it apart again.
+    # `ClipTokenizer.encode` has left only an end token in capitals. The official code cuts it out, then cuts it up.
     return [part for word in words for part in (("<|", "endoftext", "|>") if word == END else (word,))]
 
 
 def byte_characters() -> dict[int, str]:
-    """One printable character for each of the 256 bytes, so that words of bytes can be written in a JSON file.
-
-    Printable Latin-1 stands for itself, the other 68 bytes in order for U+0100 and on (openai/CLIP bytes_to_unicode).
-    """
+    """One printable character for each of the 256 bytes: itself, or U+0100 and on (openai/CLIP bytes_to_unicode)."""
     table = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
     others = [byte for byte in range(256) if byte not in table]
     return table | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -217,13 +183,15 @@ class ClipTokenizer:
         rows = [[self.start, *self.encode(text)[: LENGTH - 2], self.end] for text in texts]
         return torch.tensor([row + [self.end] * (LENGTH - len(row)) for row in rows], dtype=torch.int64)  # (B, 77)
 
-    def encode(self, text: str) -> list[int]:
-        """One prompt -> its ids, without start, end, padding and limit.
+    def count(self, text: str) -> int:
+        """Number of ids of a prompt with start and end; a prompt with more than 77 is cut."""
+        return len(self.encode(text)) + 2
 
-        Typed specials count as such, at two different moments: <|endoftext|> in the raw text, so only in lower case;
-        <|startoftext|> in the cleaned text, so in any case.
-        """
+    def encode(self, text: str) -> list[int]:
+        """One prompt -> its ids, without start, end, padding and limit."""
         ids: list[int] = []
+        # Specials in a prompt become their ids: <|endoftext|> is searched in the raw text, so only in lower case,
+        # <|startoftext|> in the cleaned text, so in any case.
         for part in re.split(f"({re.escape(END)})", text):
             if part == END:
                 ids.append(self.end)
@@ -251,7 +219,7 @@ class ClipTokenizer:
 
 
 def merge(tokens: list[str], pair: tuple[str, str]) -> list[str]:
-    """Every occurrence of the pair becomes one token, from left to right: a a a with (a, a) gives aa a."""
+    """Join every occurrence of the pair, from left to right: a a a with (a, a) gives aa a."""
     merged: list[str] = []
     position = 0
     while position < len(tokens):

@@ -8,12 +8,9 @@ sigma in [0, 1] runs from the source (sigma = 0, degraded) to the target (sigma 
 Flux was trained with the time t = 1 (noise) to t = 0 (data) and predicts dx/dt = noise - data. Its clock runs against
 ours, so t = 1 - sigma and v_pred = -flux(x, t): the pretrained network keeps its own sense of time and direction.
 
-    objective   z_source                              context tokens             who can run what it learns
-    bridge      control + source_noise * eps          none, or the control       this project's sample.py
-    kontext     eps, plain Gaussian noise             the control, always        every Kontext pipeline
-
-A bridge may start where its source lies on Flux's own clock, at T < 1 instead of at pure noise ("anchored bridge"): the
-network sees t = T (1 - sigma) and v_pred = -T * flux(x, t), so that flux is asked for (source - target) / T.
+    objective   z_source                              reference tokens
+    bridge      control + source_noise * eps          none, or the control
+    kontext     eps, plain Gaussian noise             the control, always: this is official Kontext
 
 Sources: Lipman et al. 2023, "Flow Matching for Generative Modeling"; Liu et al. 2023, "Flow Straight and Fast"; Albergo
 & Vanden-Eijnden 2023 (bridges between two data sets); Esser et al. 2024, "Scaling Rectified Flow Transformers" (SD3:
@@ -30,7 +27,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kontext_min.utils import torch_generator
+from kontext_min.utils import numpy_generator, torch_generator
 
 Network = Callable[..., Tensor]  # flux.Flux, or anything that is called like it
 
@@ -58,12 +55,12 @@ def token_ids(h: int, w: int, index: int = 0, device: torch.device | str = "cpu"
     return rearrange(torch.stack([torch.full_like(rows, index), rows, columns], dim=-1), "h w a -> 1 (h w) a")
 
 
-# ---------------------------------------------------------------------------------------------------------- the path
+# ----------------------------------------------------------------------------------------------- the path and the loss
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What the velocity leads from, and what the network sees besides the point on the path."""
+    """Which flow is learned: where it starts, and what the network sees besides the point on the path."""
 
     name: str = "bridge"  # bridge | kontext
     context: bool = False  # append the control as reference tokens; always so for kontext
@@ -76,9 +73,9 @@ class Objective:
         if self.name == "kontext" and (self.source_noise or self.start_time != 1.0):
             raise ValueError("objective kontext starts from pure noise: leave out --source-noise and --start-time.")
         if not 0.0 <= self.source_noise <= 1.0:
-            raise ValueError(f"source noise: got {self.source_noise}, expected a deviation from 0 to 1.")
+            raise ValueError(f"--source-noise: got {self.source_noise}, expected a deviation from 0 to 1.")
         if not 0.0 < self.start_time <= 1.0:
-            raise ValueError(f"start time: got {self.start_time}, expected more than 0 and at most 1.")
+            raise ValueError(f"--start-time: got {self.start_time}, expected more than 0 and at most 1.")
 
     @property
     def sees_control(self) -> bool:
@@ -92,11 +89,21 @@ class Objective:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What steers the network besides the picture; one row a picture."""
+    """What steers the network besides the picture; one row per picture."""
 
     txt: Tensor  # (B, L_txt, context_in_dim) T5 states
     y: Tensor  # (B, vec_in_dim) pooled CLIP vector
     guidance: Tensor  # (B,) distilled guidance scale, a raw number such as 1.5
+
+
+def path(source: Tensor, target: Tensor, eps: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """THE PATH: x_s and v = d x_s / d s, (B, C, h, w) each, at the places s, (B, 1, 1, 1).
+
+    To try another path, change the line below. With noise in the middle, for example, x has `+ c * s * (1 - s) * eps`
+    and v `+ c * (1 - 2 * s) * eps`. Restoring only follows the velocity from source to target. A straight line is
+    assumed by --strength (restore.py) and --fidelity, by the weighting `clean`, and by one-step restoration.
+    """
+    return (1 - s) * source + s * target, target - source
 
 
 def velocity(flux: Network, x: Tensor, sigma: Tensor, control: Tensor, prompt: Prompt, objective: Objective) -> Tensor:
@@ -108,7 +115,7 @@ def velocity(flux: Network, x: Tensor, sigma: Tensor, control: Tensor, prompt: P
         sigma: (B,) or scalar, 0 = source, 1 = target.
         control: (B, C, h', w') the degraded latent, seen only if the objective appends it.
         prompt: text and guidance.
-        objective: decides on the context tokens and on T.
+        objective: decides on the reference tokens and on T.
 
     Returns:
         (B, C, h, w) float32.
@@ -116,48 +123,27 @@ def velocity(flux: Network, x: Tensor, sigma: Tensor, control: Tensor, prompt: P
     h, w = x.shape[-2:]
     img, img_ids = pack(x), token_ids(h, w, device=x.device)
     generated = img.shape[1]
-    if objective.sees_control:  # [generated, reference]; the reference stays clean: it is no part of the path
+    if objective.sees_control:
+        # [generated, reference]: the reference stays clean of noise, it is no part of the path.
         img = torch.cat([img, pack(control)], dim=1)
         img_ids = torch.cat([img_ids, token_ids(*control.shape[-2:], index=1, device=x.device)], dim=1)
+    # Text has position (0, 0, 0) for every token: Flux does not rotate it.
+    txt_ids = torch.zeros(*prompt.txt.shape[:2], 3, device=x.device)
+    # A bridge may start at T < 1 on Flux's clock, where Flux expects a source that is not pure noise.
     t = objective.start_time * (1 - sigma.to(x)).expand(len(x))
-    out = flux(
-        img.to(prompt.txt.dtype),
-        img_ids.expand(len(x), -1, -1),
-        prompt.txt,
-        torch.zeros(*prompt.txt.shape[:2], 3, device=x.device),
-        t,
-        prompt.y,
-        prompt.guidance,
-        generated,  # what the network need not compute beyond these, it does not
-    )
+    img, img_ids = img.to(prompt.txt.dtype), img_ids.expand(len(x), -1, -1)
+    out = flux(img, img_ids, prompt.txt, txt_ids, t, prompt.y, prompt.guidance)  # (B, L + L_ref, 4C)
+    # The output at the reference tokens means nothing: drop it. Minus, because Flux points from data to noise.
     return -objective.start_time * unpack(out[:, :generated].float(), h, w)
 
 
-def path(source: Tensor, target: Tensor, eps: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """THE PATH: x_s and v = d x_s / d s, (B, C, h, w) each, at the places s, (B, 1, 1, 1).
-
-    To try another one, change the line below. With noise in the middle, for example, x has `+ c * s * (1 - s) * eps`
-    and v `+ c * (1 - 2 * s) * eps`; mind that the source of kontext, or with source_noise, is made of eps too.
-    Restoring follows the velocity and knows no more of the path than that it begins at the source and ends at the
-    target. A straight one is taken for granted by --strength and --fidelity (restore.py), by the weighting `clean`, and
-    where one step is said to give the mean.
-    """
-    return (1 - s) * source + s * target, target - source
-
-
-def losses(
+def loss(
     flux: Network, control: Tensor, target: Tensor, eps: Tensor, sigma: Tensor, prompt: Prompt, objective: Objective
 ) -> Tensor:
-    """Mean squared error of the velocity, picture by picture: (B,) float32, unweighted. The whole method.
+    """THE LOSS: mean squared error of the velocity, picture by picture: (B,) float32, unweighted.
 
-    Args:
-        flux: the transformer.
-        control: (B, C, h, w) degraded latent.
-        target: (B, C, h, w) clean latent.
-        eps: (B, C, h, w) Gaussian noise.
-        sigma: (B,) places on the path.
-        prompt: text and guidance.
-        objective: bridge or kontext.
+    Control and target are the degraded and the clean latent, eps is Gaussian noise: (B, C, h, w) each. sigma (B,) are
+    the places on the path. The rest as for `velocity`.
     """
     source = objective.source(control, eps)
     x, v = path(source, target, eps, sigma.to(target)[:, None, None, None])
@@ -168,123 +154,34 @@ def losses(
 def start_time(control: Tensor, target: Tensor, source_noise: float = 0.0) -> float:
     """T = r / (1 + r), r the RMS of z_source - z_target: Flux's time whose noise is as strong as the degradation.
 
-    Flux at time t has the signal-to-noise ratio (1 - t) / t; setting it to 1 / r gives T. The closed form of the match
-    that OMGSR (2025) makes for one-step restoration. Control and target: latents (B, C, h, w).
+    Flux at time t has the signal-to-noise ratio (1 - t) / t; setting it to 1 / r gives T. OMGSR (2025) makes the same
+    match for one-step restoration. Control and target: latents (B, C, h, w).
     """
     r = math.sqrt((control - target).square().mean().item() + source_noise**2)
     return max(r / (1 + r), 1e-3)
 
 
-# ------------------------------------------------------------------------------------- where on the path: sigma, weight
+# ------------------------------------------------------------------------------------ where on the path: sigma, weight
 
 
-def draw(seed: int, step: int, positions: Sequence[int], shape: Sequence[int], total: int = 0) -> tuple[Tensor, Tensor]:
-    """Noise and uniform numbers of some pictures of a step, the same whichever process draws them, always on the CPU.
+def draw(seed: int, step: int, places: Sequence[int], shape: Sequence[int], total: int) -> tuple[Tensor, Tensor]:
+    """Noise and uniform numbers for some of the `total` pictures of a step, always drawn on the CPU.
 
-    Args:
-        seed: of the run.
-        step: of the optimizer.
-        positions: places of the pictures in the step's global batch.
-        shape: (C, h, w).
-        total: stratified if given: picture i draws its u from (i, i + 1) / total, the number of pictures in the step.
+    They are a function of (seed, step, place) alone, so a resumed run and any number of processes draw the same. A
+    place is below `total`, which counts the pictures of all micro-batches and processes; shape is (C, h, w).
 
     Returns:
         eps (B, C, h, w) ~ N(0, 1) and u (B,) ~ U(0, 1), float32.
     """
+    # Stratified: each picture of a step draws from its own 1 / total of (0, 1), which halves the noise of the loss.
+    # The strata are shuffled at every step; otherwise the place in the batch would decide which sigma a picture sees.
+    strata = numpy_generator(seed, "strata", step).permutation(total)
     eps, u = [], []
-    for i in positions:
-        g = torch_generator(seed, "flow", step, i)
-        u.append(torch.rand((), generator=g))
-        eps.append(torch.randn(tuple(shape), generator=g))
-    uniform = torch.stack(u)
-    if total:
-        uniform = (torch.tensor(list(positions)) % total + uniform) / total
-    return torch.stack(eps), uniform
-
-
-SIGMA_DENSITIES = ("uniform", "logit-normal", "mode", "shift")
-
-
-def density(u: Tensor, name: str, image_tokens: int) -> Tensor:
-    """Turn uniform numbers into sigma of the wanted density (the inverse of its distribution function).
-
-    uniform        sigma = u
-    logit-normal   t = 1 / (1 + exp(-n)), n standard normal: the middle of the path (SD3, equation 19, m = 0, s = 1)
-    mode           t = 1 - u - 1.29 (cos(pi u / 2)^2 - 1 + u): heavy tails, never zero at the ends (SD3, equation 20)
-    shift          t as the sampling schedule spends it at this size: towards the source (SD3, equation 23)
-
-    Args:
-        u: (B,) in (0, 1).
-        name: one of SIGMA_DENSITIES.
-        image_tokens: L, for `shift`.
-
-    Returns:
-        (B,) sigma = 1 - t.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name == "uniform":
-        return u
-    if name == "logit-normal":
-        return 1 - torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))).float()
-    if name == "mode":
-        return u + 1.29 * (torch.cos(math.pi / 2 * u).square() - 1 + u)
-    if name == "shift":
-        return 1 - shift_time(1 - u, image_tokens)
-    raise ValueError(f"sigma density: got {name!r}, expected one of {', '.join(SIGMA_DENSITIES)}.")
-
-
-WEIGHTINGS = ("uniform", "sigma-sqrt", "cosmap", "clean")
-
-
-def weight(sigma: Tensor, name: str) -> Tensor:
-    """Weight of the squared error at sigma, with t = 1 - sigma: (B,) -> (B,).
-
-    uniform      1
-    sigma-sqrt   t^-2, t held above 0.05: stresses the clean end (SD3 training code; peers call it sigma_sqrt)
-    cosmap       2 / (pi (1 - 2t + 2t^2)): stresses the middle (SD3, section 3.1)
-    clean        3 t^2: since x_sigma + t v_pred estimates the clean latent, t^2 times the squared error of v IS the
-                 squared error of that estimate; the 3 makes the mean weight 1. It stresses the degraded end, where a
-                 restoration in few steps is decided.
-
-    Raises:
-        ValueError: another name.
-    """
-    t = 1 - sigma
-    if name == "uniform":
-        return torch.ones_like(t)
-    if name == "sigma-sqrt":
-        return t.clamp(min=0.05) ** -2
-    if name == "cosmap":
-        return 2 / (math.pi * (1 - 2 * t + 2 * t.square()))
-    if name == "clean":
-        return 3 * t.square()
-    raise ValueError(f"weighting: got {name!r}, expected one of {', '.join(WEIGHTINGS)}.")
-
-
-PENALTIES = ("mse", "psnr")
-
-
-def penalty(loss: Tensor, name: str) -> Tensor:
-    """What is minimised of the mean squared error of each picture: (B,) -> (B,).
-
-    mse    itself
-    psnr   its logarithm, -PSNR / 4.34 dB and a constant: every picture's gradient is divided by its own error, so that
-           a smooth picture counts as much as a sharp one, whose error is ten times as large. Used for restoration since
-           HINet (Chen et al. 2021, arXiv 2105.06086). An error far below 1e-5 gains nothing more.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name == "mse":
-        return loss
-    if name == "psnr":
-        return torch.log(loss + 1e-5)
-    raise ValueError(f"penalty: got {name!r}, expected one of {', '.join(PENALTIES)}.")
-
-
-# --------------------------------------------------------------------------------------------- following the velocity
+    for place in places:
+        generator = torch_generator(seed, "flow", step, place)
+        u.append((int(strata[place]) + torch.rand((), generator=generator)) / total)
+        eps.append(torch.randn(tuple(shape), generator=generator))
+    return torch.stack(eps), torch.stack(u)
 
 
 def shift_time(t: Tensor, image_tokens: int) -> Tensor:
@@ -297,16 +194,44 @@ def shift_time(t: Tensor, image_tokens: int) -> Tensor:
     return math.exp(mu) * t / (math.exp(mu) * t + 1 - t)
 
 
+# sigma of a chosen density from u ~ U(0, 1), (B,) -> (B,), and the number of image tokens: the inverse of the
+# distribution function. SD3 writes the densities in t = 1 - sigma.
+SIGMA_DENSITIES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "uniform": lambda u, tokens: u,
+    # t = sigmoid(n), n standard normal: the middle of the path. SD3, equation 19, m = 0, s = 1.
+    "logit-normal": lambda u, tokens: torch.sigmoid(-torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))).float(),
+    # t = 1 - u - 1.29 (cos(pi u / 2)^2 - 1 + u): heavy tails, never zero at the ends. SD3, equation 20.
+    "mode": lambda u, tokens: u + 1.29 * (torch.cos(math.pi / 2 * u).square() - 1 + u),
+    # t as the sampling schedule spends it at this size: towards the source. SD3, equation 23.
+    "shift": lambda u, tokens: 1 - shift_time(1 - u, tokens),
+}
+# Weight of the squared error at sigma, (B,) -> (B,), with t = 1 - sigma.
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": torch.ones_like,
+    # t^-2, t held above 0.05: stresses the clean end. SD3's training code.
+    "sigma-sqrt": lambda sigma: (1 - sigma).clamp(min=0.05) ** -2,
+    # 2 / (pi (1 - 2t + 2t^2)): stresses the middle. SD3, section 3.1.
+    "cosmap": lambda sigma: 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square())),
+    # 3 t^2: x_sigma + t v_pred estimates the clean latent, so t^2 times the error of v IS the error of that estimate;
+    # the 3 makes the mean weight 1. It stresses the degraded end, where a restoration in few steps is decided.
+    "clean": lambda sigma: 3 * (1 - sigma).square(),
+}
+# What is minimized of the mean squared error of each picture, (B,) -> (B,).
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mse": lambda error: error,
+    # Its logarithm, -PSNR / 4.34 dB: a smooth picture then counts as much as a sharp one, whose error is ten times as
+    # large (HINet, Chen et al. 2021, arXiv 2105.06086). An error far below 1e-5 gains nothing more.
+    "psnr": lambda error: torch.log(error + 1e-5),
+}
+
+# ---------------------------------------------------------------------------------------------- following the velocity
+
+
 def schedule(steps: int, image_tokens: int, shift: bool = True) -> Tensor:
-    """Places on the path at which the velocity is evaluated.
+    """Places on the path at which the velocity is evaluated: (steps + 1,) float64 sigmas rising from 0 to 1.
 
-    Args:
-        steps: number of steps, at least 1.
-        image_tokens: L = (h/2)(w/2), the generated tokens alone.
-        shift: official Kontext schedule, for paths that start at noise; bridges use equal steps.
-
-    Returns:
-        (steps + 1,) float64 sigmas rising from 0 to 1; the official times are 1 - sigma.
+    With `shift` the official Kontext schedule, for paths that start at noise; bridges use equal steps. image_tokens is
+    L = (h/2)(w/2), the generated tokens alone. The official times are 1 - sigma.
 
     Raises:
         ValueError: fewer than one step.
@@ -317,7 +242,7 @@ def schedule(steps: int, image_tokens: int, shift: bool = True) -> Tensor:
     return 1 - (shift_time(t, image_tokens) if shift else t)
 
 
-SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2}  # network evaluations a step
+SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2}  # network evaluations per step
 
 
 def evaluations(wanted: int, solver: str) -> int:
@@ -329,18 +254,12 @@ def evaluations(wanted: int, solver: str) -> int:
 def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor, solver: str = "euler") -> Tensor:
     """Follow dx/dsigma = velocity(x, sigma) from sigmas[0] to sigmas[-1].
 
-    euler      x + h v(x, s)                                          1 evaluation a step, what the official code does
+    euler      x + h v(x, s)                                          1 evaluation per step, as the official code
     midpoint   x + h v(x + h/2 v(x, s), s + h/2)                      2 evaluations, error of order h^2
     heun       x + h/2 (v(x, s) + v(x + h v(x, s), s + h))            2 evaluations, error of order h^2
 
-    Args:
-        velocity: (x, scalar sigma) -> tensor like x.
-        x: state at sigmas[0].
-        sigmas: rising places on the path, from `schedule`.
-        solver: one of SOLVERS.
-
-    Returns:
-        The state at sigmas[-1], in the shape and dtype of x.
+    x (B, C, h, w) is the state at sigmas[0]; the result, of the same shape and dtype, is the state at sigmas[-1].
+    velocity maps (x, scalar sigma) to a tensor like x.
 
     Raises:
         ValueError: another solver.

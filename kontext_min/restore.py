@@ -2,42 +2,45 @@
 
     pad to the grid  ->  encode  ->  follow the velocity from sigma = 0 to 1  ->  decode  ->  crop
 
-The grid is two latent positions (16 pixels with the Flux autoencoder): one token. Pictures are padded by reflection, so
-nothing is squashed and the border sees a continuation of the picture.
+The grid is one token: two latent positions, 16 pixels with the Flux autoencoder. Every network sees the whole picture
+here; extras/tiles.py applies them to overlapping tiles of a large one.
 
-A picture larger than a tile is encoded, carried and decoded in overlapping tiles (tiles.py). At every step its velocity
-is the average of those of its tiles (Bar-Tal et al. 2023, "MultiDiffusion"), so that tiles agree before they can become
-visible.
-
-Two dials between what is there and what the model makes of it, besides the number of steps:
-
-    strength S   x = (1 - s0) z_source + s0 z_control at s0 = 1 - S, and only the rest of the path is followed
-                 (Meng et al. 2022, "SDEdit", on our path; times are S times those of the whole schedule)
-    fidelity W   the clean latent that each velocity points at is drawn towards the degraded one:
-                 x1 = x + (1 - sigma) v     x1 <- x1 - W (1 - sigma)^4 (x1 - z_control)     v = (x1 - x) / (1 - sigma)
-                 (Yu et al. 2024, "SUPIR": restoration-guided sampling; W = 1 is theirs with tau = 4)
+A strength S < 1 starts at s0 = 1 - S with x = (1 - s0) z_source + s0 z_control and follows only the rest of the path
+(Meng et al. 2022, "SDEdit", on this path). Flux's times are then S times those of the whole path.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from kontext_min import data
+from kontext_min import flow
 from kontext_min.autoencoder import Autoencoder
 from kontext_min.data import Size, to_float
-from kontext_min.flow import SOLVERS, Network, Objective, Prompt, evaluations, integrate, schedule, velocity
-from kontext_min.tiles import norm_passes, shared_norms, starts, tiled
+from kontext_min.flow import Network, Objective, Prompt
 
-STEPS = {"bridge": 4, "kontext": 28}  # network evaluations unless the user says otherwise; more is more texture
+STEPS = {"bridge": 4, "kontext": 28}  # network evaluations by default; more steps give more texture
+SEED = 42
+GRID = 2  # latent positions on one side of a token
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """A picture -> (1, 3, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
-    return to_float(data.to_tensor(image.convert("RGB")))[None].contiguous()
+class Whole:
+    """How a network f is applied to pictures: to all of them at once. Another object may cut them into tiles."""
+
+    side = math.inf  # latent positions that a network sees at once, at most
+
+    def __call__(
+        self, f: Callable[..., Tensor], inputs: Sequence[Tensor], scale: float = 1.0,
+        finish: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Tensor:  # fmt: skip
+        """(B, C, H, W) each -> finish(f(...)), (B, C', scale * H, scale * W)."""
+        return finish(f(*inputs))
+
+
+WHOLE = Whole()
 
 
 def to_bytes(tensor: Tensor) -> Tensor:
@@ -52,53 +55,88 @@ def to_image(tensor: Tensor) -> Image.Image:
 
 
 def pad_to_grid(image: Tensor, grid: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, H', W') with sides that are multiples of `grid`, reflected at the right and the bottom.
-
-    Where a side is shorter than what it lacks, the reflection is reflected again.
-    """
-    for axis in (-2, -1):
-        n = image.shape[axis]
-        if n % grid:
-            period = max(2 * n - 2, 1)  # 0 1 2 3 2 1 | 0 1 ...
-            places = torch.arange(n + -n % grid, device=image.device) % period
-            image = image.index_select(axis, torch.where(places < n, places, period - places))
-    return image
+    """(B, 3, H, W) -> (B, 3, H', W') on the CPU, sides multiples of `grid`, reflected at the right and the bottom."""
+    missing = [(0, -side % grid) for side in image.shape[-2:]]
+    # numpy, because torch's reflection takes neither bytes nor more than one reflection of a short side.
+    return torch.from_numpy(np.pad(image.cpu().numpy(), [(0, 0), (0, 0), *missing], mode="reflect"))
 
 
-def working_size(width: int, height: int, resolution: int | None, max_side: int | None) -> Size:
-    """The size to restore at: the area of resolution^2, then no side longer than max_side; the shape is kept."""
-    scale = resolution / math.sqrt(width * height) if resolution else 1.0
-    if max_side:
-        scale = min(scale, max_side / max(width, height))
-    return max(1, round(width * scale)), max(1, round(height * scale))
+# ---- restoring -------------------------------------------------------------------------------------------------------
 
 
-def passes(
-    width: int, height: int, autoencoder: Autoencoder, tile: int, steps: int, solver: str, share_norms: bool = True
-) -> int:
-    """How often `restore` will call its `report`: each tile is encoded, goes through the network, and is decoded.
-
-    Of several tiles, the decoder's norms are asked before that (`shared_norms`).
-    """
-    grid = 2 * autoencoder.factor
-    tile = 2 * max(tile // grid, 1)
-    size = [2 * math.ceil(side / grid) for side in (width, height)]  # of the latent
-    tiles = math.prod(len(starts(side, tile, 2)) for side in size)
-    return tiles * (evaluations(steps, solver) + 2) + (norm_passes(autoencoder, size, tile, 2) if share_norms else 0)
-
-
-def _start(control: Tensor, objective: Objective, noise: Tensor | None, seed: int, strength: float) -> Tensor:
-    """x at sigma = 1 - strength, shape of the control latents (B, C, h, w)."""
-    x = control
-    if objective.name == "kontext" or objective.source_noise:
-        if noise is None:
-            g = torch.Generator().manual_seed(seed)
-            noise = torch.randn(control.shape[1:], generator=g).expand(control.shape)
-        x = objective.source(control, noise.to(control))
-    return x if strength == 1 else strength * x + (1 - strength) * control
+def _finite(x: Tensor) -> Tensor:
+    """x itself. A NaN would become a black picture."""
+    if x.isfinite().all():
+        return x
+    raise ValueError("the result is not finite (NaN or infinity): a LoRA is too strong, or it or the base is damaged.")
 
 
 @torch.no_grad()
+def restore_latent(
+    image: Tensor,
+    flux: Network,
+    autoencoder: Autoencoder,
+    prompt: Prompt,
+    objective: Objective,
+    steps: int,
+    solver: str = "euler",
+    noise: Tensor | None = None,
+    seed: int = SEED,
+    strength: float = 1.0,
+    velocity: Callable[..., Tensor] = flow.velocity,
+    apply: Whole = WHOLE,
+) -> Tensor:
+    """Carry degraded pictures (B, 3, H, W), bytes or floats in [-1, 1], to clean latents for `decode`.
+
+    Args:
+        flux, autoencoder: the transformer with the LoRA on it, and the autoencoder in float32.
+        prompt, objective: text and guidance, B rows on the device of the networks; what the LoRA was trained for.
+        steps, solver: network evaluations. Midpoint and heun take two a step; an odd number is rounded up.
+        noise: (B, C, h, w) eps of the source, or None to draw it from the seed, the same for each picture of the batch.
+        strength: in (0, 1], how much of the path is followed.
+        velocity: what is followed, called as flow.velocity is.
+        apply: how the networks are applied.
+
+    Returns:
+        (B, C, h, w) on the device of the prompt; the same alone and in a batch, up to the rounding of sums.
+
+    Raises:
+        ValueError: strength, steps or solver is outside its range, or the result is not finite.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength: got {strength}, expected more than 0 and at most 1.")
+
+    def encode(x: Tensor) -> Tensor:
+        x = x.to(prompt.txt.device)
+        return autoencoder.encode(to_float(x) if x.dtype == torch.uint8 else x.float())
+
+    control = apply(encode, [pad_to_grid(image, GRID * autoencoder.factor)], 1 / autoencoder.factor)  # (B, C, h, w)
+    if noise is None:
+        # Drawn on the CPU and without the batch, as the official code does: the same on every device.
+        noise = torch.randn(control.shape[1:], generator=torch.Generator().manual_seed(seed)).expand(control.shape)
+    x = strength * objective.source(control, noise.to(control)) + (1 - strength) * control
+
+    def evaluate(x: Tensor, sigma: Tensor) -> Tensor:
+        return apply(lambda x, c: velocity(flux, x, sigma, c, prompt, objective), [x, control])
+
+    # Kontext's schedule depends on the number of tokens that the network sees at once. Bridges take equal steps.
+    tokens = math.prod(min(length, apply.side) // GRID for length in control.shape[-2:])
+    sigmas = flow.schedule(math.ceil(steps / flow.SOLVERS.get(solver, 1)), tokens, shift=objective.name == "kontext")
+    return _finite(flow.integrate(evaluate, x, 1 - strength * (1 - sigmas), solver))
+
+
+@torch.no_grad()
+def decode(autoencoder: Autoencoder, z: Tensor, size: Size, apply: Whole = WHOLE) -> Tensor:
+    """Latents (B, C, h, w) -> pictures (B, 3, H, W), bytes on the CPU, cropped to size = (width, height) in pixels.
+
+    Raises:
+        ValueError: the result is not finite.
+    """
+    finish = lambda rows: to_bytes(rows).cpu()  # noqa: E731, of whole rows: bytes are all that is kept of a picture
+    x = apply(lambda z: _finite(autoencoder.decode(z)), [z], autoencoder.factor, finish)
+    return x[..., : size[1], : size[0]]
+
+
 def restore(
     image: Tensor,
     flux: Network,
@@ -108,75 +146,9 @@ def restore(
     steps: int,
     solver: str = "euler",
     noise: Tensor | None = None,
-    seed: int = 42,
-    tile: int = 1024,
-    strength: float = 1.0,
-    fidelity: float = 0.0,
-    share_norms: bool = True,
-    report: Callable[[], None] = lambda: None,
+    seed: int = SEED,
+    apply: Whole = WHOLE,
 ) -> Tensor:
-    """Carry degraded pictures to clean ones.
-
-    Args:
-        image: (B, 3, H, W), bytes or floats in [-1, 1], on any device; any size.
-        flux: the transformer, with the LoRA on it.
-        autoencoder: in float32.
-        prompt: text and guidance, B rows, on the device of the networks.
-        objective: what the LoRA was trained for.
-        steps: network evaluations, whatever the solver: midpoint and heun take half as many steps of two evaluations
-            each, an odd number rounded up.
-        solver: euler, midpoint or heun.
-        noise: (B, C, h, w) eps of the source; else drawn on the CPU from the seed, the same for each picture, so that
-            a picture comes out the same alone and in a batch.
-        seed: of the noise, used only where the source has any.
-        tile: side in pixels above which the picture is worked on in tiles: best the side that was trained.
-        strength: in (0, 1], how much of the path is followed.
-        fidelity: in [0, 1], how much the result is drawn to the input.
-        share_norms: decode tiles as parts of one picture and not each as a picture of its own (tiles.py).
-        report: is called after every pass of a tile, `passes` times in all.
-
-    Returns:
-        (B, 3, H, W) on the device of the image: bytes for bytes; for floats float32, not clamped.
-
-    Raises:
-        ValueError: strength or fidelity outside its range, steps below one, or another solver.
-    """
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength: got {strength}, expected more than 0 and at most 1.")
-    if not 0 <= fidelity <= 1:
-        raise ValueError(f"fidelity: got {fidelity}, expected a number from 0 to 1.")
-    height, width = image.shape[-2:]
-    device, home, is_bytes = prompt.txt.device, image.device, image.dtype == torch.uint8
-    factor, grid = autoencoder.factor, 2 * autoencoder.factor
-    tile = max(tile // grid, 1) * grid
-
-    def encode(x: Tensor) -> Tensor:
-        z = autoencoder.encode(to_float(x.to(device)) if is_bytes else x.to(device).float())
-        report()
-        return z
-
-    def decode(z: Tensor) -> Tensor:
-        x = autoencoder.decode(z)
-        report()
-        return x
-
-    def evaluate(x: Tensor, control: Tensor, sigma: Tensor) -> Tensor:
-        v = velocity(flux, x, sigma, control, prompt, objective)
-        report()
-        if fidelity:
-            v = v - fidelity * (1 - sigma.item()) ** 3 * (x + (1 - sigma.item()) * v - control)
-        return v
-
-    control = tiled(encode, (pad_to_grid(image, grid),), tile, grid, 1 / factor)  # (B, C, h, w)
-    x = _start(control, objective, noise, seed, strength)
-
-    def evaluate_tiles(x: Tensor, sigma: Tensor) -> Tensor:
-        return tiled(lambda x, c: evaluate(x, c, sigma), (x, control), tile // factor, 2)
-
-    tokens = min(control.shape[-2], tile // factor) * min(control.shape[-1], tile // factor) // 4
-    solver_steps = math.ceil(steps / SOLVERS.get(solver, 1))  # a solver that is none is named by integrate
-    sigmas = schedule(solver_steps, tokens, shift=objective.name == "kontext")  # bridges: equal steps
-    x = integrate(evaluate_tiles, x, 1 - strength * (1 - sigmas), solver)
-    finish = (lambda x: to_bytes(x).to(home)) if is_bytes else (lambda x: x.float().to(home))
-    with shared_norms(autoencoder, x, tile // factor, 2, report) if share_norms else nullcontext():
-        return tiled(decode, (x,), tile // factor, 2, factor, finish)[..., :height, :width]
+    """Both of the above: pictures (B, 3, H, W), bytes or floats in [-1, 1] -> restored pictures, bytes on the CPU."""
+    z = restore_latent(image, flux, autoencoder, prompt, objective, steps, solver, noise, seed, apply=apply)
+    return decode(autoencoder, z, (image.shape[-1], image.shape[-2]), apply)

@@ -4,9 +4,8 @@
     x <- x + wo(gelu(wi_0 norm(x)) * (wi_1 norm(x)))                                                  these two lines
     norm(x) = weight * x / sqrt(mean(x^2) + eps)        bias[h, i, j] = table[bucket(j - i), h]
 
-There are no absolute positions, no biases in the linear layers and no 1 / sqrt(K) in the attention: the initialisation
-of q takes its place. No attention mask either: official Flux passes none, so the padding is attended to, here and in
-the transformer. Masking it would change the states of the real tokens too.
+There are no absolute positions, no biases in linear layers and no 1 / sqrt(K): T5 was trained with a small q instead.
+There is no mask either: official Flux passes none, so every token attends to the padding, and a mask changes its state.
 
 Sources: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
 section 2.1; Shazeer 2020, "GLU Variants Improve Transformer" (the gated feed-forward of T5 v1.1); Zhang and Sennrich
@@ -15,8 +14,8 @@ black-forest-labs/flux at 802fb47, src/flux/modules/conditioner.py. Attribute na
 Shapes: B batch, L tokens, D width, H heads, K = d_kv (H * K need not be D), F = d_ff.
 
 Run it in bfloat16 or float32. In float16 the residual stream of T5-XXL exceeds 65504; transformers clamps it and keeps
-`wo` in float32. Files stored in float16 are fine when they are loaded as bfloat16.
-float32 islands whatever the dtype: statistics of the norms, and the softmax (inside scaled_dot_product_attention).
+`wo` in float32. Files stored in float16 are fine when they are loaded as bfloat16. Statistics of the norms and the
+softmax (inside scaled_dot_product_attention) are float32 whatever the dtype.
 """
 
 import math
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 class T5Params:
     """Sizes of a T5 encoder; the defaults are those of T5 v1.1 XXL (4,762,310,656 parameters)."""
 
-    vocab_size: int = 32128  # the tokenizer knows 32,100 ids; the rest of the rows rounds the table up
+    vocab_size: int = 32128  # rounded up: the tokenizer has 32,100 ids
     d_model: int = 4096
     d_kv: int = 64
     d_ff: int = 10240
@@ -46,15 +45,11 @@ class T5Params:
     layer_norm_epsilon: float = 1e-6
 
 
-# ------------------------------------------------------------------------------------------------------ the network
-
-
 def relative_position_bucket(relative: Tensor, num_buckets: int, max_distance: int) -> Tensor:
     """Key minus query position, int64 of any shape -> bucket in [0, num_buckets), int64 of the same shape.
 
-    Half of the buckets is for keys behind the query, half for keys ahead of it. Of each half of N = num_buckets / 2,
-    the first half is exact, the second logarithmic up to max_distance, and all that is farther shares the last bucket:
-    bucket(n) = n if n < N / 2, else min(N - 1, N / 2 + floor(ln(n / (N / 2)) / ln(max_distance / (N / 2)) * N / 2)).
+    N = num_buckets / 2 buckets are for keys before the query, N for keys after it. At a distance n the bucket is n if
+    n < N / 2, else min(N - 1, N / 2 + floor(ln(n / (N / 2)) / ln(max_distance / (N / 2)) * N / 2)).
     """
     half, exact = num_buckets // 2, num_buckets // 4
     distance = relative.abs()
@@ -65,7 +60,7 @@ def relative_position_bucket(relative: Tensor, num_buckets: int, max_distance: i
 
 
 class RMSNorm(nn.Module):
-    """Scale by the root mean square; no mean is subtracted and nothing is added."""
+    """weight * x / sqrt(mean(x^2) + eps)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -75,11 +70,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         scale = torch.rsqrt(x.float().pow(2).mean(dim=-1, keepdim=True) + self.eps)  # (B, L, 1) float32
-        return self.weight * (x * scale).to(self.weight.dtype)  # official order: round first, then weigh
+        # Official order: round first, then multiply by the weight.
+        return self.weight * (x * scale).to(self.weight.dtype)
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional attention with an additive position bias. Only the one of block 0 owns the table of the bias."""
+    """Bidirectional attention with an additive position bias; block 0 holds the table of the bias for all blocks."""
 
     def __init__(self, params: T5Params, owns_bias: bool) -> None:
         super().__init__()
@@ -100,7 +96,7 @@ class SelfAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """GEGLU: one half passes through a tanh-approximated GELU and gates the other. wi_0 is the one with the GELU."""
+    """wo(gelu(wi_0 x) * (wi_1 x)), GELU in its tanh approximation."""
 
     def __init__(self, params: T5Params) -> None:
         super().__init__()
@@ -109,47 +105,26 @@ class GatedFeedForward(nn.Module):
         self.wo = nn.Linear(params.d_ff, params.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D), by way of (B, L, F)."""
+        """(B, L, D) -> (B, L, D), with (B, L, F) between."""
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
-class AttentionLayer(nn.Module):
-    """Residual attention. The hub calls it layer.0 of a block."""
-
-    def __init__(self, params: T5Params, owns_bias: bool) -> None:
-        super().__init__()
-        self.layer_norm = RMSNorm(params.d_model, params.layer_norm_epsilon)
-        self.SelfAttention = SelfAttention(params, owns_bias)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x (B, L, D), bias (1, H, L, L) -> (B, L, D)."""
-        return x + self.SelfAttention(self.layer_norm(x), bias)
-
-
-class FeedForwardLayer(nn.Module):
-    """Residual feed-forward. The hub calls it layer.1 of a block, and its inside DenseReluDense, gated or not."""
-
-    def __init__(self, params: T5Params) -> None:
-        super().__init__()
-        self.layer_norm = RMSNorm(params.d_model, params.layer_norm_epsilon)
-        self.DenseReluDense = GatedFeedForward(params)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return x + self.DenseReluDense(self.layer_norm(x))
-
-
 class Block(nn.Module):
-    """Attention, then feed-forward."""
+    """Attention, then feed-forward, both residual: layer.0 and layer.1 for the hub."""
 
     def __init__(self, params: T5Params, owns_bias: bool) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([AttentionLayer(params, owns_bias), FeedForwardLayer(params)])
+        norms = [RMSNorm(params.d_model, params.layer_norm_epsilon) for _ in range(2)]
+        attention = nn.ModuleDict({"layer_norm": norms[0], "SelfAttention": SelfAttention(params, owns_bias)})
+        # The hub's name, ReLU or not.
+        feed_forward = nn.ModuleDict({"layer_norm": norms[1], "DenseReluDense": GatedFeedForward(params)})
+        self.layer = nn.ModuleList([attention, feed_forward])
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, L, D), bias (1, H, L, L) -> (B, L, D)."""
         attention, feed_forward = self.layer
-        return feed_forward(attention(x, bias))
+        x = x + attention.SelfAttention(attention.layer_norm(x), bias)
+        return x + feed_forward.DenseReluDense(feed_forward.layer_norm(x))
 
 
 class Stack(nn.Module):
@@ -162,15 +137,12 @@ class Stack(nn.Module):
         self.final_layer_norm = RMSNorm(params.d_model, params.layer_norm_epsilon)
 
     def position_bias(self, length: int) -> Tensor:
-        """What every block adds to its attention scores, (1, H, L, L) in [0, head, query, key] order."""
+        """The bias of the attention scores of every block, (1, H, L, L): [0, head, query, key]."""
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        # Computed at each call, not a buffer: buffers would stay empty when the network is built on the meta device.
+        # No buffer: it would stay empty when the network is built on the meta device.
         position = torch.arange(length, device=table.weight.device)
-        buckets = relative_position_bucket(
-            position[None, :] - position[:, None],
-            self.params.relative_attention_num_buckets,
-            self.params.relative_attention_max_distance,
-        )
+        limits = self.params.relative_attention_num_buckets, self.params.relative_attention_max_distance
+        buckets = relative_position_bucket(position[None, :] - position[:, None], *limits)
         return rearrange(table(buckets), "query key H -> 1 H query key").contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,7 +154,7 @@ class Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """The encoder half of T5 v1.1. `shared` is the embedding table, named so because T5's decoder shares it."""
+    """The encoder of T5 v1.1. `shared` is the embedding table, which T5's decoder shares."""
 
     def __init__(self, params: T5Params) -> None:
         super().__init__()
@@ -194,9 +166,9 @@ class T5Encoder(nn.Module):
         return self.encoder(self.shared(ids))
 
 
-# ---------------------------------------------------------------------------------------------------- the tokenizer
-
-SENTINELS = 100  # <extra_id_0> to <extra_id_99>, T5's marks for masked spans, appended to the model's pieces
+LENGTH = 512  # tokens that Flux reads of a prompt
+# <extra_id_0> to <extra_id_99>, T5's marks for masked spans, follow the pieces of the model.
+SENTINELS = 100
 SPECIAL = re.compile(r"(</s>|<pad>|<unk>|<extra_id_(?:[0-9]|[1-9][0-9])>)")
 
 
@@ -204,9 +176,8 @@ class T5Tokenizer:
     """Prompts to ids: sentencepiece's unigram model (Kudo 2018, "Subword Regularization") plus T5's special tokens.
 
     `folder` holds spiece.model. A missing file is a FileNotFoundError, an unusable one a ValueError.
-    Typed specials ("</s>", "<extra_id_0>") become their ids, as in transformers; sentencepiece alone sees text in them.
-    All else is sentencepiece itself, which the model was trained with. The re-implementation in transformers 5 differs
-    from it for some stacked or stray combining marks, and splits at U+0085.
+    Specials in a prompt ("</s>", "<extra_id_0>") become their ids, as in transformers; the rest is sentencepiece itself
+    (transformers 5 re-implements it, and differs for some combining marks and at U+0085).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -224,10 +195,14 @@ class T5Tokenizer:
         self.specials = {f"<extra_id_{k}>": last - k for k in range(SENTINELS)}
         self.specials |= {"</s>": self.end, "<pad>": self.pad, "<unk>": self.pieces.unk_id()}
 
-    def __call__(self, texts: list[str], max_length: int = 512) -> Tensor:
+    def __call__(self, texts: list[str], max_length: int = LENGTH) -> Tensor:
         """B prompts -> (B, max_length) int64: at most max_length - 1 ids, </s>, and <pad> to the right."""
         rows = [[*self.encode(text)[: max_length - 1], self.end] for text in texts]
         return torch.tensor([row + [self.pad] * (max_length - len(row)) for row in rows], dtype=torch.int64)
+
+    def count(self, text: str) -> int:
+        """Number of ids of a prompt with its </s>; a prompt with more than max_length is cut."""
+        return len(self.encode(text)) + 1
 
     def encode(self, text: str) -> list[int]:
         """One prompt -> its ids, without </s>, padding and limit."""

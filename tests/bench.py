@@ -1,16 +1,16 @@
-"""Time and memory of everything that takes time, each as a ratio against the library that does the same.
+"""Time and memory of each part, as a ratio to the library that does the same: the table of docs/bench.md.
 
     python tests/bench.py                    the whole table, in markdown; `make bench` runs it
     python tests/bench.py transformer vae    only these parts
 
-Theirs are diffusers with peft and transformers, ours is this project: the same weights, the same inputs, in one
-process, turn by turn; medians of 5. Before anything is timed the outputs (and gradients) of both sides are compared.
-With one thread the clock is the processor time of this process, so that other work on the machine hardly counts; with
-several it is the clock on the wall. Memory is measured in processes of their own: the highest resident size (VmHWM)
-less what was resident after the imports, so weights, activations and gradients are in it.
+"Theirs" is diffusers with peft and transformers, "ours" is this project. Both run in one process with the same weights
+and inputs, turn by turn; figures are medians of 5. Each part first compares the outputs (and gradients) of both sides.
+With one thread the clock is the processor time of this process, so other work on the machine hardly counts. With
+several threads it is the wall clock. Memory comes from one process per side: its highest resident size (VmHWM) minus
+its resident size after the imports. It contains weights, activations and gradients.
 
-The 82M network: hidden 768, 6 heads, 2 double and 4 single blocks, 512 text, 1024 picture and 1024 reference tokens, of
-which a restoration reads the velocity of the picture tokens alone.
+The 82M network has width 768, 6 heads, 2 double and 4 single blocks, 512 text, 1024 picture and 1024 reference tokens.
+Outputs are compared at the picture tokens.
 """
 
 import argparse
@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 
 from kontext_min.flux import Flux, FluxParams  # noqa: E402
 
-SIZES = {  # sizes of the network, and numbers of tokens: text, picture, reference
+SIZES = {  # sizes of the network; number of text, picture and reference tokens
     "82M": (
         FluxParams(hidden_size=768, num_heads=6, depth=2, depth_single_blocks=4, context_in_dim=512, vec_in_dim=256),
         (512, 1024, 1024),
@@ -65,7 +65,7 @@ def clock() -> float:
 
 
 def turns(*functions: Callable[[], object], repeats: int | None = None, least: float = 0.2) -> list[float]:
-    """Median seconds of each function, called in turns; fast ones are called several times a turn."""
+    """Median seconds of each function. They take turns; a fast one runs several times a turn."""
     began = clock()
     for f in functions:
         f()
@@ -82,7 +82,7 @@ def turns(*functions: Callable[[], object], repeats: int | None = None, least: f
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """Both sides computed the same numbers, to 1e-4 of the largest."""
+    """Assert that both sides give the same numbers, to 1e-4 of the largest."""
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     assert error <= tolerance, f"the two sides differ by {error:.1e} of the largest number"
 
@@ -91,7 +91,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> N
 
 
 def inputs(size: str) -> tuple:
-    """The seven inputs of Flux.forward and the number of tokens that are read out."""
+    """The seven inputs of Flux.forward, then the number of picture tokens."""
     from kontext_min.flow import token_ids
 
     (params, (text, image, reference)), generator = SIZES[size], torch.Generator().manual_seed(1)
@@ -110,11 +110,14 @@ def inputs(size: str) -> tuple:
 
 
 def our_flux(size: str):
+    from kontext_min.extras.last_block import skip_unread
+
     torch.manual_seed(0)
     flux = Flux(SIZES[size][0]).requires_grad_(False)
     for p in flux.parameters():
         if p.ndim == 2:
             p.normal_(std=p.shape[1] ** -0.5)
+    skip_unread(flux)  # as both programs do
     return flux
 
 
@@ -134,7 +137,7 @@ def our_lora(flux) -> None:
 
     add_lora(flux, rank=16)
     torch.manual_seed(2)
-    for layer in lora_layers(flux).values():  # B starts at zero: a comparison would see nothing of it
+    for layer in lora_layers(flux).values():  # B starts at zero, and then no comparison sees A
         torch.nn.init.normal_(layer.lora_B, std=0.02)
 
 
@@ -145,7 +148,7 @@ def their_lora(theirs, names: list[str]) -> None:
 
 
 def target_names(size: str) -> dict[str, list[str]]:
-    """Our module -> the modules of diffusers that are its rows, for the targets of the LoRA."""
+    """For each target of the LoRA: our module name -> the names of the diffusers modules that hold its rows."""
     from kontext_min.checkpoints import flux_modules
     from kontext_min.lora import TARGETS
 
@@ -154,7 +157,7 @@ def target_names(size: str) -> dict[str, list[str]]:
 
 
 def same_loras(size: str, ours, theirs) -> tuple[dict[str, list[str]], dict[str, torch.nn.Module]]:
-    """LoRAs with the same numbers on both sides. Returns `target_names` and their modules by name."""
+    """Add LoRAs with the same numbers to both sides. Returns `target_names` and their modules by name."""
     names = target_names(size)
     our_lora(ours)
     their_lora(theirs, [n for them in names.values() for n in them])
@@ -169,15 +172,15 @@ def same_loras(size: str, ours, theirs) -> tuple[dict[str, list[str]], dict[str,
 
 
 def their_call(model, x: tuple) -> torch.Tensor:
-    img, ids, txt, txt_ids, t, y, guidance, read = x
+    img, ids, txt, txt_ids, t, y, guidance, generated = x
     return model(
         hidden_states=img, img_ids=ids[0], encoder_hidden_states=txt, txt_ids=txt_ids[0], timestep=t,
         pooled_projections=y, guidance=guidance, return_dict=False,
-    )[0][:, :read]  # fmt: skip
+    )[0][:, :generated]  # fmt: skip
 
 
 def our_call(model, x: tuple) -> torch.Tensor:
-    return model(*x)
+    return model(*x[:7])[:, : x[7]]
 
 
 def forward(call, model, x: tuple) -> torch.Tensor:
@@ -186,13 +189,13 @@ def forward(call, model, x: tuple) -> torch.Tensor:
 
 
 def step(call, model, x: tuple) -> None:
-    """Forward and backward to the gradients of the LoRA."""
+    """Forward and backward pass, which fills the gradients of the LoRA."""
     model.zero_grad(set_to_none=True)
     F.mse_loss(call(model, x), x[0][:, : x[7]]).backward()
 
 
 def memory(size: str, side: str, what: str) -> float:
-    """Peak of one side in a process of its own, in MB."""
+    """Peak memory of one side in MB, measured in a new process."""
     out = subprocess.run(
         [sys.executable, __file__, "--child", size, side, what], capture_output=True, text=True, check=True
     )
@@ -204,13 +207,13 @@ def status(key: str) -> float:
 
 
 def child(size: str, side: str, what: str) -> None:
-    """What `memory` starts."""
+    """The process that `memory` starts."""
     import diffusers  # noqa: F401
     import peft  # noqa: F401
 
-    from train import checkpoint_blocks
+    from kontext_min.extras.checkpointing import checkpoint_blocks
 
-    (their_flux if side == "theirs" else our_flux)("tiny")  # so that everything lazy is imported
+    (their_flux if side == "theirs" else our_flux)("tiny")  # imports everything that loads lazily
     gc.collect()
     before = status("VmRSS")
     if side == "theirs":
@@ -224,7 +227,7 @@ def child(size: str, side: str, what: str) -> None:
         if what != "forward":
             our_lora(model)
         if what == "checkpointed":
-            checkpoint_blocks(model)
+            checkpoint_blocks(model, "all")
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     (forward if what == "forward" else step)(call, model, inputs(size))
@@ -232,8 +235,8 @@ def child(size: str, side: str, what: str) -> None:
 
 
 def transformer(size: str) -> None:
+    from kontext_min.extras.checkpointing import checkpoint_blocks
     from test_checkpoints import to_diffusers
-    from train import checkpoint_blocks
 
     heading(f"transformer, {size}")
     ours, theirs, x = our_flux(size), their_flux(size), inputs(size)
@@ -246,7 +249,7 @@ def transformer(size: str) -> None:
     names, modules = same_loras(size, ours, theirs)
     for what in ("LoRA step", "LoRA step, checkpointed"):
         if what != "LoRA step":
-            checkpoint_blocks(ours)
+            checkpoint_blocks(ours, "all")
             theirs.train().enable_gradient_checkpointing()
         flops = flop_count(lambda: step(our_call, ours, x))
         taken = turns(lambda: step(their_call, theirs, x), lambda: step(our_call, ours, x))
@@ -271,7 +274,7 @@ PEAK: list[float] = []
 
 
 def share(flops: int, seconds: float) -> str:
-    """Part of the matmul peak of this machine that is reached."""
+    """Speed beside the matmul peak of this machine."""
     if not PEAK:
         a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
         PEAK.append(2 * 2048**3 / turns(lambda: a @ b)[0])
@@ -279,17 +282,16 @@ def share(flops: int, seconds: float) -> str:
 
 
 def copy_autoencoder(ours, theirs) -> None:
-    from kontext_min.checkpoints import autoencoder_modules
+    from kontext_min.checkpoints import autoencoder_name
 
-    state, modules = theirs.state_dict(), autoencoder_modules(ours.params)
-    for name, p in ours.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        p.copy_(state[f"{modules[module][0]}.{leaf}"].reshape(p.shape))
+    for name, p in theirs.state_dict().items():
+        mine = ours.get_parameter(autoencoder_name(name, len(ours.params.ch_mult)))
+        mine.copy_(p.reshape(mine.shape))
 
 
 @torch.no_grad()
 def autoencoder() -> None:
-    """The official sizes, 84 million parameters, on 256x256 pixels."""
+    """The official autoencoder, 84 million parameters, on 256x256 pixels."""
     from diffusers import AutoencoderKL
 
     from kontext_min.autoencoder import Autoencoder, AutoencoderParams
@@ -316,7 +318,7 @@ def autoencoder() -> None:
 
 @torch.no_grad()
 def text() -> None:
-    """CLIP-L as it is, and T5 of its width 1024 with 4 layers, on 512 tokens."""
+    """CLIP-L in full size, and a T5 of width 1024 with 4 layers on 512 tokens."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     from kontext_min.clip import ClipParams, ClipTextEncoder
@@ -341,12 +343,13 @@ def text() -> None:
 
 
 def loading() -> None:
-    """The 82M network in float32, from the hub's layout; and the same with every weight read once."""
+    """Load the 82M network in float32 from the hub layout, without and with reading every weight once."""
     import tempfile
 
     from diffusers import FluxTransformer2DModel
 
-    from kontext_min.checkpoints import load_flux, save_flux
+    from kontext_min.checkpoints import load_flux
+    from kontext_min.extras.saving import save_flux
 
     heading("loading, 82M in float32")
     with tempfile.TemporaryDirectory() as folder:
@@ -368,14 +371,15 @@ def restoration() -> None:
     from PIL import Image
 
     from kontext_min import checkpoints, flow
-    from kontext_min.extras import prompts
-    from kontext_min.restore import restore, to_image, to_tensor
+    from kontext_min.data import to_float, to_tensor
+    from kontext_min.extras import base, prompts
+    from kontext_min.restore import restore, to_image
 
     heading("a whole restoration on weights/tiny, 256x256, 4 steps")
     folder, prompt = ROOT / "weights" / "tiny", "Restore this photo."
     pipe = FluxKontextPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    weights = checkpoints.Weights(folder)
+    weights = base.Weights(folder)
     ae, flux = (load(folder, dtype=torch.float32) for load in (checkpoints.load_autoencoder, checkpoints.load_flux))
     image = Image.open(TESTS / "photos" / "bowl.jpg").convert("RGB").resize((256, 256))
     noise = torch.randn(1, ae.params.z_channels, 256 // ae.factor, 256 // ae.factor)
@@ -390,16 +394,16 @@ def restoration() -> None:
     def ours():
         encoded = prompts.encode([prompt], weights, None, torch.float32, "cpu")
         p = prompts.batch(encoded, [prompt], 2.5, torch.float32, "cpu")
-        return to_image(restore(to_tensor(image), flux, ae, p, flow.Objective("kontext"), 4, noise=noise)[0])
+        return to_image(restore(to_tensor(image)[None], flux, ae, p, flow.Objective("kontext"), 4, noise=noise)[0])
 
-    same(to_tensor(ours()), to_tensor(theirs()), 0.01)  # one level of 255
+    same(to_float(to_tensor(ours())), to_float(to_tensor(theirs())), 0.01)  # one level of 255
     report("prompt, encode, 4 steps, decode", *turns(theirs, ours), "s", "ours loads both text encoders each time")
 
 
 def compiled() -> None:
-    """Both compiled block by block, the tiny network; ours with any number of tokens in one graph."""
+    """The tiny network, compiled block by block on both sides. One graph of ours serves any number of tokens."""
+    from kontext_min.extras.compiling import compile_blocks
     from test_checkpoints import to_diffusers
-    from train import compile_blocks
 
     heading("compiled, tiny")
     ours, theirs, x = our_flux("tiny"), their_flux("tiny"), inputs("tiny")
@@ -414,7 +418,7 @@ def compiled() -> None:
 
 
 def growth() -> None:
-    """How the time of our forward pass grows with the tokens, against the arithmetic."""
+    """Time of our forward pass for several numbers of tokens, beside its arithmetic."""
     heading("tokens and time, 82M, ours")
     ours, (img, ids, *rest) = our_flux("82M"), inputs("82M")
     for tokens in (256, 1024, 2048):
@@ -438,8 +442,8 @@ PARTS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="turns that medians are taken of")
+    parser.add_argument("parts", nargs="*", help=f"parts to run: {', '.join(PARTS)}; default: all")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="turns of each side (default: %(default)s)")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     globals()["REPEATS"] = arguments.repeats

@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from kontext_min.checkpoints import save_flux
+import sample
+from kontext_min.data import to_float, to_tensor
+from kontext_min.extras.saving import save_flux
 from kontext_min.flux import Flux, FluxParams
-from kontext_min.restore import to_tensor
 
 collect_ignore = ["kill_test.py"]  # a program, though its name looks like that of a test
 TESTS = Path(__file__).parent
@@ -38,6 +39,12 @@ def as_on_a_machine_without_a_gpu(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that a test starts
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def prompts_of_sample_are_kept_apart(monkeypatch, tmp_path_factory):
+    """sample.py keeps encoded prompts in runs/cache, which is not the place for those of the tests."""
+    monkeypatch.setattr(sample, "CACHE", tmp_path_factory.getbasetemp() / "sample-cache")
 
 
 def make_bundle(folder, seed=0):
@@ -78,7 +85,8 @@ def make_bundle(folder, seed=0):
             use_post_quant_conv=False,
         )
     with torch.no_grad():
-        z = autoencoder.encode(to_tensor(Image.open(TESTS / "photos" / "bowl.jpg").reduce(4))).latent_dist.mean
+        photo = Image.open(TESTS / "photos" / "bowl.jpg").reduce(4)
+        z = autoencoder.encode(to_float(to_tensor(photo))[None]).latent_dist.mean
     autoencoder.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
     autoencoder.save_pretrained(folder / "vae")
     for name in TEXT:

@@ -1,9 +1,9 @@
-"""Measurements of the data pipeline, on one core; no tests.
+"""Time and memory of the data pipeline, on one core. This is no test.
 
 python tests/data_bench.py speed [FOLDER] [--resolution N] [--degrade SPEC]
-    pictures per second against the plain way: open, convert, full decode, Lanczos, the same degradation, floats
-python tests/data_bench.py files [COUNT]        first and second start on many small files, memory of the sampler
-python tests/data_bench.py draft [FOLDER]       what decoding JPEGs at reduced size changes
+    milliseconds per picture, beside a plain loader: open, convert, full decode, Lanczos, the same degradation, floats
+python tests/data_bench.py files [COUNT]        scan of many small files, start and memory of the sampler
+python tests/data_bench.py draft [FOLDER]       how a JPEG changes that is decoded at reduced size
 """
 
 import argparse
@@ -25,13 +25,14 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from kontext_min import data, degrade
+from kontext_min.extras import inventory
 from test_data import cover_crop
 
 PHOTOS = Path(__file__).parent / "photos"
 
 
 def guide(image, rng):
-    """blur=1.5,noise=0.02,jpeg=85 as one would write it down."""
+    """blur=1.5,noise=0.02,jpeg=85, written in the plainest way."""
     image = image.filter(ImageFilter.GaussianBlur(1.5))
     x = np.asarray(image) / 255.0
     x = x + rng.normal(0, 0.02, x.shape)
@@ -42,7 +43,7 @@ def guide(image, rng):
 
 
 def plain(picture, size, degradation, clock):
-    """The usual loader, step by step; the degraded and the clean picture as floats in [-1, 1]."""
+    """A plain loader, step by step. Returns the degraded and the clean picture as floats in [-1, 1]."""
     image = ImageOps.exif_transpose(Image.open(picture.path)).convert("RGB")
     clock("read")
     scale = max(size[0] / image.width, size[1] / image.height)
@@ -60,24 +61,24 @@ def plain(picture, size, degradation, clock):
 
 
 def ours(pairs, i, clock):
-    """Pairs[(0, i)], with a clock between its steps."""
+    """The steps of Pairs[(0, i)], with a clock between them."""
     picture, bucket = pairs.pictures[i], pairs.buckets[pairs.bucket_of[i]]
-    image = data.open_picture(picture.path, bucket)
+    image = data.open_picture(picture.path, bucket, to_srgb=True)
     clock("read")
     target = cover_crop(image, bucket, data.numpy_generator(0, "crop", 0, picture.name))
     clock("resize, crop")
     control = pairs.degrade(target, data.numpy_generator(0, "degrade", 0, picture.name))
     clock("degrade")
-    # The loop turns bytes into floats on the GPU, where it is free; here it is counted.
+    # The loop turns bytes into floats on the GPU, where this costs nothing. Here it counts.
     batch = [data.to_float(torch.stack([data.to_tensor(image)])) for image in (control, target)]
     clock("to floats")
     return batch
 
 
 def speed(folder, resolution, spec):
-    """The ways in turn on every picture, the better of two rounds of each step; CPU time, as others may be at work."""
+    """Run the loaders in turn on every picture. Each step counts the better of two rounds, in CPU time."""
     buckets = data.buckets(resolution)
-    pictures, small = data.usable(data.scan(folder)[0], buckets, upscale=False)
+    pictures, small = data.usable(data.scan(folder)[0], buckets)
     pairs = data.Pairs(pictures, buckets, degrade.parse(spec), 0, "")
     print(f"{folder}: {len(pictures)} pictures ({len(small)} too small), {resolution} px, {spec}")
     ways = {"plain": lambda i, c: plain(pictures[i], buckets[pairs.bucket_of[i]], guide, c),
@@ -110,9 +111,9 @@ def speed(folder, resolution, spec):
 
 
 def files(count):
-    """Start twice on many small pictures."""
+    """Scan many small pictures, then start the sampler far into a run."""
     with tempfile.TemporaryDirectory() as folder:
-        root, index = Path(folder) / "photos", Path(folder) / "index.json"
+        root = Path(folder) / "photos"
         contents = []
         rng = np.random.default_rng(0)
         for k in range(100):
@@ -125,16 +126,15 @@ def files(count):
             content, ending = contents[k % 100]
             (root / f"{k // 1000:03d}" / f"{k:06d}.{ending}").write_bytes(content)
         buckets = data.buckets(32)
-        for name in ("first start", "second start"):
-            start = time.perf_counter()
-            pictures, rejected = data.scan(root, index)
-            scanned = time.perf_counter() - start
-            pictures, small = data.usable(pictures, buckets, upscale=False)
-            text = data.describe(pictures, rejected + small, buckets)
-            pairs = data.Pairs(pictures, buckets, None, 0, "")
-            print(f"{name}: {scanned:.2f} s to scan, {time.perf_counter() - start:.2f} s until pairs are ready")
-        print(text.splitlines()[0], f"; index {index.stat().st_size / 1e6:.1f} MB;",
-              f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB of this process")  # fmt: skip
+        start = time.perf_counter()
+        pictures, rejected = data.scan(root)
+        scanned = time.perf_counter() - start
+        pictures, small = data.usable(pictures, buckets)
+        text = inventory.describe(pictures, rejected + small, buckets)
+        pairs = data.Pairs(pictures, buckets, None, 0, "")
+        print(f"{scanned:.2f} s to scan, {time.perf_counter() - start:.2f} s until pairs are ready")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{text.splitlines()[0]}; peak {memory:.0f} MB of this process")
     tracemalloc.start()
     start = time.perf_counter()
     batches = iter(data.BucketSampler(pairs.bucket_of, 4, 0, start=10**7))
@@ -145,7 +145,7 @@ def files(count):
 
 
 def draft(folder):
-    """Reduced against full decode, over the JPEGs of 3 megapixels and more, for buckets of four areas."""
+    """Reduced against full decoding of the JPEGs of 3 megapixels and more, for buckets of four areas."""
     found = {}
     for p in data.scan(folder)[0]:
         if Image.open(p.path).format != "JPEG" or p.width * p.height < 3e6:
@@ -173,15 +173,15 @@ def draft(folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "files", "draft"))
-    parser.add_argument("argument", nargs="?")
-    parser.add_argument("--resolution", type=int, default=1024)
-    parser.add_argument("--degrade", default="blur=1.5,noise=0.02,jpeg=85")
+    parser.add_argument("what", choices=("speed", "files", "draft"), help="what to measure")
+    parser.add_argument("argument", nargs="?", help="FOLDER (default: tests/photos) or COUNT (default: 10,000)")
+    parser.add_argument("--resolution", type=int, default=1024, help="side of the square bucket (default: %(default)s)")
+    parser.add_argument("--degrade", default="blur=1.5,noise=0.02,jpeg=85", help="default: %(default)s")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what == "speed":
         speed(Path(given.argument or PHOTOS), given.resolution, given.degrade)
     elif given.what == "files":
-        files(int(given.argument or 100_000))
+        files(int(given.argument or 10_000))
     else:
         draft(Path(given.argument or PHOTOS))

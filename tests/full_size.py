@@ -1,12 +1,12 @@
-"""A random Kontext of full size (24 GB transformer, 9.5 GB T5) written to disk, then sample.py and train.py on it.
+"""Write a random Kontext of full size to disk (24 GB transformer, 9.5 GB T5), then run sample.py and train.py on it.
 
-    python tests/full_size.py FOLDER                      writes FOLDER/weights (34 GB) unless it is there, runs all
-    python tests/full_size.py FOLDER --only sample        one of: sample, train, sample-int8, train-int8
+    python tests/full_size.py FOLDER                      writes FOLDER/weights (34 GB) if it is missing, runs all
+    python tests/full_size.py FOLDER --only sample        one of: write, sample, train, sample-int8, train-int8
 
-The runs use a 256x256 picture and --stream; with int8, 12 GB more are written to FOLDER/cache. Each prints its peak of
-resident memory (ru_maxrss of its own process: what VmHWM says), time per block and bytes read. One pass through the
-transformer is 13 TFLOP: minutes on a CPU. Shapes are those of the layout sheets; values are normal, with deviation
-1 / sqrt(inputs), so that nothing overflows. The tokenizers are the small ones of weights/tiny.
+The runs use a 256x256 picture and --stream; int8 writes 12 GB more to FOLDER/runs/cache. Each run prints its peak
+resident memory (ru_maxrss of its process, the same as VmHWM), the time per block and the bytes read. One pass through
+the transformer is 13 TFLOP: minutes on a CPU. Shapes are those of the sheets in tests/layouts. Values are normal with
+deviation 1 / sqrt(inputs), so nothing overflows. The tokenizers are the small ones of weights/tiny.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from PIL import Image
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 TINY = ROOT / "weights" / "tiny"
-PERIOD = 8_388_593  # values that repeat; a prime, so that no two rows are alike
+PERIOD = 8_388_593  # values repeat after so many; a prime, so no two rows are equal
 SHARDS = {"transformer": 3, "text_encoder_2": 2, "text_encoder": 1, "vae": 1}
 SHEETS = {
     "transformer": "transformer.diffusers",
@@ -35,7 +35,7 @@ SHEETS = {
     "vae": "vae.diffusers",
 }
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-CONFIGS = {  # what differs from the small ones
+CONFIGS = {  # entries that differ from weights/tiny
     "transformer": {
         "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56], "joint_attention_dim": 4096,
         "num_attention_heads": 24, "num_layers": 19, "num_single_layers": 38, "pooled_projection_dim": 768,
@@ -55,7 +55,7 @@ CONFIGS = {  # what differs from the small ones
 
 
 def shapes(sheet: str) -> dict[str, list[int]]:
-    """Name and shape of every tensor of a layout sheet; a key with {a..b} stands for one tensor for each number."""
+    """Name and shape of every tensor of a layout sheet. A key with {a..b} is one tensor for each number."""
     found = {}
     for key, entry in json.loads((TESTS / "layouts" / f"{sheet}.json").read_text())["tensors"].items():
         names = [key]
@@ -71,7 +71,7 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def write_file(path: Path, tensors: dict[str, list[int]], normal: np.ndarray | None) -> None:
-    """A safetensors file of bfloat16: matrices normal, biases 0, norms 1; without `normal` a hole of the same size."""
+    """A bfloat16 safetensors file: matrices normal, biases 0, norms 1. Without `normal`, a hole of the same size."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in tensors.items():
         size = 2 * math.prod(shape)
@@ -99,7 +99,7 @@ def write_file(path: Path, tensors: dict[str, list[int]], normal: np.ndarray | N
 
 
 def write_weights(folder: Path, text_tokens: int, hollow: bool = False) -> None:
-    """The hub folder, part by part; a part that is there already is left as it is. Hollow files take no disk."""
+    """Write the hub folder part by part. A part that exists is kept. Hollow files take no disk space."""
     normal = None if hollow else np.random.default_rng(0).standard_normal(PERIOD, dtype=np.float32)
     for part, sheet in SHEETS.items():
         if (folder / part / "config.json").exists():
@@ -128,11 +128,11 @@ def write_weights(folder: Path, text_tokens: int, hollow: bool = False) -> None:
     (folder / "tokenizer_2" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": text_tokens}))
 
 
-def run(name: str, command: list[str]) -> None:
-    """A command, with the peak of its resident memory and its time."""
+def run(name: str, command: list[str], folder: Path) -> None:
+    """Run a command in a folder; print its peak resident memory and its time."""
     print(f"\n{name}: {' '.join(command)}", flush=True)
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, *command], cwd=folder)  # its cache is runs/cache below it
     _, status, usage = os.wait4(process.pid, 0)
     print(
         f"{name}: exit code {os.waitstatus_to_exitcode(status)}, peak {usage.ru_maxrss / 1e6:.2f} GB resident,"
@@ -143,9 +143,11 @@ def run(name: str, command: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", choices=("write", "sample", "train", "sample-int8", "train-int8"))
-    parser.add_argument("--text-tokens", type=int, default=512, help="length of the prompt; fewer are faster")
+    parser.add_argument("folder", type=Path, help="for weights, cache and results; 46 GB")
+    parser.add_argument(
+        "--only", choices=("write", "sample", "train", "sample-int8", "train-int8"), help="default: all of them"
+    )
+    parser.add_argument("--text-tokens", type=int, default=512, help="tokens of the prompt (default: 512)")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     write_weights(folder / "weights", arguments.text_tokens)
@@ -153,10 +155,10 @@ def main() -> None:
     pictures.mkdir(exist_ok=True)
     photo = Image.open(sorted((TESTS / "photos").glob("*.jpg"))[0]).convert("RGB")
     photo.resize((256, 256 * photo.height // photo.width)).crop((0, 0, 256, 256)).save(pictures / "0.png")
-    shared = ["--weights", str(folder / "weights"), "--cache-dir", str(folder / "cache"), "--stream"]
-    sample = ["sample.py", "--input", str(pictures / "0.png"), "--steps", "1", *shared]
-    train = ["train.py", "--hr-root", str(pictures), "--resolution", "256", "--upscale", "--steps", "2",
-             "--accumulate", "1", "--workers", "1", "--val-count", "0", "--overwrite", *shared]  # fmt: skip
+    shared = ["--weights", str(folder / "weights"), "--stream"]
+    sample = [str(ROOT / "sample.py"), "--input", str(pictures / "0.png"), "--steps", "1", *shared]
+    train = [str(ROOT / "train.py"), "--hr-root", str(pictures), "--resolution", "256", "--steps", "2",
+             "--accumulate", "1", "--workers", "1", "--validate-every-epochs", "0", "--overwrite", *shared]  # fmt: skip
     commands = {
         "sample": [*sample, "--output", str(folder / "restored.png")],
         "train": [*train, "--output-dir", str(folder / "run")],
@@ -165,7 +167,7 @@ def main() -> None:
     }
     for name, command in commands.items():
         if arguments.only in (None, name):
-            run(name, command)
+            run(name, command, folder)
 
 
 if __name__ == "__main__":

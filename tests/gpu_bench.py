@@ -1,21 +1,20 @@
-"""A Kontext of full size on one GPU: time and memory against diffusers with peft, and both scripts against their plans.
+"""A Kontext of full size on one GPU: time and memory against diffusers with peft, both programs against their plans.
 
     python tests/gpu_bench.py network            the transformer with random weights, 24 GB; needs 60 GB on the card
     python tests/gpu_bench.py runs FOLDER        train.py and sample.py at 1024x1024; writes FOLDER/weights (34 GB)
-    python tests/gpu_bench.py runs FOLDER int8   only the runs whose names have this in them
+    python tests/gpu_bench.py runs FOLDER int8   only the runs with "int8" in their name
 
-network: bfloat16, 512 text and 4096 picture tokens, the same weights and inputs on both sides, turn by turn, medians;
-a LoRA of rank 16 on the same Linears. Outputs, or the gradients of the first LoRA, are compared first. The share is of
-this card's own matmul.
+network: bfloat16, 512 text and 4096 picture tokens, a LoRA of rank 16 on the same Linears. Both sides have the same
+weights and inputs and take turns; figures are medians. Each part first compares the outputs, or the gradients of the
+first LoRA. The last column is the share of the matmul peak of this card.
 
-runs: each in a process of its own, which reports the most that torch's allocator held (max_memory_allocated) beside
-what kontext_min/extras/plan.py says before the run, less its half GB for the CUDA context.
+runs: each run is a process of its own. It reports the most that torch's allocator held (max_memory_allocated), beside
+the plan of kontext_min/extras/plan.py without its half GB for the CUDA context.
 """
 
 import argparse
 import gc
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -35,13 +34,13 @@ from kontext_min.flux import Flux, FluxParams  # noqa: E402
 
 GB = 2.0**30
 bench.SIZES["12B"] = (FluxParams(), (512, 4096, 0))
-LORA = ["--accumulate", "1", "--workers", "8", "--val-count", "0", "--steps", "6"]
+LORA = ["--accumulate", "1", "--workers", "8", "--validate-every-epochs", "0", "--steps", "6"]
 CHECKPOINTED = [*LORA, "--gradient-checkpointing"]
 RUNS = {  # name -> script and flags
     "train, int8": ["train.py", *CHECKPOINTED, "--quantize", "int8"],
     "train, stream": ["train.py", *LORA, "--stream"],
     "train, bf16": ["train.py", *CHECKPOINTED],
-    "train, nf4, offload": ["train.py", *CHECKPOINTED, "--quantize", "nf4", "--offload-activations"],
+    "train, nf4": ["train.py", *CHECKPOINTED, "--quantize", "nf4"],
     "train, int8, context": ["train.py", *CHECKPOINTED, "--quantize", "int8", "--context"],
     "sample, int8": ["sample.py", "--steps", "8", "--quantize", "int8"],
     "sample, stream": ["sample.py", "--steps", "8", "--stream"],
@@ -58,7 +57,7 @@ def card() -> str:
 
 
 def seconds(*functions: Callable[[], object], repeats: int = 5) -> list[float]:
-    """Median of each, called in turns after a first call that does not count."""
+    """Median seconds of each function. They take turns; the first turn does not count."""
     taken: list[list[float]] = [[] for _ in functions]
     for k in range(repeats + 1):
         for f, found in zip(functions, taken, strict=True):
@@ -72,7 +71,7 @@ def seconds(*functions: Callable[[], object], repeats: int = 5) -> list[float]:
 
 
 def peak_of(f: Callable[[], object]) -> float:
-    """The most that is allocated in a call beside what was there before, in GB."""
+    """Peak of the memory that a call allocates, in GB."""
     f()  # workspaces
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
@@ -82,7 +81,7 @@ def peak_of(f: Callable[[], object]) -> float:
 
 
 def both_networks(size: str) -> tuple[Flux, torch.nn.Module]:
-    """Ours with random bfloat16 weights on the GPU, and diffusers' on the very same memory."""
+    """Ours with random bfloat16 weights on the GPU, and the network of diffusers on the same memory."""
     from test_checkpoints import to_diffusers
 
     with torch.device("meta"):
@@ -99,7 +98,7 @@ def both_networks(size: str) -> tuple[Flux, torch.nn.Module]:
 
 
 def network(size: str) -> None:
-    """The rows of the table, each part in a process of its own: after an illegal access CUDA is lost to a process."""
+    """Print the table. Each part is a process of its own, since a process can't use CUDA after an illegal access."""
     print("| what | diffusers + peft | ours | ratio | of the matmul peak |\n|---|--:|--:|--:|--:|", flush=True)
     for what in PARTS:
         done = subprocess.run([sys.executable, __file__, "part", size, what], capture_output=True, text=True)
@@ -107,15 +106,16 @@ def network(size: str) -> None:
 
 
 def part(size: str, what: str) -> None:
-    """One row or two: seconds and memory of both sides."""
-    from train import checkpoint_blocks, compile_blocks
+    """Print two rows: seconds and memory of both sides."""
+    from kontext_min.extras.checkpointing import checkpoint_blocks
+    from kontext_min.extras.compiling import compile_blocks
 
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     peak = 2 * 8192**3 / seconds(lambda: a @ b, repeats=20)[0]
     ours, theirs = both_networks(size)
     x = [v.cuda() if isinstance(v, torch.Tensor) else v for v in bench.inputs(size)]
     x = [v.bfloat16() if i in (0, 2, 5) else v for i, v in enumerate(x)]
-    x[4], x[6] = torch.full_like(x[4], 0.5), torch.ones_like(x[6])  # theirs rounds 1000 times these to bfloat16
+    x[4], x[6] = torch.full_like(x[4], 0.5), torch.ones_like(x[6])  # diffusers rounds 1000 times these to bfloat16
     if what == "forward":
         pair = [lambda: bench.forward(bench.their_call, theirs, x), lambda: bench.forward(bench.our_call, ours, x)]
         compared = [f() for f in pair]
@@ -123,8 +123,8 @@ def part(size: str, what: str) -> None:
         names, modules = bench.same_loras(size, ours, theirs)
         if "compiled" in what:
             compile_blocks(ours)
-        if "checkpointed" in what:  # goes around the compiled blocks
-            checkpoint_blocks(ours)
+        if "checkpointed" in what:  # wraps the compiled blocks
+            checkpoint_blocks(ours, "all")
             theirs.train().enable_gradient_checkpointing()
         pair = [lambda: bench.step(bench.their_call, theirs, x), lambda: bench.step(bench.our_call, ours, x)]
         for f in pair:
@@ -135,7 +135,7 @@ def part(size: str, what: str) -> None:
             ours.get_submodule(first).lora_B.grad,
         ]
     far = ((compared[1].float() - compared[0].float()).norm() / compared[0].float().norm()).item()
-    assert far < 0.1, f"{what}: the two sides differ by {far:.1e}"  # of bfloat16, over 57 blocks
+    assert far < 0.1, f"{what}: the two sides differ by {far:.1e}"  # bfloat16 over 57 blocks
     flops = 0 if "compiled" in what else bench.flop_count(pair[1])
     for name, unit, (theirs_took, ours_took) in (
         (what, "s", seconds(*pair)),
@@ -148,40 +148,44 @@ def part(size: str, what: str) -> None:
 
 
 def child(argv: list[str]) -> None:
-    """One script with its flags, in this process; prints what the card held at most, what was planned, and times."""
+    """Run one program in this process; print its planned memory, the peak of the card, seconds."""
     import sample
     import train
     from kontext_min.extras import plan
 
-    planned, encoding = [], []
+    planned, encoding, restoring = [], [], []
     plan.fit = lambda setting, sizes, device: planned.append(plan.measure(setting, sizes).device) or setting
-    encode = train.to_latents
 
-    def timed(*arguments):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        latents = encode(*arguments)
-        torch.cuda.synchronize()
-        encoding.append(time.perf_counter() - began)
-        return latents
+    def timed(function, taken):
+        def call(*arguments):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            result = function(*arguments)
+            torch.cuda.synchronize()
+            taken.append(time.perf_counter() - began)
+            return result
 
-    train.to_latents = timed
+        return call
+
+    train.to_latents = timed(train.to_latents, encoding)
+    sample.restore_latent, sample.decode = (timed(f, restoring) for f in (sample.restore_latent, sample.decode))
     code = {"train.py": train, "sample.py": sample}[argv[0]].main(argv[1:])
     peak, held = torch.cuda.max_memory_allocated() / GB, torch.cuda.max_memory_reserved() / GB
     encoded = statistics.median(encoding) if encoding else 0.0
-    print(f"child: {code} {(planned[0] - plan.CUDA_CONTEXT) / GB:.2f} {peak:.2f} {held:.2f} {encoded:.3f}")
+    memory = f"{(planned[0] - plan.CUDA_CONTEXT) / GB:.2f} {peak:.2f} {held:.2f}"
+    print(f"child: {code} {memory} {encoded:.3f} {sum(restoring):.2f}")
 
 
 def runs(folder: Path, chosen: str) -> None:
-    """The scripts on a random Kontext of full size."""
+    """Run both programs on a random Kontext of full size."""
     from full_size import write_weights
 
     write_weights(folder / "weights", 512)
     (folder / "pictures").mkdir(exist_ok=True)
     for k, photo in enumerate(sorted((TESTS / "photos").glob("*.jpg"))):
         Image.open(photo).convert("RGB").resize((1024, 1024)).save(folder / "pictures" / f"{k}.png")
-    shared = ["--weights", str(folder / "weights"), "--cache-dir", str(folder / "cache"), "--device", "cuda"]
-    print(f"\n{card()}, 1024x1024 unless said, batch 1, rank 16, 512 text tokens\n")
+    shared = ["--weights", str(folder / "weights"), "--device", "cuda"]
+    print(f"\n{card()}, 1024x1024 (another size is in the name), batch 1, rank 16, 512 text tokens\n")
     print("| run | planned, GB | allocated, GB | ratio | reserved, GB | s a step | of it encoding | s in all |")
     print("|---|" + "--:|" * 7, flush=True)
     streamed = []
@@ -194,17 +198,17 @@ def runs(folder: Path, chosen: str) -> None:
         else:
             where = ["--input", str(folder / "pictures" / "0.png"), "--output", f"{out}.png"]
         command = [sys.executable, __file__, "child", script, *where, *shared, *flags]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)  # its cache is runs/cache below it
         whole, lines = time.monotonic() - began, done.stdout.splitlines()
         if not lines or not lines[-1].startswith("child: 0"):
             print(f"\n{name}: exit code {done.returncode}", *lines[-5:], done.stderr[-2000:], sep="\n", flush=True)
             continue
-        _, _, planned, peak, held, encoded = lines[-1].split()
+        _, _, planned, peak, held, encoded, restored = lines[-1].split()
         if script == "train.py":
             metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             step = statistics.median(row["seconds"] for row in metrics[2:])
         else:
-            step = float(re.search(r"([\d.]+) s$", done.stdout, re.MULTILINE)[1]) / 8
+            step = float(restored) / 8
         cells = planned, peak, f"{float(peak) / float(planned):.2f}", held, f"{step:.2f}", encoded, f"{whole:.0f}"
         print(f"| {name} |", " | ".join(cells), "|", flush=True)
         streamed += [f"{name}: {line}" for line in lines if line.startswith("streamed")]
@@ -214,11 +218,11 @@ def runs(folder: Path, chosen: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("network").add_argument("--size", default="12B", choices=bench.SIZES)
+    commands.add_parser("network").add_argument("--size", default="12B", choices=bench.SIZES, help="default: 12B")
     one = commands.add_parser("runs")
-    one.add_argument("folder", type=Path)
-    one.add_argument("chosen", nargs="?", default="", help="only the runs whose names have this in them")
-    if sys.argv[1:2] in (["child"], ["part"]):  # what the two commands start
+    one.add_argument("folder", type=Path, help="for weights, pictures, cache and results; 46 GB")
+    one.add_argument("chosen", nargs="?", default="", help="only the runs with this text in their name")
+    if sys.argv[1:2] in (["child"], ["part"]):  # the processes that the two commands start
         child(sys.argv[2:]) if sys.argv[1] == "child" else part(*sys.argv[2:])
         return
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Kill runs with SIGKILL, resume them, and compare with the run that was never killed, bit for bit.
+"""Kill runs with SIGKILL, resume them, and compare them bit for bit with a run that is never killed.
 
     python tests/kill_test.py                    30 runs, some minutes; the tests call it with --runs 2
 
-Half of the kills come at a random moment, half at a random step of writing to the disk: before or after an fsync, a
-renaming, a deletion, or in the middle of a file, which is then left half written. A run is killed up to three times.
-Runs alternate between 0 and 2 loader processes and between pictures and cached latents; all have accumulation, an EMA,
-three buckets, captions, mirroring and validation.
+Half of the kills come at a random moment. The other half come at a random step of writing to the disk: before or after
+an fsync, a rename or a deletion, or in the middle of a file, which is then half written. A run is killed up to three
+times. Runs alternate between 0 and 2 loader processes and between pictures and cached latents. All have accumulation,
+an EMA, three buckets, captions and validation.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from conftest import make_bundle, make_pictures
 from kontext_min.extras import lora_files, runs
 
 FLAGS = (
-    "--resolution 64 --steps 24 --batch-size 2 --accumulate 2 --ema 0.9 --warmup 3 --lr 1e-3 --flip --stratified "
-    "--checkpoint-every 5 --keep 2 --validate-every-steps 8 --validation-steps 2 --val-count 1"
+    "--resolution 64 --steps 24 --batch-size 2 --accumulate 2 --ema 0.9 --warmup 3 --lr 1e-3 "
+    "--checkpoint-every 5 --validate-every-epochs 2"
 )
-KINDS = list(product((2, 0), (2, 0)))  # loader processes, variants of cached latents; first what is hardest
+KINDS = list(product((2, 0), (2, 0)))  # loader processes, variants of cached latents; the hardest first
 
 
 class DiskSteps:
-    """Counts what a process does to the disk, and writes the count into a file; at the `fatal`-th it kills itself."""
+    """Counts the steps of writing to disk and saves the count in a file. At step `fatal` the process kills itself."""
 
     def __init__(self, fatal=None, file=None):
         self.count, self.fatal, self.file = 0, fatal, file
@@ -64,7 +64,7 @@ class DiskSteps:
 
 
 def outcome(folder):
-    """The bytes of the result, and the metrics but for the two columns that are times."""
+    """The bytes of the LoRA file, and the metrics without the two columns of time."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return (folder / "lora.safetensors").read_bytes(), [
         {k: v for k, v in row.items() if k not in ("images_per_second", "seconds")} for row in rows
@@ -73,9 +73,9 @@ def outcome(folder):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--kills", type=int, default=3, help="at most, a run")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--kills", type=int, default=3, help="at most so many per run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: %(default)s)")
     args = parser.parse_args(argv)
     rng, began = random.Random(args.seed), time.monotonic()
     kills = {"at a random moment": 0, "while writing": 0}
@@ -104,7 +104,7 @@ def main(argv=None):
             kind = KINDS[i % len(KINDS)]
             folder, log, killed, last = f"run-{i}", work / f"run-{i}.log", 0, 0
             for k in range(rng.randint(1, args.kills)):
-                left = 1 - 0.7 * last / 24  # roughly, what there still is to do
+                left = 1 - 0.7 * last / 24  # roughly the part of the run that remains
                 if (i + k) % 2:
                     how = "while writing"
                     process = run(folder, kind, partial(DiskSteps, fatal=rng.randint(1, round(left * writes[kind[1]]))))
@@ -116,7 +116,7 @@ def main(argv=None):
                         try:
                             # killpg takes its loaders too
                             (os.kill if rng.random() < 0.5 else os.killpg)(process.pid, signal.SIGKILL)
-                        except ProcessLookupError:  # so young that it does not lead its group yet
+                        except ProcessLookupError:  # so young that it has no process group yet
                             process.kill()
                 process.join()
                 if process.exitcode == -signal.SIGKILL:

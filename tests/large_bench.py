@@ -1,13 +1,13 @@
-"""Time and peak memory of sample.py by the size of the picture, on one core; no test.
+"""Time and peak memory of sample.py for pictures of several sizes, on one core. This is no test.
 
-    python tests/large_bench.py [MEGAPIXELS ...] [--weights FOLDER] [--tile N] [--no-share-norms] [--out FOLDER]
+    python tests/large_bench.py [MEGAPIXELS ...] [--weights FOLDER] [--tile N] [--out FOLDER]
 
-The sizes are 1 6 24 by default.
+The default sizes are 1, 6 and 24 megapixels. Each picture is a JPEG of 3:2 made from one photograph. sample.py restores
+it in one network evaluation, in a process of its own.
 
-Each size is a JPEG of 3:2 made from one photograph, restored in one network evaluation, by weights/tiny if no other
-folder is named, in a process of its own. `+` is the peak above that of the first size, for each megapixel more: the
-picture is 3 bytes a pixel, and 4 in Pillow; the latent of weights/tiny is 4, and there are up to five of it while a
-step is taken. With the Flux autoencoder it is 1: 16 floats for 64 pixels.
+`+` is the growth of the peak over that of the first size, per megapixel. A picture takes 3 bytes a pixel, and 4 in
+Pillow. A latent of weights/tiny takes 4 bytes a pixel, and a step holds up to five of them. A latent of the Flux
+autoencoder takes 1 byte a pixel: 16 floats for 64 pixels.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PHOTO = ROOT / "tests" / "photos" / "bowl.jpg"
 
 
 def make(folder: Path, megapixels: float) -> tuple[Path, tuple[int, int]]:
-    """A JPEG of 3:2, and its size."""
+    """Write a JPEG of 3:2. Returns its path and its (width, height)."""
     width = round(1000 * (1.5 * megapixels) ** 0.5)
     picture = Image.open(PHOTO).convert("RGB").resize((width, round(width / 1.5)), Image.Resampling.BICUBIC)
     picture.save(folder / f"in-{megapixels:g}.jpg", quality=90)
@@ -33,7 +33,7 @@ def make(folder: Path, megapixels: float) -> tuple[Path, tuple[int, int]]:
 
 
 def measure(file: Path, output: Path, *flags: object) -> tuple[float, float]:
-    """(seconds, peak resident MB) of one run of sample.py."""
+    """Run sample.py once. Returns its seconds and its peak resident memory in MB."""
     argv = [sys.executable, "sample.py", "--input", file, "--output", output, "--steps", 1, *flags]
     began = time.monotonic()
     process = subprocess.Popen(list(map(str, argv)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -44,19 +44,17 @@ def measure(file: Path, output: Path, *flags: object) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("megapixels", type=float, nargs="*", default=[1, 6, 24])
-    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny")
-    parser.add_argument("--tile", type=int, default=256)
-    parser.add_argument("--share-norms", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("megapixels", type=float, nargs="*", default=[1, 6, 24], help="sizes (default: 1 6 24)")
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny", help="default: weights/tiny")
+    parser.add_argument("--tile", type=int, default=256, help="side of a tile in pixels (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for the pictures (default: a temporary one)")
     args = parser.parse_args()
     folder = args.out or Path(tempfile.mkdtemp())
     rows = []
     for mp in args.megapixels:
         file, size = make(folder, mp)
         output = folder / f"out-{mp:g}.jpg"
-        norms = "--share-norms" if args.share_norms else "--no-share-norms"
-        seconds, peak = measure(file, output, "--tile", args.tile, norms, "--weights", args.weights.resolve())
+        seconds, peak = measure(file, output, "--tile", args.tile, "--weights", args.weights.resolve())
         assert Image.open(output).size == size
         rows.append((mp, peak))
         above = (peak - rows[0][1]) / (mp - rows[0][0]) if len(rows) > 1 else 0

@@ -1,10 +1,10 @@
-"""Time and memory of loading, ours against diffusers' from_pretrained, on the same files in one run.
+"""Time and memory of loading, beside from_pretrained of diffusers, on the same files in one run.
 
     python tests/load_bench.py            a 1 GB random transformer in the hub layout, and weights/tiny
 
-Every measurement is a process of its own, so that peaks are its own; libraries are imported before the clock starts;
-the files are in the page cache for both. `anonymous` is memory that the process allocated (a copy of the weights
-shows there), `peak` is the highest resident size, mapped pages of the file included.
+Each measurement is a process of its own, so each has its own peak. The clock starts after the imports. The files are in
+the page cache for both sides. `anonymous` is memory that the process allocates: a copy of the weights shows there.
+`peak` is the highest resident size, with the mapped pages of the file.
 """
 
 import json
@@ -46,7 +46,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     from safetensors.torch import save_file
 
-    from kontext_min.checkpoints import save_flux
+    from kontext_min.extras.saving import save_flux
     from kontext_min.flux import Flux, FluxParams
 
     with tempfile.TemporaryDirectory() as folder:

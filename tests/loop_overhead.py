@@ -1,10 +1,10 @@
-"""How much of a step the loop takes for itself, besides pictures, forward, backward and optimizer.
+"""How much of a step the loop itself takes, besides pictures, forward, backward and optimizer.
 
     python tests/loop_overhead.py [flags of train.py]           weights/tiny on tests/photos at 128 pixels, one minute
 
-The calls that do the work are timed; what is left of the time between the first and the last row of metrics is the
-loop's own: drawing noise and sigma, prompts, tallies, learning rate, metrics.jsonl, the progress line. Validation and
-checkpoints are off, as they come every few hundred steps.
+The program times the calls that do the work, and the time between the first and the last row of metrics. The rest is
+the loop: drawing noise and sigma, prompts, sums of losses, learning rate, metrics.jsonl, the progress line. Validation
+and checkpoints are off, since a run has them only every few hundred steps.
 """
 
 import sys
@@ -23,11 +23,14 @@ from kontext_min import flow  # noqa: E402
 from kontext_min.autoencoder import Autoencoder  # noqa: E402
 from kontext_min.extras import runs  # noqa: E402
 
-FLAGS = "--resolution 128 --steps 40 --accumulate 4 --workers 0 --val-count 0 --checkpoint-every 100000 --warmup 5"
+FLAGS = (
+    "--resolution 128 --steps 40 --accumulate 4 --workers 0 --validate-every-epochs 0 --checkpoint-every 100000 "
+    "--warmup 5"
+)
 WORK = {
     "pictures": (torch.utils.data.dataloader._BaseDataLoaderIter, "__next__"),
     "autoencoder": (Autoencoder, "encode"),
-    "forward": (flow, "losses"),
+    "forward": (flow, "loss"),
     "backward": (torch.Tensor, "backward"),
     "clipping": (torch.nn.utils, "clip_grad_norm_"),
     "optimizer": (torch.optim.AdamW, "step"),
@@ -35,7 +38,7 @@ WORK = {
 
 
 def measure(argv: list[str]) -> tuple[float, Counter, int]:
-    """Seconds between the first and the last row, seconds of each kind of work, and the number of steps."""
+    """Seconds from the first to the last row of metrics, seconds of each kind of work, number of steps."""
     spent, rows, kept = Counter(), [], []
 
     def replace(owner, name, function):

@@ -6,7 +6,7 @@ Each step sees every crop at four places on the path. The LoRA is on all Linears
 noise the velocity holds the noise itself, which the layers at the two ends have to let through. On the blocks alone
 the kontext loss stops at the variance of that noise, half of what it was.
 
-Measured is not the noisy loss of a step but one that can be compared: the mean of flow.losses over the four crops at
+Measured is not the noisy loss of a step but one that can be compared: the mean of flow.loss over the four crops at
 sigma 0.1, 0.3, 0.5, 0.7, 0.9 with noise of its own, which the training never drew, before and after.
 """
 
@@ -21,10 +21,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from kontext_min import checkpoints, degrade, flow  # noqa: E402
-from kontext_min.extras import prompts  # noqa: E402
+from kontext_min.data import to_float, to_tensor  # noqa: E402
+from kontext_min.extras import base, prompts  # noqa: E402
 from kontext_min.flow import Objective  # noqa: E402
 from kontext_min.lora import add_lora  # noqa: E402
-from kontext_min.restore import to_tensor  # noqa: E402
 
 TEXT = degrade.PROMPTS["guide"]
 SPEC = "blur=2,noise=0.1,fade=0.7/0.15"
@@ -39,14 +39,16 @@ def crops(autoencoder: torch.nn.Module, side: int = 32) -> tuple[torch.Tensor, t
     for k, name in enumerate(("bowl", "brushes", "life", "picosdeeuropa")):
         photo = Image.open(ROOT / "tests" / "photos" / f"{name}.jpg").convert("RGB")
         clean = photo.crop((500, 400, 500 + side, 400 + side))
-        pairs.append([to_tensor(x) for x in (degrade.parse(SPEC)(clean, np.random.default_rng(k)), clean)])
+        pairs.append(
+            [to_float(to_tensor(x))[None] for x in (degrade.parse(SPEC)(clean, np.random.default_rng(k)), clean)]
+        )
     with torch.no_grad():
         return tuple(autoencoder.encode(torch.cat([p[i] for p in pairs])) for i in (0, 1))
 
 
 def fall(objective: str, full: bool, steps: int, lr: float, weights: Path = ROOT / "weights" / "tiny") -> float:
     """Loss after over loss before."""
-    where = checkpoints.Weights(weights)
+    where = base.Weights(weights)
     control, target = crops(checkpoints.load_autoencoder(weights, dtype=torch.float32))
     flux = checkpoints.load_flux(weights, dtype=torch.float32)
     params = list(flux.requires_grad_(True).parameters()) if full else add_lora(flux, rank=16, targets="all")
@@ -56,16 +58,16 @@ def fall(objective: str, full: bool, steps: int, lr: float, weights: Path = ROOT
 
     @torch.no_grad()
     def measure() -> float:
-        eps, _ = flow.draw(1, 0, range(4), target.shape[1:])
+        eps, _ = flow.draw(1, 0, range(4), target.shape[1:], 4)
         at = (0.1, 0.3, 0.5, 0.7, 0.9)
-        return sum(flow.losses(flux, control, target, eps, torch.full((4,), s), few, what).mean().item() for s in at)
+        return sum(flow.loss(flux, control, target, eps, torch.full((4,), s), few, what).mean().item() for s in at)
 
     before = measure()
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0)
     for step in range(steps):
-        eps, u = flow.draw(0, step, range(4 * PLACES), target.shape[1:])
+        eps, u = flow.draw(0, step, range(4 * PLACES), target.shape[1:], 4 * PLACES)
         pair = (x.repeat(PLACES, 1, 1, 1) for x in (control, target))
-        flow.losses(flux, *pair, eps, u, many, what).mean().backward()
+        flow.loss(flux, *pair, eps, u, many, what).mean().backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / 20, (steps - step) / steps * 1.5, 1)

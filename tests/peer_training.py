@@ -2,11 +2,13 @@
 
     python tests/peer_training.py [--steps 50] [flags of train.py]       weights/tiny on tests/photos, a minute or two
 
-Shared are the pictures (kontext_min.data), the random numbers (flow.draw) and torch's AdamW. Theirs are the text
-encoders, autoencoder, packing and ids of FluxKontextPipeline, FluxTransformer2DModel, peft's LoRA and diffusers'
-cosine schedule. Where diffusers splits a layer of Flux (q, k, v), ours has one A for the whole; peft's three are tied
-to one parameter, and what they start from is copied. Printed are the largest difference of the loss, relative to it,
-and images per second of both, reading and encoding of pictures included; exit code 1 above 1e-4.
+Both sides share the pictures (kontext_min.data), the random numbers (flow.draw) and torch's AdamW. Theirs uses the text
+encoders, autoencoder, packing and ids of FluxKontextPipeline, FluxTransformer2DModel, peft's LoRA and diffusers' cosine
+schedule. Where diffusers splits a layer of Flux (q, k, v), ours has one A for the whole layer. So peft's three A are
+tied to one parameter. Both LoRAs start from the same numbers.
+
+The output is the largest difference of the loss, relative to the loss, and the images per second of both sides, with
+reading and encoding of pictures. The exit code is 1 above a difference of 1e-4.
 """
 
 import argparse
@@ -25,25 +27,25 @@ from peft import LoraConfig  # noqa: E402
 
 import train  # noqa: E402
 from kontext_min import checkpoints, data, degrade, flow  # noqa: E402
-from kontext_min.extras import prompts, runs  # noqa: E402
-from kontext_min.extras.flags import parse  # noqa: E402
+from kontext_min.extras import base, plan, prompts, runs  # noqa: E402
+from kontext_min.extras.flags import parse_flags  # noqa: E402
 from kontext_min.lora import add_lora, lora_layers  # noqa: E402
 
 FLAGS = (
-    "--resolution 128 --batch-size 4 --accumulate 1 --workers 0 --val-count 0 --lr 1e-3 --warmup 10 --dtype float32 "
-    "--weight-decay 0.01 --weighting clean --validate-every-epochs 0"
+    "--resolution 128 --batch-size 4 --accumulate 1 --workers 0 --lr 1e-3 --warmup 10 --dtype float32 "
+    "--weighting clean --validate-every-epochs 0"
 )
 
 
 def ours(argv: list[str], folder: Path) -> tuple[list[float], list[float]]:
-    """Losses and seconds of the steps of train.py."""
+    """Losses and seconds of each step of train.py."""
     assert train.main([*argv, "--output-dir", str(folder)]) == 0
     rows = runs.read_metrics(folder)
     return [row["loss"] for row in rows], [row["seconds"] for row in rows]
 
 
 def their_lora(transformer, settings) -> list[torch.nn.Parameter]:
-    """peft's LoRA with the numbers that ours starts from; the parameters that train."""
+    """Add peft's LoRA with the first numbers of ours. Returns the parameters that train."""
     flux = checkpoints.load_flux(settings.weights / "transformer", dtype=torch.float32)
     add_lora(flux, settings.rank, settings.alpha, settings.lora_targets, seed=settings.seed)
     names = {name: checkpoints.flux_modules(flux.params)[name] for name in lora_layers(flux)}
@@ -58,21 +60,22 @@ def their_lora(transformer, settings) -> list[torch.nn.Parameter]:
 
 
 def theirs(argv: list[str]) -> tuple[list[float], list[float]]:
-    """The same steps with diffusers and peft."""
-    settings = parse(train.Settings, argv, "")
+    """Losses and seconds of the same steps with diffusers and peft."""
+    settings = parse_flags(train.Settings, argv, "")
     pipe = FluxKontextPipeline.from_pretrained(settings.weights, torch_dtype=torch.float32)
     transformer, vae = pipe.transformer.requires_grad_(False), pipe.vae.requires_grad_(False)
-    prompt = settings.prompt or degrade.PROMPTS.get(settings.degrade, degrade.PROMPTS["guide"])
-    length = prompts.max_length(checkpoints.Weights(settings.weights))
+    settings = train.settled(settings, plan.Sizes.of(base.Weights(settings.weights)))
+    prompt = settings.prompt
+    length = prompts.max_length(base.Weights(settings.weights))
     with torch.no_grad():
         txt, pooled, txt_ids = pipe.encode_prompt(prompt, None, max_sequence_length=length)
     params = their_lora(transformer, settings)
-    optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
-    # Theirs begins the warm-up with the rate 0, ours one step further on; after it they are the same.
+    optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=train.WEIGHT_DECAY)
+    # Their warm-up starts at a rate of 0, ours one step further on. After the warm-up both rates are equal.
     rate = get_cosine_schedule_with_warmup(optimizer, settings.warmup, settings.steps).lr_lambdas[0]
 
     buckets = data.buckets(settings.resolution, multiple=2 * 2 ** (len(vae.config.block_out_channels) - 1))
-    pictures, _ = data.usable(data.scan(settings.hr_root)[0], buckets, settings.upscale)
+    pictures, _ = data.usable(data.scan(settings.hr_root)[0], buckets)
     pairs = data.Pairs(pictures, buckets, degrade.parse(settings.degrade), settings.seed, prompt)
     sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed)
     loader = iter(torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=data.collate))
@@ -91,7 +94,7 @@ def theirs(argv: list[str]) -> tuple[list[float], list[float]]:
         batch = next(loader)
         control, target = encode(torch.cat([batch["control"], batch["target"]])).chunk(2)
         count, (h, w) = len(control), target.shape[-2:]
-        _, sigma = flow.draw(settings.seed, step, batch["position"].tolist(), target.shape[1:])
+        _, sigma = flow.draw(settings.seed, step, range(count), target.shape[1:], count)
         weight = 3 * (1 - sigma) ** 2 if settings.weighting == "clean" else torch.ones_like(sigma)
         s = sigma[:, None, None, None]
         out = transformer(
@@ -102,7 +105,7 @@ def theirs(argv: list[str]) -> tuple[list[float], list[float]]:
         )[0]  # fmt: skip
         loss = (out - pack(control - target)).square().mean(dim=(1, 2))  # Flux points from the clean to the noisy end
         ((weight * loss).sum() / count).backward()
-        torch.nn.utils.clip_grad_norm_(params, settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(params, train.CLIP_NORM)
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * rate(step + (step < settings.warmup))
         optimizer.step()
@@ -113,20 +116,20 @@ def theirs(argv: list[str]) -> tuple[list[float], list[float]]:
 
 
 def compare(argv: list[str], folder: Path) -> float:
-    """The largest difference of the two loss curves, relative to the loss."""
+    """Train on both sides. Returns the largest difference of the losses, relative to the loss."""
     (a, fast), (b, slow) = ours(argv, folder), theirs(argv)
     assert len(a) == len(b)
     difference = max(abs(x - y) / y for x, y in zip(a, b, strict=True))
     print(f"{len(a)} steps: loss {b[0]:.4f} -> {b[-1]:.4f}, largest difference {difference:.1e} of the loss")
-    batch = parse(train.Settings, argv, "").batch_size
-    ips = [batch * len(s[3:]) / sum(s[3:]) for s in (fast, slow)]  # the first steps make room
+    batch = parse_flags(train.Settings, argv, "").batch_size
+    ips = [batch * len(s[3:]) / sum(s[3:]) for s in (fast, slow)]  # the first steps allocate memory
     print(f"images per second: ours {ips[0]:.2f}, diffusers and peft {ips[1]:.2f}, ratio {ips[0] / ips[1]:.2f}")
     return difference
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps (default: %(default)s)")
     known, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--hr-root", str(ROOT / "tests" / "photos"), "--cache-dir", f"{folder}/cache"]

@@ -1,14 +1,14 @@
-"""How much better do pictures become: weights/tiny with and without a LoRA, beside the best classical ways.
+"""How much better pictures become: weights/tiny with and without a LoRA, beside the best classical methods.
 
     python tests/quality_bench.py --work runs/make-tiny --degrade SPEC [--lora FILE] [--steps 1 2 4 8] [--tile 64]
 
-On the middle 256 pixels of every photograph kept out that is large enough (WORK/kept-out, from `make_tiny.py --stage
-photographs`). The classical ways are scikit-image's, with the settings that give the highest PSNR on crops of the
-TRAINING photographs under the same degradation: non-local means and total variation, each with and without an unsharp
-mask behind it. The ceiling is the clean picture through the autoencoder: what a perfect velocity would give.
+The pictures are the middle 256 pixels of every photograph kept out that is large enough (WORK/kept-out, from
+`make_tiny.py --stage photographs`). The classical methods are scikit-image's non-local means and total variation, each
+with and without an unsharp mask. Their settings are those with the highest PSNR on crops of the TRAINING photographs
+under the same degradation. The ceiling is the clean picture through the autoencoder: a perfect velocity gives it.
 
-Printed are means over the sharp and the smooth photographs apart, and over all: PSNR in dB, SSIM, and the energy of the
-Laplacian relative to the clean picture's (texture).
+The output is a table of means over the sharp photographs, the smooth ones and all: PSNR in dB, SSIM, and texture, the
+energy of the Laplacian relative to that of the clean picture.
 """
 
 import argparse
@@ -29,18 +29,19 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from kontext_min import checkpoints, degrade  # noqa: E402
-from kontext_min.extras import prompts  # noqa: E402
+from kontext_min.data import to_float, to_tensor  # noqa: E402
+from kontext_min.extras import base, prompts  # noqa: E402
 from kontext_min.extras.lora_files import load_lora, read_lora  # noqa: E402
 from kontext_min.extras.metrics import psnr, ssim, texture  # noqa: E402
 from kontext_min.flow import SOLVERS, Objective  # noqa: E402
-from kontext_min.restore import restore, to_image, to_tensor  # noqa: E402
+from kontext_min.restore import restore, to_image  # noqa: E402
 
 SIDE, TUNING_CROPS = 256, 10
 UNSHARP = tuple(product((1.0, 2.0, 4.0), (0.25, 0.5, 1.0, 1.5, 2.5)))  # radius in pixels, amount
 
 
 def middles(work, leave_out=None):
-    """{sharp, smooth: [(name, clean crop)]} of the photographs kept out, but for those that the pattern is found in."""
+    """{sharp, smooth: [(name, clean crop)]} of the photographs kept out whose names do not match `leave_out`."""
     found = {}
     for split in ("sharp", "smooth"):
         found[split] = []
@@ -57,14 +58,16 @@ def pair(clean, spec, number):
 
 
 def sharpened(x, radius, amount):
-    return unsharp_mask(x, radius=radius, amount=amount, channel_axis=2)  # at -1, 0.26 leaves all but 3 rows unset
+    # Not channel_axis=-1: scikit-image 0.26 then fills three rows only.
+    return unsharp_mask(x, radius=radius, amount=amount, channel_axis=2)
 
 
 def noise_level(x):
-    """Deviation of the noise from the finest diagonal differences (Donoho & Johnstone 1994), as estimate_sigma does."""
+    """Deviation of the noise, from the finest diagonal differences (Donoho & Johnstone 1994), as in estimate_sigma."""
     y = x.mean(axis=2)
     d = (y[:-1:2, :-1:2] - y[1::2, :-1:2] - y[:-1:2, 1::2] + y[1::2, 1::2]) / 2
-    return max(float(np.median(np.abs(d)) / 0.6745) * 3**0.5, 1e-3)  # the mean of three channels has less
+    # The mean of three channels has less noise than one channel.
+    return max(float(np.median(np.abs(d)) / 0.6745) * 3**0.5, 1e-3)
 
 
 def non_local_means(x, factor):
@@ -89,7 +92,7 @@ def to_bytes(x):
 
 
 def tune(work, spec):
-    """{way: setting} with the highest mean PSNR on crops of training photographs; kept in WORK/classical.json."""
+    """{method: setting} with the highest mean PSNR on crops of training photographs, saved in WORK/classical.json."""
     file = work / "classical.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     if spec not in known:
@@ -123,10 +126,10 @@ def classical(bad, name, setting):
 
 
 class Model:
-    """weights/tiny, with a LoRA or without, as sample.py runs it."""
+    """weights/tiny as sample.py runs it, with or without a LoRA."""
 
     def __init__(self, weights, lora, prompt, tile, solver):
-        where = checkpoints.Weights(weights)
+        where = base.Weights(weights)
         self.autoencoder = checkpoints.load_autoencoder(where.path("vae"), dtype=torch.float32)
         self.flux = checkpoints.load_flux(where.path("transformer"), dtype=torch.float32)
         known = json.loads(read_lora(lora)[1]["kontext_min"]) if lora else {}
@@ -141,30 +144,33 @@ class Model:
 
     def __call__(self, bad, steps):
         networks, solver = (self.flux, self.autoencoder), self.solver if steps > 1 else "euler"
-        x = restore(to_tensor(bad), *networks, self.prompt, self.objective, steps, solver, tile=self.tile)
+        x = restore(to_tensor(bad)[None], *networks, self.prompt, self.objective, steps, solver, tile=self.tile)
         return to_image(x[0])
 
     def ceiling(self, clean):
         with torch.no_grad():
-            return to_image(self.autoencoder.decode(self.autoencoder.encode(to_tensor(clean)))[0])
+            z = self.autoencoder.encode(to_float(to_tensor(clean))[None])
+            return to_image(self.autoencoder.decode(z)[0])
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/make-tiny"))
-    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny")
-    parser.add_argument("--degrade", required=True)
-    parser.add_argument("--lora", type=Path)
-    parser.add_argument("--prompt", help="of the base; else the preset's")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--solver", choices=SOLVERS, default="euler", help="of more than one step")
-    parser.add_argument("--tile", type=int, default=64, help="side in pixels, best the one that was trained")
-    parser.add_argument("--classical", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/make-tiny"), help="folder of make_tiny.py")
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny", help="default: weights/tiny")
+    parser.add_argument("--degrade", required=True, help="preset or operators")
+    parser.add_argument("--lora", type=Path, help="measure this LoRA file too")
+    parser.add_argument("--prompt", help="default: the LoRA's own; for the base, the preset's")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 8], help="network evaluations (default: 1 8)")
+    parser.add_argument("--solver", choices=SOLVERS, default="euler", help="for more than one step (default: euler)")
+    parser.add_argument("--tile", type=int, default=64, help="side in pixels (default: 64); the trained one works best")
     parser.add_argument(
-        "--base", action=argparse.BooleanOptionalAction, default=True, help="measure it without LoRA too"
+        "--classical", action=argparse.BooleanOptionalAction, default=True, help="measure the classical methods"
     )
-    parser.add_argument("--leave-out", help="pattern of the names of photographs that are not measured")
-    parser.add_argument("--json", type=Path, help="write the means of all rows here too")
+    parser.add_argument(
+        "--base", action=argparse.BooleanOptionalAction, default=True, help="measure the base without a LoRA"
+    )
+    parser.add_argument("--leave-out", help="leave out photographs whose name matches this pattern")
+    parser.add_argument("--json", type=Path, help="write the means to this file too")
     args = parser.parse_args(argv)
     prompt = args.prompt or degrade.PROMPTS.get(args.degrade, degrade.PROMPTS["guide"])
     base = Model(args.weights, None, prompt, args.tile, args.solver)

@@ -39,8 +39,8 @@ def golden_encoder():
 def test_golden_states(golden_encoder):
     io = load_file(GOLDEN / "clip_tiny.io.safetensors")
     seen = []
-    modules = [golden_encoder.embeddings, *golden_encoder.encoder["layers"]]
-    hooks = [module.register_forward_hook(lambda _, __, output: seen.append(output)) for module in modules]
+    modules = [*golden_encoder.encoder["layers"], golden_encoder.final_layer_norm]  # what goes into each
+    hooks = [module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for module in modules]
     states, pooled = golden_encoder(io["input_ids"])
     for hook in hooks:
         hook.remove()
@@ -125,6 +125,15 @@ def test_long_prompts_keep_their_end(tokenizer):
     row = tokenizer(["a " * 500])[0].tolist()
     assert row[0] == tokenizer.start and row[-1] == tokenizer.end
     assert tokenizer.end not in row[:-1] and len(row) == 77
+
+
+def test_count_tells_which_prompts_are_cut(tokenizer):
+    assert tokenizer.count("") == 2
+    for words in (74, 75, 76):
+        text = "a " * words
+        row = tokenizer([text])[0].tolist()
+        assert tokenizer.count(text) == words + 2
+        assert (row[1 : words + 1] == tokenizer.encode(text)) == (tokenizer.count(text) <= 77)
 
 
 # Unicode 3.2, which the standard library keeps: so the tests do not depend on the Unicode version of this Python.

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter
 
-from kontext_min.extras import colour
-from kontext_min.extras.colour import COLOUR_FIXES, adain, wavelet
+from kontext_min.extras import pictures
+from kontext_min.extras.pictures import COLOUR_FIXES, adain, wavelet
 
 PHOTO = Path(__file__).parent / "photos" / "bowl.jpg"
 
@@ -44,7 +44,7 @@ def as_bytes(x):
 @pytest.mark.parametrize("band", [256, 16, 40])
 def test_wavelet_is_high_of_the_one_and_low_of_the_other(pair, monkeypatch, band):
     """To one level where rounding is a near tie; the same however the picture is cut into bands."""
-    monkeypatch.setattr(colour, "BAND", band)
+    monkeypatch.setattr(pictures, "BAND", band)
     restored, degraded = pair
     expected = as_bytes(decompose(floats(restored))[0] + decompose(floats(degraded))[1])
     got = np.asarray(wavelet(restored, degraded)).astype(int)

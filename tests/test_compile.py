@@ -5,11 +5,12 @@ import torch
 from safetensors import safe_open
 
 from kontext_min import data, flow
+from kontext_min.extras.checkpointing import checkpoint_blocks
+from kontext_min.extras.compiling import compile_blocks
 from kontext_min.extras.lora_files import save_lora
 from kontext_min.extras.quantize import quantize_
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora, lora_layers
-from train import checkpoint_blocks, compile_blocks
 
 SMALL = FluxParams(
     in_channels=16, out_channels=16, hidden_size=48, num_heads=2, depth=2, depth_single_blocks=3, context_in_dim=20,
@@ -33,7 +34,7 @@ def gradients(flux, params, width: int, height: int, device: str = "cpu", dtype:
     z, text = torch.randn(1, 4, height, width, generator=g), torch.randn(1, 7, 20, generator=g)
     prompt = flow.Prompt(text.to(device, dtype), torch.ones(1, 12).to(device, dtype), torch.ones(1, device=device))
     sigma, z = torch.full((1,), 0.3, device=device), z.to(device)
-    loss = flow.losses(flux, z, z.flip(-1), z, sigma, prompt, flow.Objective(context=True)).sum()
+    loss = flow.loss(flux, z, z.flip(-1), z, sigma, prompt, flow.Objective(context=True)).sum()
     return torch.autograd.grad(loss, params)
 
 
@@ -55,8 +56,8 @@ def test_at_most_three_compilations_of_a_kind_over_all_buckets(quantized, checkp
     plain, flux = network(quantized), network(quantized)
     compile_blocks(flux[0], backend)
     if checkpointed:
-        checkpoint_blocks(plain[0])
-        checkpoint_blocks(flux[0])
+        checkpoint_blocks(plain[0], "all")
+        checkpoint_blocks(flux[0], "all")
     shapes = data.buckets(256)
     assert len(shapes) == 17
     for i, (width, height) in enumerate(shapes):
@@ -103,7 +104,7 @@ def test_compiled_gradients_on_a_gpu(dtype, quantized, checkpointed):
     plain, flux = network(quantized, "cuda", dtype), network(quantized, "cuda", dtype)
     compile_blocks(flux[0])
     if checkpointed:
-        checkpoint_blocks(flux[0])
+        checkpoint_blocks(flux[0], "all")
     for width, height in data.buckets(256)[:2]:
         got = gradients(*flux, width // 8, height // 8, "cuda", dtype)
         expected = gradients(*plain, width // 8, height // 8, "cuda", dtype)

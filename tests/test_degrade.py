@@ -3,6 +3,7 @@
 import io
 import pickle
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 from scipy import ndimage, special
 
 from kontext_min import degrade
-from kontext_min.degrade import PRESETS, PROMPTS, from_image, parse, to_image
+from kontext_min.degrade import PRESETS, PROMPTS, parse, to_array, to_picture
+from kontext_min.extras import contact_sheet
 
 PHOTO = Image.open(Path(__file__).parent / "photos" / "life.jpg").convert("RGB").crop((400, 200, 657, 391))  # 257 x 191
 
@@ -21,8 +23,7 @@ def rng(seed=0):
 
 def apply(spec, x, seed=0):
     """One operator on a float array: what it does before anything is rounded to bytes."""
-    (step,) = parse(spec).args[0].parts
-    return degrade._run(step, np.asarray(x, np.float32), rng(seed), x.shape[1::-1])
+    return parse(spec).run(np.asarray(x, np.float32), rng(seed), x.shape[1::-1])
 
 
 def flat(value, size=256):
@@ -43,7 +44,7 @@ def impulse(spec, size=101):
 
 
 def test_convolution_against_scipy():
-    x, kernel = from_image(PHOTO), rng().random((7, 7))  # not symmetric, so that a flipped kernel would show
+    x, kernel = to_array(PHOTO), rng().random((7, 7))  # not symmetric, so that a flipped kernel would show
     expected = [ndimage.convolve(x[..., c].astype(np.float64), kernel / kernel.sum(), mode="mirror") for c in range(3)]
     # float32 FFT: 1e-6 of the largest value
     np.testing.assert_allclose(degrade._convolve(x, kernel), np.stack(expected, axis=2), atol=2e-6)
@@ -103,7 +104,7 @@ def test_sinc_is_the_circular_low_pass():
 
 
 def test_downsample_by_area_is_the_block_mean():
-    x = from_image(PHOTO.crop((0, 0, 256, 188)))
+    x = to_array(PHOTO.crop((0, 0, 256, 188)))
     means = x.reshape(47, 4, 64, 4, 3).mean(axis=(1, 3))
     back = [np.asarray(Image.fromarray(means[..., c].copy()).resize((256, 188), Image.BICUBIC)) for c in range(3)]
     np.testing.assert_allclose(apply("downsample=4/area", x), np.clip(np.stack(back, 2), 0, 1), atol=1e-5)
@@ -120,12 +121,12 @@ def test_downsample_keeps_what_it_can_and_removes_the_rest(method):
 
 
 def test_resize_is_relative_to_the_first_size_and_undone_at_the_end():
-    assert apply("resize=0.5", from_image(PHOTO.resize((80, 60)))).shape == (30, 40, 3)
+    assert apply("resize=0.5", to_array(PHOTO.resize((80, 60)))).shape == (30, 40, 3)
     once = np.asarray(parse("resize=0.5/area")(PHOTO, rng()))
     assert once.shape == (191, 257, 3)
     np.testing.assert_array_equal(np.asarray(parse("resize=0.5/area,resize=0.5/area")(PHOTO, rng())), once)
-    grey = to_image(flat(0.5))
-    fine, coarse = (from_image(parse(s)(grey, rng())) - 0.5 for s in ("noise=0.1", "resize=0.25,noise=0.1"))
+    grey = to_picture(flat(0.5))
+    fine, coarse = (to_array(parse(s)(grey, rng())) - 0.5 for s in ("noise=0.1", "resize=0.25,noise=0.1"))
     neighbours = [np.mean(n[:, 1:] * n[:, :-1]) / np.mean(n**2) for n in (fine, coarse)]
     assert neighbours[0] == pytest.approx(0, abs=0.02)
     assert neighbours[1] > 0.8  # noise put in at a quarter of the size has grains of four pixels
@@ -162,7 +163,7 @@ def linear(y):
 
 
 def test_underexpose():
-    x = from_image(PHOTO)
+    x = to_array(PHOTO)
     # A million photons and no read noise leave the exposure alone.
     np.testing.assert_allclose(linear(apply("underexpose=2/1e6/0", x)), linear(x) / 4, atol=4e-3)
     np.testing.assert_allclose(apply("underexpose=0/1e6/0", x), x, atol=0.01)
@@ -240,7 +241,7 @@ def test_files_are_pillows(kind):
 def test_identity_and_rounding():
     for spec in ("blur=0", "noise=0", "downsample=1", "fade=1/0", "gamma=1", "sepia=0", "defocus=0"):
         np.testing.assert_array_equal(np.asarray(parse(spec)(PHOTO, rng())), np.asarray(PHOTO))
-    left = from_image(parse("poisson=0")(PHOTO, rng())) - from_image(PHOTO)
+    left = to_array(parse("poisson=0")(PHOTO, rng())) - to_array(PHOTO)
     assert np.abs(left).max() < 1.01 / 255  # 1e8 photons at white: a deviation of 0.03 levels
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     halved = np.asarray(parse("fade=0.49/0")(ramp, rng()))[..., 0].astype(float)
@@ -251,14 +252,14 @@ def test_identity_and_rounding():
 
 
 def test_order_is_left_to_right():
-    generator, x = rng(5), from_image(PHOTO)
-    x = np.clip(degrade.blur(x, generator, 1.5, 0, 1.0, "gauss"), 0, 1)
-    x = np.clip(degrade.noise(x, generator, 0.02, "colour"), 0, 1)
-    x = degrade.compress(x, generator, 85, "JPEG")
+    generator, x = rng(5), to_array(PHOTO)
+    x = np.clip(degrade.blur(x, generator, 1.5), 0, 1)
+    x = np.clip(degrade.noise(x, generator, 0.02), 0, 1)
+    x = degrade.jpeg(x, generator, 85)
     ours = parse("blur=1.5,noise=0.02,jpeg=85")(PHOTO, rng(5))
-    np.testing.assert_array_equal(np.asarray(ours), np.asarray(to_image(x)))
-    grey = to_image(flat(0.5))
-    first, last = (from_image(parse(s)(grey, rng())).std() for s in ("noise=0.05,blur=1.5", "blur=1.5,noise=0.05"))
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(to_picture(x)))
+    grey = to_picture(flat(0.5))
+    first, last = (to_array(parse(s)(grey, rng())).std() for s in ("noise=0.05,blur=1.5", "blur=1.5,noise=0.05"))
     assert last == pytest.approx(0.05, rel=0.01)
     assert first == pytest.approx(0.05 / (2 * np.sqrt(np.pi) * 1.5), rel=0.03)  # what blur leaves of white noise
 
@@ -266,20 +267,34 @@ def test_order_is_left_to_right():
 @pytest.mark.parametrize("name", degrade.OPERATORS)
 def test_every_operator_at_the_ends_of_its_values(name):
     """Float32 in [0, 1], three channels, and a function of the generator's state; defaults where there are any."""
-    parameters = degrade.OPERATORS[name][1]
-    for end in ("low", "high"):
-        wanted = [p for p in parameters if isinstance(p, degrade.Number) and p.default is None]
-        spec = f"{name}={'/'.join(str(min(getattr(p, end), 50)) for p in wanted)}"
-        first, again = (apply(spec, from_image(PHOTO.resize((40, 30))), seed=3) for _ in range(2))
+    wanted = [get_args(v.annotation) for v in degrade._values(name).values() if v.default is v.empty]
+    for end in (1, 2):
+        spec = f"{name}={'/'.join(str(min(limits[end], 50)) for limits in wanted)}"
+        first, again = (apply(spec, to_array(PHOTO.resize((40, 30))), seed=3) for _ in range(2))
         assert first.dtype == np.float32 and first.shape[2] == 3 and 0 <= first.min() <= first.max() <= 1, spec
         np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("name", degrade.OPERATORS)
+def test_signatures_say_all_that_the_language_needs(name):
+    """Every value is annotated with words or limits, and a default is one of them."""
+    assert degrade.OPERATORS[name] is getattr(degrade, name.replace("-", "_"))
+    for value in degrade._values(name).values():
+        allowed = get_args(value.annotation)
+        if get_origin(value.annotation) is Literal:
+            assert value.default in allowed
+        else:
+            number, low, high = allowed
+            assert low < high and (value.default is value.empty or low <= value.default <= high)
+            assert value.default is value.empty or type(value.default) is number
+    assert len(degrade.OPERATORS) == 18
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
     degraded = parse(name)(PHOTO, rng(1))
     assert degraded.mode == "RGB" and degraded.size == PHOTO.size
-    difference = np.abs(from_image(degraded) - from_image(PHOTO)).mean()
+    difference = np.abs(to_array(degraded) - to_array(PHOTO)).mean()
     assert 0.005 < difference < 0.6
     text = parse(PRESETS[name])
     for seed in range(3):  # reproducible from the generator alone, and different for another one
@@ -300,7 +315,7 @@ def test_presets_mix_with_operators():
 
 
 def test_real_esrgan_has_its_published_chances():
-    blur, resize, noise, _, blur2, resize2, noise2, last = parse("real-esrgan").args[0].parts[0].parts
+    blur, resize, noise, _, blur2, resize2, noise2, last = parse("real-esrgan").parts[0].parts
     for step in (noise, noise2):
         assert [part.chance for part in step.parts] == pytest.approx([0.3, 0.2, 0.3, 0.2])
     for step, chances in ((resize, [0.2, 0.7]), (resize2, [0.3, 0.4, 0.3]), (last, [0.5, 0.5])):
@@ -328,7 +343,7 @@ def test_any_mode_and_size(mode, size):
 def draws(spec, count=600):
     pixel = Image.new("RGB", (1, 1))
     step, generator = parse(spec), rng()
-    return np.array([from_image(step(pixel, generator))[0, 0, 0] for _ in range(count)])
+    return np.array([to_array(step(pixel, generator))[0, 0, 0] for _ in range(count)])
 
 
 def test_ranges_are_uniform():
@@ -339,11 +354,11 @@ def test_ranges_are_uniform():
 
 
 def test_whole_numbers_and_words_are_drawn_evenly():
-    (step,) = parse("jpeg=30:32").args[0].parts
+    (step,) = parse("jpeg=30:32").parts
     numbers = [degrade._draw(step.parts[0], g) for g in [rng()] for _ in range(3000)]
     assert all(isinstance(n, int) for n in numbers)
     assert np.bincount(numbers)[30:] == pytest.approx([1000] * 3, abs=4 * np.sqrt(3000 * 2 / 9))
-    (step,) = parse("downsample=2/area:bicubic").args[0].parts
+    (step,) = parse("downsample=2/area:bicubic").parts
     words = [degrade._draw(step.parts[1], g) for g in [rng()] for _ in range(1000)]
     assert words.count("area") == pytest.approx(500, abs=4 * np.sqrt(250))
     assert words.count("area") + words.count("bicubic") == 1000
@@ -376,23 +391,30 @@ def test_chances(spec, shares):
     ("spec", "says"),
     [
         ("blurr=1.5", "no operator 'blurr'; use blur, aniso-blur,"),
-        ("", "no operator ''"),
+        ("", "it is empty; write a preset, guide, denoise"),
+        (" ", "it is empty; write a preset, guide, denoise"),
         ("blur=1,", "no operator ''"),
         ("guide=2", "or a preset, guide, denoise"),
-        ("jpeg=high", "quality of jpeg must be a whole number from 1 to 100, or a range as 1:2, got 'high'"),
+        (
+            "jpeg=high",
+            "quality of jpeg must be a whole number from 1 to 100, or a range as 1:100, smaller first, got 'high'",
+        ),
         ("jpeg=85.5", "quality of jpeg must be a whole number"),
         ("jpeg", "quality of jpeg must be a whole number"),
-        ("jpeg=300", "quality of jpeg must be a whole number from 1 to 100, got '300'"),
+        (
+            "jpeg=300",
+            "quality of jpeg must be a whole number from 1 to 100, or a range as 1:100, smaller first, got '300'",
+        ),
         ("jpeg=30:300", "got '30:300'"),
-        ("jpeg=95:30", "quality of jpeg has the empty range '95:30'; write the smaller number first"),
+        ("jpeg=95:30", "or a range as 1:100, smaller first, got '95:30'"),
         ("noise=1:2:3", "std of noise must be a number"),
-        ("noise=nan", "std of noise must be a number from 0 to 1, got 'nan'"),
-        ("noise=-0.1", "std of noise must be a number from 0 to 1, got '-0.1'"),
+        ("noise=nan", "std of noise must be a number from 0 to 1, or a range as 0:1, smaller first, got 'nan'"),
+        ("noise=-0.1", "std of noise must be a number from 0 to 1, or a range as 0:1, smaller first, got '-0.1'"),
         ("noise=0.1/gray", "kind of noise must be one of colour, grey, got 'gray'"),
         ("gamma=1/2", "2 values in 'gamma=1/2'; write gamma=exponent"),
         ("blur=1@2", "the chance after @ must be a number from 0 to 1, got '2'"),
-        ("blur=1@", "the chance after @ must be a number"),
-        ("blur=1@0.1:0.5", "a chance is one number, got '0.1:0.5'; write for instance @0.5"),
+        ("blur=1@", "the chance after @ must be a number from 0 to 1, got ''"),
+        ("blur=1@0.1:0.5", "the chance after @ must be a number from 0 to 1, got '0.1:0.5'; write for instance @0.5"),
         ("(blur=1,jpeg=85", "a parenthesis is not closed; add ')'"),
         ("blur=1)", "unexpected ')'"),
         ("blur=1(jpeg=85)", "unexpected '('"),
@@ -410,7 +432,7 @@ def test_error_lines(spec, says):
 def test_contact_sheet_command(tmp_path, capsys):
     photo = tmp_path / "photo.png"
     PHOTO.resize((400, 300)).save(photo)
-    degrade.main([str(photo)], str(tmp_path / "sheet.jpg"))
+    contact_sheet.main([str(photo)], str(tmp_path / "sheet.jpg"))
     sheet = Image.open(tmp_path / "sheet.jpg")
     assert sheet.size == (4 * 320, 2 * (24 + 240 + 160))
     heads, row, mean = capsys.readouterr().out.splitlines()

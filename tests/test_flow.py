@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from kontext_min import flow
 from kontext_min.checkpoints import load_autoencoder, load_flux
+from kontext_min.data import to_float, to_tensor
 from kontext_min.flow import Objective, Prompt
-from kontext_min.restore import restore, to_tensor
+from kontext_min.restore import restore
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -47,7 +48,7 @@ def test_whole_official_edit():
     flux = load_flux(GOLDEN / "flux_tiny.bfl.safetensors")
     ae = load_autoencoder(GOLDEN / "ae_tiny.bfl.safetensors", dtype=torch.float32)
     prompt = Prompt(io["txt"], io["y"], torch.full((1,), info["guidance"]))
-    reference = to_tensor(Image.fromarray(io["ref_image_uint8_hwc"].numpy()))
+    reference = to_float(to_tensor(Image.fromarray(io["ref_image_uint8_hwc"].numpy())))[None]
     control = ae.encode(reference)
     assert (control - io["ref_z"]).abs().max() <= 2e-5
     noise, kontext = io["noise_latent"], Objective("kontext")
@@ -68,7 +69,7 @@ def official_euler(flux, x: torch.Tensor, timesteps: list[float]) -> torch.Tenso
 def perfect_flux(source: torch.Tensor, target: torch.Tensor, start_time: float = 1.0):
     """A network that knows the answer in Flux's own sign: (noise side - data side) / T for every token and time."""
 
-    def call(img, img_ids, txt, txt_ids, timesteps, y, guidance=None, read=None):
+    def call(img, img_ids, txt, txt_ids, timesteps, y, guidance=None):
         answer = flow.pack((source - target) / start_time)
         return torch.cat([answer, torch.full_like(img[:, answer.shape[1] :], 1e3)], dim=1)  # reference tokens: dropped
 
@@ -128,7 +129,7 @@ def test_the_degraded_end_is_sigma_zero_and_time_one():
     """What the network is told: t = T (1 - sigma); and what is returned has the opposite sign."""
     seen = []
 
-    def flux(img, img_ids, txt, txt_ids, timesteps, y, guidance=None, read=None):
+    def flux(img, img_ids, txt, txt_ids, timesteps, y, guidance=None):
         seen.append((timesteps.tolist(), img.shape[1], img_ids[0, :, 0].unique().tolist()))
         return torch.ones_like(img)
 
@@ -165,13 +166,13 @@ def test_loss_is_zero_for_a_perfect_network_and_known_for_a_blind_one():
         source = objective.source(control, eps)
         sigma = torch.tensor([0.2, 0.7])
         _, v = flow.path(source, target, eps, sigma[:, None, None, None])
-        perfect = flow.losses(perfect_flux(torch.zeros_like(v), v), control, target, eps, sigma, PROMPT, objective)
+        perfect = flow.loss(perfect_flux(torch.zeros_like(v), v), control, target, eps, sigma, PROMPT, objective)
         assert perfect.max() <= 1e-10
-        blind = flow.losses(lambda img, *_: torch.zeros_like(img), control, target, eps, sigma, PROMPT, objective)
+        blind = flow.loss(lambda img, *_: torch.zeros_like(img), control, target, eps, sigma, PROMPT, objective)
         assert torch.allclose(blind, v.square().mean(dim=(1, 2, 3)))
         # the source's noise is in x AND in v: the blind loss of the noisy bridge exceeds the plain one by its variance
-    plain = flow.losses(lambda img, *_: torch.zeros_like(img), control, target, eps, sigma, PROMPT, Objective())
-    noisy = flow.losses(
+    plain = flow.loss(lambda img, *_: torch.zeros_like(img), control, target, eps, sigma, PROMPT, Objective())
+    noisy = flow.loss(
         lambda img, *_: torch.zeros_like(img), control, target, eps, sigma, PROMPT, Objective(source_noise=1.0)
     )
     assert (noisy > plain).all()
@@ -193,7 +194,7 @@ def test_solvers_converge_with_their_order(solver, order):
 
 def test_densities_against_their_definitions():
     u = (torch.arange(200_000) + 0.5) / 200_000
-    t = {name: 1 - flow.density(u, name, 4096).double() for name in flow.SIGMA_DENSITIES}
+    t = {name: 1 - density(u, 4096).double() for name, density in flow.SIGMA_DENSITIES.items()}
     for values in t.values():
         assert values.min() >= -1e-6
         assert values.max() <= 1 + 1e-6
@@ -204,33 +205,33 @@ def test_densities_against_their_definitions():
     cosine = 1 - u - 1.29 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
     assert torch.allclose(t["mode"].float(), cosine, atol=1e-6)
     assert torch.allclose(t["shift"], flow.shift_time(1 - u.double(), 4096), atol=1e-6)
-    with pytest.raises(ValueError, match="expected one of uniform, logit-normal"):
-        flow.density(u, "beta", 256)
 
 
 def test_weights_against_their_definitions():
     sigma = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     t = 1 - sigma
-    assert torch.equal(flow.weight(sigma, "uniform"), torch.ones_like(t))
-    assert torch.allclose(flow.weight(sigma, "sigma-sqrt"), t.clamp(min=0.05) ** -2)
-    assert torch.allclose(flow.weight(sigma, "cosmap"), 2 / (math.pi * (1 - 2 * t + 2 * t**2)))
+    assert torch.equal(flow.WEIGHTINGS["uniform"](sigma), torch.ones_like(t))
+    assert torch.allclose(flow.WEIGHTINGS["sigma-sqrt"](sigma), t.clamp(min=0.05) ** -2)
+    assert torch.allclose(flow.WEIGHTINGS["cosmap"](sigma), 2 / (math.pi * (1 - 2 * t + 2 * t**2)))
     grid = torch.linspace(0, 1, 100_001, dtype=torch.float64)
-    assert flow.weight(grid, "clean").mean().item() == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match="expected one of uniform, sigma-sqrt"):
-        flow.weight(sigma, "min-snr")
+    assert flow.WEIGHTINGS["clean"](grid).mean().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_draws_depend_on_seed_step_and_position_alone():
-    both, u = flow.draw(1, 5, [0, 1], (4, 6, 8))
-    second, v = flow.draw(1, 5, [1], (4, 6, 8))
+    both, u = flow.draw(1, 5, [0, 1], (4, 6, 8), 3)
+    second, v = flow.draw(1, 5, [1], (4, 6, 8), 3)
     assert torch.equal(both[1:], second)
     assert torch.equal(u[1:], v)
-    for other in (flow.draw(2, 5, [1], (4, 6, 8)), flow.draw(1, 6, [1], (4, 6, 8)), flow.draw(1, 5, [2], (4, 6, 8))):
-        assert not torch.equal(other[0], second)
-    many = torch.cat([flow.draw(0, step, range(8), (1, 1, 1))[1] for step in range(200)])
-    assert many.mean().item() == pytest.approx(0.5, abs=0.03)
-    _, stratified = flow.draw(0, 3, range(8), (1, 1, 1), total=8)
-    assert [int(x * 8) for x in stratified] == list(range(8))
+    for other in [(2, 5, [1]), (1, 6, [1]), (1, 5, [2])]:
+        assert not torch.equal(flow.draw(*other, (4, 6, 8), 3)[0], second)
+
+
+def test_each_step_covers_the_path_and_each_place_sees_all_of_it():
+    """Stratified over the step, uniform for every place in the batch."""
+    u = torch.stack([flow.draw(0, step, range(8), (1, 1, 1), 8)[1] for step in range(500)])  # (steps, places)
+    assert torch.equal((u * 8).long().sort(dim=1).values, torch.arange(8).expand(500, 8))
+    assert (u.mean(dim=0) - 0.5).abs().max() < 0.06  # four deviations of the mean of 500 uniform numbers
+    assert (u.var(dim=0) - 1 / 12).abs().max() < 0.02
 
 
 def test_start_time_matches_the_strength_of_the_degradation():
@@ -243,7 +244,7 @@ def test_start_time_matches_the_strength_of_the_degradation():
     "bad", [{"name": "both"}, {"name": "kontext", "source_noise": 0.1}, {"source_noise": -1.0}, {"start_time": 0.0}]
 )
 def test_objectives_that_make_no_sense_are_refused(bad):
-    with pytest.raises(ValueError, match=r"objective|source noise|start time"):
+    with pytest.raises(ValueError, match=r"objective|--source-noise|--start-time"):
         Objective(**bad)
 
 
@@ -260,7 +261,7 @@ def test_only_what_enters_the_network_is_bfloat16(monkeypatch):
     """Under a bfloat16 prompt time, guidance, positions, the point on the path, sigma and the loss are float32."""
     units, seen = load_file(GOLDEN / "units.safetensors"), []
 
-    def flux(img, img_ids, txt, txt_ids, timesteps, y, guidance, read):
+    def flux(img, img_ids, txt, txt_ids, timesteps, y, guidance):
         seen.append((img, img_ids, txt_ids, timesteps, guidance))
         return torch.full_like(img, 0.1)
 
@@ -275,7 +276,7 @@ def test_only_what_enters_the_network_is_bfloat16(monkeypatch):
     control, target, eps = torch.randn(3, 2, 4, 6, 10, generator=torch.Generator().manual_seed(0)).unbind()
     prompt = Prompt(torch.zeros(2, 5, 4).bfloat16(), torch.zeros(2, 4).bfloat16(), torch.tensor([2.5, 1.7]))
     sigma = torch.tensor([0.2969, 0.0001])
-    loss = flow.losses(flux, control, target, eps, sigma, prompt, Objective(start_time=0.9))
+    loss = flow.loss(flux, control, target, eps, sigma, prompt, Objective(start_time=0.9))
     img, img_ids, txt_ids, t, guidance = seen[0]
     x, s = points[0]
     assert img.dtype == torch.bfloat16
@@ -295,10 +296,8 @@ def test_under_the_psnr_penalty_every_picture_counts_alike():
     """The gradient of each picture is that of its error divided by the error: of minus its PSNR, but for a factor."""
     x = torch.tensor([[0.1, -0.2], [1.0, 3.0]], requires_grad=True)
     error = x.square().mean(dim=1)
-    (plain,) = torch.autograd.grad(flow.penalty(error, "mse").sum(), x, retain_graph=True)
-    (psnr,) = torch.autograd.grad(flow.penalty(error, "psnr").sum(), x, retain_graph=True)
+    (plain,) = torch.autograd.grad(flow.PENALTIES["mse"](error).sum(), x, retain_graph=True)
+    (psnr,) = torch.autograd.grad(flow.PENALTIES["psnr"](error).sum(), x, retain_graph=True)
     torch.testing.assert_close(psnr, plain / (error + 1e-5)[:, None])
     (of_psnr,) = torch.autograd.grad((-10 * torch.log10(error)).sum(), x)
     torch.testing.assert_close(psnr, -of_psnr / 4.342945, rtol=1e-3, atol=0)
-    with pytest.raises(ValueError, match="penalty: got 'l1', expected one of mse, psnr"):
-        flow.penalty(error, "l1")

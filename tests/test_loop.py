@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,12 +22,12 @@ import processes
 import sample
 import train
 from kontext_min import data
-from kontext_min.data import Draw, Picture
-from kontext_min.extras import runs
+from kontext_min.data import Picture
+from kontext_min.extras import held_out, runs, validation
 
 FLAGS = (
     "--resolution 64 --steps 6 --accumulate 6 --batch-size 1 --warmup 2 --lr 1e-3 --ema 0.5 --checkpoint-every 2 "
-    "--val-count 1 --validate-every-steps 3 --validation-steps 2"
+    "--validate-every-epochs 1"
 )
 
 
@@ -104,9 +107,9 @@ def send(*numbers, group=False):
 def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(outside, whole, tmp_path, number, workers):
     setup = partial(before_batch, 13, partial(send, number, group=True))  # the first of six of the third step
     code, said = outside(tmp_path / "run", "--workers", workers, setup=setup)
-    assert code == 0, said
+    assert code == 130, said
     assert "stopping after this step" in said
-    assert f"stopped after step 3; the same command with --output-dir {tmp_path / 'run'} goes on" in said
+    assert f"stopped after step 3; the same command with --output-dir {tmp_path / 'run'} continues" in said
     assert "Traceback" not in said
     assert runs.latest_checkpoint(tmp_path / "run").name == "step-000003"
     assert not (tmp_path / "run" / "lora.safetensors").exists()
@@ -130,7 +133,9 @@ def test_a_second_signal_ends_it_at_once(outside, tmp_path, second, code):
 def test_a_file_that_cannot_be_written_ends_the_run_and_the_last_checkpoint_is_whole(outside, whole, tmp_path):
     """The real thing: the system refuses to write more than 20 kB into one file, as it does on a full disk."""
     small = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    code, said = outside(tmp_path / "run", "--workers", 0, "--val-count", 0, setup=partial(after_step, 3, small))
+    code, said = outside(
+        tmp_path / "run", "--workers", 0, "--validate-every-epochs", 0, setup=partial(after_step, 3, small)
+    )
     assert code == 1, said
     assert "Traceback" not in said
     last = said.strip().splitlines()[-1]
@@ -138,7 +143,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_the_last_checkpoint_is_w
     assert "too large" in last
     assert f"{tmp_path / 'run'}/checkpoints/step-000002 is whole" in last
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
-    code, said = outside(tmp_path / "run", "--workers", 0, "--val-count", 0)
+    code, said = outside(tmp_path / "run", "--workers", 0, "--validate-every-epochs", 0)
     assert code == 0, said
     assert (tmp_path / "run" / "lora.safetensors").exists()
 
@@ -147,7 +152,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_the_last_checkpoint_is_w
 def test_pictures_that_vanish_end_the_run_in_one_line(outside, pictures, tmp_path, workers):
     hr = shutil.copytree(pictures, tmp_path / "hr")
     setup = partial(after_step, 1, partial(shutil.rmtree, hr))
-    flags = ["--hr-root", hr, "--workers", workers, "--steps", 60, "--val-count", 0]
+    flags = ["--hr-root", hr, "--workers", workers, "--steps", 60, "--validate-every-epochs", 0]
     code, said = outside(tmp_path / "run", *flags, setup=setup)
     assert code == 1, said
     assert "Traceback" not in said
@@ -169,10 +174,13 @@ def test_overwriting_deletes_the_run_and_nothing_else(flags, tmp_path):
     for name in ("checkpoints/step-000002/state.json", "lora.safetensors", "mine/photo.jpg", "notes.txt"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match="holds a run already"):
-        runs.open_run(tmp_path, {}, resume=False, accept=False)
+        runs.open_run(tmp_path, {}, resume=False, accept=False, overwrite=False, write=True)
+    runs.close_run()
     runs.delete_run(tmp_path)
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")) == ["mine/photo.jpg", "notes.txt"]
-    assert runs.open_run(tmp_path, {}, resume=False, accept=False) is None
+    left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*"))
+    assert left == [".lock", "mine/photo.jpg", "notes.txt"]
+    assert runs.open_run(tmp_path, {}, resume=False, accept=False, overwrite=False, write=True) is None
+    runs.close_run()
 
 
 def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tmp_path, capsys):
@@ -190,13 +198,65 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
 
 
 def test_only_what_is_whole_counts_as_a_checkpoint(tmp_path):
-    for name in ("step-000500", "step-001000", "step-10000", ".step-020000.77"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
-    (tmp_path / "checkpoints" / "step-030000").mkdir()
+    """A copy under another name is neither continued from nor deleted; a folder without state.json is replaced."""
+    folder = tmp_path / "checkpoints"
+    for name in ("step-000500", "step-001000", "step-10000", ".step-020000.77", "step-040000-good"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "state.json").write_text("{}")
+    (folder / "step-030000").mkdir()
+    (folder / "step-030000" / "trained.safetensors").write_text("cut off")
     assert runs.latest_checkpoint(tmp_path).name == "step-10000"
-    runs.prune_checkpoints(tmp_path, keep=1, best=500)
-    assert {p.name for p in (tmp_path / "checkpoints").glob("step-*")} == {"step-000500", "step-030000"}
+    for step in (30000, 30001):
+        runs.save_checkpoint(tmp_path, {}, {"step": step, "best_step": 500}, lambda where: None)
+    assert runs.latest_checkpoint(tmp_path).name == "step-030001"
+    assert {p.name for p in folder.glob("step-*")} == {
+        "step-000500", "step-10000", "step-030000", "step-030001", "step-040000-good",
+    }  # fmt: skip
+    assert not (folder / "step-030000" / "trained.safetensors").exists()
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1] + "/.lock", "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(tmp_path, flags, capsys):
+    (tmp_path / "run").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        assert train.main([str(f) for f in [*flags, "--output-dir", tmp_path / "run"]]) == 2
+        assert "another run is using it" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.wait()
+    assert train.main([str(f) for f in [*flags, "--steps", 1, "--warmup", 0, "--output-dir", tmp_path / "run"]]) == 0
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "settings.json"])
+def test_results_are_not_replaced_without_overwrite(whole, flags, tmp_path, capsys, lost):
+    """Neither a run whose checkpoints were deleted to save disk, nor files of these names that no run wrote."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    if lost == "settings.json":
+        for name in ("settings.json", "lora.safetensors"):
+            (folder / name).unlink()
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
+    for seed in (42, 43):
+        assert train.main([str(f) for f in [*flags, "--seed", seed, "--output-dir", folder]]) == 2
+        assert "but no checkpoint to continue from" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
+
+
+def test_fewer_steps_than_the_checkpoint_has_is_one_line(whole, flags, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    assert train.main([str(f) for f in [*flags, "--output-dir", folder, "--steps", 4, "--accept-changes"]]) == 2
+    assert "--steps: got 4, but " in (error := capsys.readouterr().err) and "is at step 6" in error
+    assert json.loads((folder / "settings.json").read_text())["steps"] == 6
 
 
 def test_rows_of_metrics_behind_the_checkpoint_are_dropped(tmp_path):
@@ -224,11 +284,22 @@ def test_the_average_is_what_is_used(whole):
 
 def test_an_average_of_one_value_is_that_value():
     params, ema = [torch.ones(3)], [torch.full((3,), 5.0)]
-    with train.averaged(params, ema):
+    with validation.averaged(params, ema):
         assert params[0].tolist() == [5, 5, 5]
     assert params[0].tolist() == [1, 1, 1]
-    with train.averaged(params, []):
+    with validation.averaged(params, []):
         assert params[0].tolist() == [1, 1, 1]
+
+
+def test_the_average_of_a_short_run_has_forgotten_its_start(flags, tmp_path):
+    """The decay rises with the steps: with 0.999 from the first on, B would be a twentieth of what was learned."""
+    short = ["--steps", 30, "--accumulate", 1, "--ema", 0.999, "--validate-every-epochs", 0, "--workers", 0]
+    assert train.main([str(f) for f in [*flags, *short, "--output-dir", tmp_path / "run"]]) == 0
+    average, own = (
+        load_file(runs.latest_checkpoint(tmp_path / "run") / f"{n}.safetensors") for n in ("ema", "trained")
+    )
+    norms = [torch.stack([v.norm() for k, v in x.items() if k.endswith("lora_B")]).norm() for x in (average, own)]
+    assert norms[0] > 0.5 * norms[1]
 
 
 @pytest.fixture
@@ -244,7 +315,8 @@ def gradients(flags, tmp_path, monkeypatch):
 
         monkeypatch.setattr(torch.optim.AdamW, "step", step)
         numbers = ["--steps", 1, "--accumulate", len(batches), "--batch-size", batch_size, "--workers", 0]
-        plain = ["--full", "--ema", 0, "--clip-norm", 0, "--val-count", 0, "--overwrite"]
+        monkeypatch.setattr(train, "CLIP_NORM", math.inf)
+        plain = ["--full", "--ema", 0, "--warmup", 0, "--validate-every-epochs", 0, "--overwrite"]
         assert train.main([str(f) for f in [*flags, *numbers, *plain, "--output-dir", tmp_path / "run"]]) == 0
         return kept[0], runs.read_metrics(tmp_path / "run")[0]
 
@@ -257,8 +329,8 @@ def test_accumulation_is_the_large_batch_also_across_buckets(gradients, pictures
     a, b = [i for i, shape in enumerate(shapes) if shape == (72, 72)][:2]
     c, d = [i for i, shape in enumerate(shapes) if shape == (104, 72)][:2]
 
-    def draws(*indices, total=None):
-        return [Draw(0, i, float(k < (total or 9)), k, total or len(indices)) for k, i in enumerate(indices)]
+    def batch(*indices):
+        return [(0, i) for i in indices]
 
     def assert_equal(one, other):
         (grads, row), (others, other_row) = one, other
@@ -267,54 +339,48 @@ def test_accumulation_is_the_large_batch_also_across_buckets(gradients, pictures
         assert row["loss"] == pytest.approx(other_row["loss"], rel=1e-6)
         assert row["grad_norm"] == pytest.approx(other_row["grad_norm"], rel=1e-5)
 
-    large = gradients([draws(a, b)], 2)
-    assert_equal(large, gradients([draws(a), draws(b)], 1))
-    # Two buckets, the second batch incomplete: every picture counts alike, not every batch.
-    three = gradients([draws(a, b), draws(c)], 2)
-    assert_equal(three, gradients([draws(a), draws(b), draws(c)], 1))
-    # What only fills up a batch, so that all processes have as many, counts nothing.
-    assert_equal(three, gradients([draws(a, b), draws(c, d, total=1)], 2))
-    alone = [gradients([draws(a)], 1)[0], gradients([draws(b)], 1)[0]]
+    large = gradients([batch(a, b)], 2)
+    assert_equal(large, gradients([batch(a), batch(b)], 1))
+    assert_equal(gradients([batch(a, b), batch(c, d)], 2), gradients([batch(k) for k in (a, b, c, d)], 1))
+    alone = [gradients([batch(a)], 1)[0], gradients([batch(b)], 1)[0]]
     assert not torch.allclose(alone[0][0], large[0][0])  # or all of this would prove nothing
     assert not torch.allclose(alone[1][0], large[0][0])
 
 
 def test_pictures_held_out_are_never_trained_on_and_stay_the_same():
     many = [Picture(Path(f"{k}.png"), f"{k}.png", 64, 64, "mark") for k in range(100)]
-    settings = train.Settings(hr_root=Path(), val_count=8)
-    training, held = train.split_validation(settings, many, [(64, 64)])
+    settings = train.Settings(hr_root=Path())
+    training, held = held_out.split(settings, many, [(64, 64)])
     assert len(held) == 8 and len(training) == 92 and not {p.name for p in held} & {p.name for p in training}
-    _, later = train.split_validation(settings, many[:50] + many[51:], [(64, 64)])
+    _, later = held_out.split(settings, many[:50] + many[51:], [(64, 64)])
     assert len({p.name for p in held} & {p.name for p in later}) >= 7  # another folder holds out nearly the same
-    training, held = train.split_validation(settings, many[:7], [(64, 64)])
+    training, held = held_out.split(settings, many[:7], [(64, 64)])
     assert (len(training), len(held)) == (7, 0)  # seven are too few to give one away
+    training, held = held_out.split(train.Settings(hr_root=Path(), validate_every_epochs=0), many, [(64, 64)])
+    assert (len(training), len(held)) == (100, 0)
 
 
-def test_validation_pictures_of_their_own_folder(pictures, tmp_path):
-    settings = train.Settings(hr_root=Path(), val_count=3, val_root=pictures, cache_dir=tmp_path)
-    training, held = train.split_validation(settings, [], data.buckets(64, 8))
-    assert training == [] and len(held) == 3
-    with pytest.raises(ValueError, match=r"no usable picture, e\.g\. 00\.png: 72 x 72, smaller"):
-        train.split_validation(settings, [], data.buckets(512, 8))
+def test_validation_pictures_of_their_own_folder(pictures):
+    settings = train.Settings(hr_root=Path(), val_root=pictures)
+    training, held = held_out.split(settings, [], data.buckets(64, 8))
+    assert training == [] and len(held) == 8
+    with pytest.raises(ValueError, match=r"no usable picture; 00\.png: 72 x 72, smaller"):
+        held_out.split(settings, [], data.buckets(512, 8))
 
 
-def test_validation_on_pairs_of_their_own(flags, pictures, tmp_path, monkeypatch):
-    """Partners of --val-root come from --val-lr-root, and every root is read once, with the index."""
-    scans, scan, seen = [], data.scan, []
-    monkeypatch.setattr(data, "scan", lambda root, index=None: (scans.append((root, index)), scan(root, index))[1])
-    monkeypatch.setattr(runs, "save_picture", lambda *_: None)
-    roots = {name: shutil.copytree(pictures, tmp_path / name) for name in ("lr", "val", "val-lr")}
-    own = ["--lr-root", roots["lr"], "--val-root", roots["val"], "--steps", 3, "--val-count", 2, "--workers", 0]
+def test_validation_on_pairs_of_their_own(flags, pictures, tmp_path, capsys):
+    """With --lr-root the partners of --val-root come from there too."""
+    roots = {name: shutil.copytree(pictures, tmp_path / name) for name in ("lr", "val")}
+    for k in range(5, 12):  # all that are left are used
+        (roots["val"] / f"{k:02d}.png").unlink()
+    (roots["val"] / "00.png").rename(roots["val"] / "only.png")
+    own = ["--lr-root", roots["lr"], "--val-root", roots["val"], "--steps", 1, "--warmup", 0, "--workers", 0]
     own += ["--output-dir", tmp_path / "run"]
-    assert train.main([str(f) for f in [*flags, *own]]) == 2  # the partners of the validation pictures are missing
-    monkeypatch.setattr(train, "write_report", lambda *_: None)
-    row = {"psnr_degraded": 1.0, "psnr": 1.0, "ssim": 1.0}
-    monkeypatch.setattr(train, "validate", lambda f, a, pairs, *_: (seen.append(len(pairs)), (dict(row), None))[1])
-    scans.clear()
-    assert train.main([str(f) for f in [*flags, *own, "--val-lr-root", roots["val-lr"]]]) == 0
-    assert seen == [2]
-    assert sorted(root.name for root, _ in scans) == ["hr", "lr", "val", "val-lr"]
-    assert all(index for _, index in scans)
+    assert train.main([str(f) for f in [*flags, *own]]) == 2
+    assert "only.png (missing)" in capsys.readouterr().err
+    (roots["val"] / "only.png").unlink()
+    assert train.main([str(f) for f in [*flags, *own]]) == 0
+    assert "4 to validate on" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -18,14 +18,26 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from kontext_min import flow
-from kontext_min.checkpoints import Weights, load_autoencoder, load_flux
-from kontext_min.extras import lora_files, prompts
-from kontext_min.extras.lora_files import init_lora, load_lora, merge, purpose, read_lora, save_lora, trained_with
-from kontext_min.extras.lora_formats import FORMATS, Factors, emit, parse
+from kontext_min.checkpoints import flux_modules, load_autoencoder, load_flux
+from kontext_min.extras import export, lora_files, prompts
+from kontext_min.extras.base import Weights
+from kontext_min.extras.export import FP8, merge, narrow
+from kontext_min.extras.lora_files import (
+    FORMATS,
+    Factors,
+    emit,
+    init_lora,
+    load_lora,
+    parse,
+    purpose,
+    read_lora,
+    save_lora,
+    strength_of,
+    trained_with,
+)
 from kontext_min.extras.quantize import QuantizedLinear, quantize_
 from kontext_min.flux import FluxParams
-from kontext_min.lora import TARGETS, add_lora, lora_layers, merge_lora
-from kontext_min.names import flux_modules
+from kontext_min.lora import TARGETS, add_lora, lora_layers
 from test_flux import random_pair
 from test_lora import ARGS
 
@@ -320,7 +332,7 @@ def test_files_of_diffusers_and_peft(pair, tmp_path, case, writer):
         assert ranks["double_blocks.0.img_attn.qkv"] == 2 + 4 + 5  # of q, k and v, joined
         assert ranks["single_blocks.0.linear1"] == 2 + 4 + 5 + 6
         assert ranks["double_blocks.0.txt_attn.qkv"] == 2 * 4
-        merge_lora(flux)
+        merge(flux)
         close(ours_of(flux), expected)
 
 
@@ -367,22 +379,96 @@ def test_files_in_bfls_names(pair, tmp_path, format, dtype):
     close(ours_of(flux), ours_of(merged_by_hand(pair[0], deltas)))
 
 
-def test_files_of_onetrainer(pair, tmp_path):
-    """Names as documented; of these diffusers reads attention alone, and agrees."""
+SPELLINGS = {  # of diffusers' names: prefix, dots, behind the name, down and up
+    "OneTrainer": ("lora_transformer_", "_", "", "lora_down.weight", "lora_up.weight"),
+    "kohya": ("lora_unet_", "_", "", "lora_down.weight", "lora_up.weight"),
+    "kohya, underscore": ("lora_unet_", "_", "_", "lora_down.weight", "lora_up.weight"),
+    "diffusion_model": ("diffusion_model.", ".", "", "lora_A.weight", "lora_B.weight"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_files_in_diffusers_names_spelled_otherwise(pair, tmp_path, spelling):
+    """OneTrainer's are as documented; of these diffusers reads attention alone, and agrees."""
+    prefix, dot, behind, down, up = SPELLINGS[spelling]
     theirs = put_peft_lora_on(pair[1], r".*attn\.(to_q|to_k|to_v|add_k_proj)", 4, 2)
     tensors = {}
     for name, module in theirs.named_modules():
         if hasattr(module, "scaling"):
-            key = f"lora_transformer_{name.replace('.', '_')}"
-            tensors[f"{key}.lora_down.weight"] = module.lora_A["default"].weight.detach()
-            tensors[f"{key}.lora_up.weight"] = module.lora_B["default"].weight.detach()
+            key = prefix + name.replace(".", dot) + behind
+            tensors[f"{key}.{down}"] = module.lora_A["default"].weight.detach()
+            tensors[f"{key}.{up}"] = module.lora_B["default"].weight.detach()
             tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    assert any("single_transformer_blocks" in key for key in tensors)
     save_file(tensors, tmp_path / "a.safetensors")
     flux, again = copy.deepcopy(pair[0]), copy.deepcopy(pair[1])
     load_lora(flux, tmp_path / "a.safetensors")
     close(ours_of(flux), theirs_of(theirs))
-    pipeline(again).load_lora_weights(tmp_path / "a.safetensors")
-    close(ours_of(flux), theirs_of(again))
+    if spelling == "OneTrainer":
+        pipeline(again).load_lora_weights(tmp_path / "a.safetensors")
+        close(ours_of(flux), theirs_of(again))
+
+
+def scale_read(flux, path):
+    flux = copy.deepcopy(flux)
+    load_lora(flux, path)
+    return lora_layers(flux)["double_blocks.0.img_mlp.2"].scale
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "transformer.lora_alpha", "network_alpha", "alpha"])
+def test_alpha_in_a_plain_key_of_the_header(pair, tmp_path, key):
+    """Rank 16 and alpha 64 count 4, as elsewhere, and do so in what the file is converted to."""
+    file, ff = tmp_path / "a.safetensors", "transformer.transformer_blocks.0.ff.net.2"
+    tensors = {f"{ff}.lora_A.weight": torch.ones(16, 4 * H), f"{ff}.lora_B.weight": torch.ones(H, 16)}
+    save_file(tensors, file, metadata={key: "64"})
+    assert scale_read(pair[0], file) == 4
+    for format in FORMATS:
+        convert(file, tmp_path / format, "--format", format)
+        flux = copy.deepcopy(pair[0])
+        load_lora(flux, tmp_path / format)
+        layer = lora_layers(flux)["double_blocks.0.img_mlp.2"]
+        assert layer.scale * layer.lora_B[0, 0] == 4
+    for bad in ("much", "nan", "inf"):
+        save_file(tensors, file, metadata={key: bad})
+        with pytest.raises(ValueError, match=f"has {key} = '{bad}', expected one finite number"):
+            scale_read(pair[0], file)
+    save_file(tensors, file, metadata={"lora_alpha": "64", key: "64.0"})
+    assert scale_read(pair[0], file) == 4
+    save_file(tensors, file, metadata={"lora_alpha": "32", "alpha": "64"})
+    with pytest.raises(ValueError, match="has lora_alpha = '32', alpha = '64', expected one finite number"):
+        scale_read(pair[0], file)
+    save_file(tensors | {f"{ff}.alpha": torch.tensor(8.0)}, file, metadata={key: "64"})
+    assert scale_read(pair[0], file) == 0.5  # the tensor is what every program reads
+
+
+def test_alpha_beside_the_file(pair, tmp_path):
+    ff = "transformer.transformer_blocks.0.ff.net.2"
+    tensors = {f"{ff}.lora_A.weight": torch.ones(16, 4 * H), f"{ff}.lora_B.weight": torch.ones(H, 16)}
+    for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
+        save_file(tensors, tmp_path / name)
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 16, "lora_alpha": 64}))
+        assert scale_read(pair[0], tmp_path / name) == 4
+        (tmp_path / "adapter_config.json").write_bytes(b"\xff{")
+        with pytest.raises(ValueError, match=r"lora_adapter_metadata is not that of peft.*adapter_config\.json beside"):
+            scale_read(pair[0], tmp_path / name)
+
+
+def test_alpha_that_kohyas_converter_leaves_in_the_header(pair, tmp_path, capsys):
+    """It multiplied alpha into the weights (as here `emit` does), so a second time would be wrong; a line says so."""
+    ff, file = "transformer.transformer_blocks.0.ff.net.2", tmp_path / "a.safetensors"
+    tensors = {f"{ff}.lora_A.weight": torch.ones(16, 4 * H), f"{ff}.lora_B.weight": torch.ones(H, 16)}
+    for dim in ({}, {"ss_network_dim": "16"}):
+        save_file(tensors, file, metadata={"ss_network_alpha": "64", **dim})
+        assert scale_read(pair[0], file) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"{file}: ss_network_alpha 64 in its header is ignored" in error
+        assert "with 4 times the strength" in error
+    # No line where it changes nothing, or where the tensors say it: the files of this project, and of kohya's trainer.
+    for alpha, dim, more in (("48.0", "48", {}), ("Dynamic", "Dynamic", {}), ("None", "16", {}), ("16", "", {}),
+                             ("8", "16", {f"{ff}.alpha": torch.tensor(8.0)})):  # fmt: skip
+        save_file(tensors | more, file, metadata={"ss_network_alpha": alpha, "ss_network_dim": dim})
+        assert scale_read(pair[0], file) == (0.5 if more else 1)
+    assert not capsys.readouterr().err
 
 
 def test_files_of_xlabs(pair, tmp_path):
@@ -411,7 +497,7 @@ def same(a, b):
 
 
 def convert(*argv):
-    assert lora_files.main(["convert", *map(str, argv)]) == 0
+    assert export.main(["convert", *map(str, argv)]) == 0
 
 
 @pytest.mark.parametrize("name", LORAS)
@@ -435,7 +521,9 @@ def test_round_trip_over_peft(pair, tmp_path, name):
         close(after.up, before.scale * before.up, 0 if exact else 1e-7)
     for file, header_alpha in zip(files, (alpha, rank, rank, rank), strict=True):
         _, metadata = read_lora(file)
-        assert trained_with(metadata) == {"objective": "kontext"}  # what it was trained for is not lost on the way
+        assert trained_with(metadata, file) == {
+            "objective": "kontext"
+        }  # what it was trained for is not lost on the way
         assert metadata["ss_network_alpha"] == str(float(header_alpha))
 
 
@@ -454,6 +542,30 @@ def test_round_trip_of_different_ranks(pair, tmp_path):
     assert load_file(files[1])["lora_unet_single_blocks_0_linear1.lora_down.weight"].shape == (2 + 4 + 3, H)
     same(load_file(files[2]), state)
     assert read_lora(files[1])[1]["ss_network_dim"] == "Dynamic"
+    assert read_lora(files[2])[1]["ss_network_dim"] == "Dynamic"
+
+
+def test_the_format_follows_the_modules(pair, tmp_path):
+    """kohya, unless diffusers would drop modules from it; and what is asked for."""
+    for targets, format, expected in (
+        ("attention", None, "lora_unet_"), ("all", None, "transformer."), ("img_in", "kohya", "lora_unet_"),
+        ("attention", "peft", "transformer."),
+    ):  # fmt: skip
+        save_lora(with_lora(pair[0], 2, 2, targets), tmp_path / "a.safetensors", format)
+        assert all(name.startswith(expected) for name in load_file(tmp_path / "a.safetensors"))
+
+
+def test_converting_an_older_file_renews_its_hint(pair, tmp_path):
+    about = {
+        "kontext_min": json.dumps({"objective": "bridge"}),
+        "modelspec.usage_hint": "old",
+        "modelspec.title": "Mine",
+    }
+    save_lora(with_lora(pair[0], 2, 2, "attention"), tmp_path / "a.safetensors")
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "old.safetensors", metadata=about)
+    convert(tmp_path / "old.safetensors", tmp_path / "new.safetensors")
+    metadata = read_lora(tmp_path / "new.safetensors")[1]
+    assert metadata["modelspec.usage_hint"].startswith(lora_files.BRIDGE) and metadata["modelspec.title"] == "Mine"
 
 
 def test_tensors_may_be_left_out_by_name(pair, tmp_path, capsys):
@@ -611,9 +723,9 @@ def test_files_that_are_none(pair, tmp_path, capsys):
     whole = (tmp_path / "good.safetensors").read_bytes()
     files = {"cut": whole[:-9], "header": whole[:100], "text": b"hello, I am no tensor"}
     for name, data in files.items():
-        message = "truncated" if name == "cut" else "not a safetensors file"
+        message = "truncated" if name in ("cut", "header") else "not a safetensors file"
         (tmp_path / name).write_bytes(data)
-        assert lora_files.main(["convert", str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert export.main(["convert", str(tmp_path / name), str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert message in error
@@ -632,6 +744,85 @@ def test_files_that_are_none(pair, tmp_path, capsys):
         load_lora(copy.deepcopy(pair[0]), tmp_path / "two.safetensors")
 
 
+DEEP = "[" * 200_000
+BAD_SETTINGS = {  # of kontext_min in the header -> what the message says behind the file's name
+    DEEP: "kontext_min in its header is no JSON object",
+    "[]": "kontext_min in its header is no JSON object",
+    "{": "kontext_min in its header is no JSON object",
+    '{"objective": "bridges"}': 'objective in its header: got "bridges", expected bridge or kontext.',
+    '{"objective": ["bridge"]}': "objective in its header: got a list, expected bridge or kontext.",
+    '{"context": "no"}': 'context in its header: got "no", expected true or false.',
+    '{"context": 1}': "context in its header: got 1, expected true or false.",
+    '{"source_noise": "0.1"}': 'source_noise in its header: got "0.1", expected a number from 0 to 1.',
+    '{"source_noise": -0.1}': "source_noise in its header: got -0.1, expected a number from 0 to 1.",
+    '{"start_time": 0}': "start_time in its header: got 0, expected a number above 0, at most 1.",
+    '{"start_time": true}': "start_time in its header: got true, expected a number above 0, at most 1.",
+    '{"guidance": NaN}': "guidance in its header: got NaN, expected a finite number.",
+    '{"guidance": 1e999}': "guidance in its header: got Infinity, expected a finite number.",
+    '{"guidance": null}': "guidance in its header: got null, expected a finite number.",
+    '{"resolution": 0}': "resolution in its header: got 0, expected a whole number from 16 to 65536.",
+    '{"resolution": 64.5}': "resolution in its header: got 64.5, expected a whole number from 16 to 65536.",
+    '{"prompt": 7}': "prompt in its header: got 7, expected text.",
+    '{"base": {"a": 1}}': "base in its header: got a dict, expected text.",
+    '{"prompt": "\\ud800"}': 'prompt in its header: got "\\ud800", expected text.',
+    '{"resolution": ' + "[" * 900 + "]" * 900 + "}": "resolution in its header: got a list",
+}
+
+
+@pytest.mark.parametrize("text", BAD_SETTINGS, ids=lambda text: text[:24])
+def test_bad_settings_in_the_header_are_one_clear_line(pair, tmp_path, text):
+    file = tmp_path / "a.safetensors"
+    save_lora(with_lora(pair[0], 1, 1, "attention"), tmp_path / "good")
+    save_file(load_file(tmp_path / "good"), file, metadata={"kontext_min": text})
+    for read in (lambda: purpose([str(file)]), lambda: load_lora(copy.deepcopy(pair[0]), file)):
+        with pytest.raises(ValueError, match=re.escape(f"{file}: {BAD_SETTINGS[text]}")) as error:
+            read()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    save_file(load_file(tmp_path / "good"), file, metadata={"lora_adapter_metadata": DEEP})
+    with pytest.raises(ValueError, match="lora_adapter_metadata is not that of peft"):
+        load_lora(copy.deepcopy(pair[0]), file)
+
+
+def test_mistakes_on_the_command_line_are_one_clear_line(pair, tmp_path):
+    run, empty = tmp_path / "run", tmp_path / "empty"
+    for folder in (run, empty):
+        folder.mkdir()
+    save_lora(with_lora(pair[0], 1, 1, "attention"), run / "lora.safetensors")
+    (tmp_path / "old.pt").write_bytes(b"PK\x03\x04" + bytes(100))
+    (tmp_path / "old.bin").write_bytes(b"\x80\x02\x8a\n" + bytes(100))
+    (tmp_path / "q4.gguf").write_bytes(b"GGUF" + bytes(100))
+    about = {"kontext_min": json.dumps({"objective": "bridge", "base": "0" * 16})}
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(3, 3)}, tmp_path / "base.safetensors", metadata=about)
+    file = f"{run / 'lora.safetensors'}"
+    for lora, message in (
+        ("", "--lora '': no file name; expected FILE or FILE=STRENGTH."),
+        ("=0.5", "--lora '=0.5': no file name"),
+        (f"{file}=abc", "got strength 'abc', expected a number from -100 to 100"),
+        (f"{file}=", "got strength '', expected"),
+        (f"{file}=nan", "got strength 'nan', expected"),
+        (f"{file}=1e20", "got strength '1e20', expected"),
+        (f"{file}=-101", "got strength '-101', expected"),
+        (f"{empty}", "a folder without lora.safetensors"),
+        (f"{tmp_path / 'nowhere'}=1", f"{tmp_path / 'nowhere'}: no such LoRA file"),
+        (f"{tmp_path / 'lr=1' / 'lora.safetensors'}", "no such LoRA file"),
+        (f"{tmp_path / 'old.pt'}", "a PyTorch checkpoint (.pt, .bin, .ckpt), which may run code"),
+        (f"{tmp_path / 'old.bin'}", "an old PyTorch checkpoint"),
+        (f"{tmp_path / 'q4.gguf'}", "a GGUF file; expected a LoRA as safetensors"),
+        (f"{tmp_path / 'base.safetensors'}", "it is no LoRA (double_blocks.0.img_attn.qkv.weight)"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)) as error:
+            purpose([lora])
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="is given twice"):  # by two names
+        purpose([f"{file}=0.5", f"{run}=0.5"])
+    assert purpose([str(run)]) == {}
+    assert strength_of(f"{run}=-1e-1") == (run, -0.1)
+    load_lora(copy.deepcopy(pair[0]), run)
+    equals = tmp_path / "a=0.5"
+    equals.write_bytes((run / "lora.safetensors").read_bytes())
+    assert strength_of(str(equals)) == (equals, 1.0)  # a file of that very name
+
+
 # -------------------------------------------------------------------------------------------------------------- merging
 
 
@@ -640,7 +831,7 @@ def base(tmp_path_factory):
     """weights/tiny's transformer, in bfloat16 as the official one, and a LoRA of the size that training gives."""
     folder = tmp_path_factory.mktemp("merge")
     flux = load_flux(TINY, dtype=torch.bfloat16)
-    lora_files.save_bfl(flux, folder / "base.safetensors")
+    export.save_bfl(flux, folder / "base.safetensors")
     save_lora(with_lora(load_flux(TINY, dtype=torch.float32), 8, 8, BLOCKS, size=0.02), folder / "a.safetensors")
     return folder
 
@@ -657,7 +848,7 @@ def exact_weights(base, strength=1.0):
 def test_merged_file_is_the_model_with_its_lora(base, tmp_path, layout, capsys):
     out = tmp_path / ("hub" if layout == "hub" else "merged.safetensors")
     flags = ["--weights", base / "base.safetensors", "--lora", f"{base / 'a.safetensors'}=0.5", "--layout", layout]
-    assert lora_files.main(["merge", str(out), *map(str, flags), "--dtype", "float32"]) == 0
+    assert export.main(["merge", str(out), *map(str, flags), "--dtype", "float32"]) == 0
     assert "0.00 % of" in capsys.readouterr().out
     flux = load_flux(base / "base.safetensors", dtype=torch.float32)
     load_lora(flux, base / "a.safetensors", 0.5)
@@ -684,7 +875,7 @@ def tiny_args():
 def test_what_bfloat16_loses_is_counted(base, tmp_path, capsys):
     """The count against its definition: weights with a correction whose bfloat16 value is the same as without."""
     flags = ["--weights", base / "base.safetensors", "--lora", base / "a.safetensors"]
-    assert lora_files.main(["merge", str(tmp_path / "out"), *map(str, flags)]) == 0
+    assert export.main(["merge", str(tmp_path / "out"), *map(str, flags)]) == 0
     line = capsys.readouterr().out
     stored = load_flux(base / "base.safetensors")
     merged, (exact, deltas) = load_flux(tmp_path / "out"), exact_weights(base)
@@ -703,134 +894,144 @@ def test_what_bfloat16_loses_is_counted(base, tmp_path, capsys):
     assert f"errors are {100 * (error / size) ** 0.5:.3g} %" in line
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_straight_to_codes_is_more_exact_than_over_bfloat16(base, tmp_path, kind, capsys):
+def merge_to(out, base, *flags):
+    flags = ["--weights", base / "base.safetensors", "--lora", base / "a.safetensors", *flags]
+    assert export.main(["merge", *map(str, [out, *flags])]) == 0
+    return out
+
+
+def test_straight_to_fp8_is_more_exact_than_over_bfloat16(base, tmp_path):
     """Merged weights as codes: from the float32 sum, and from the sum rounded to bfloat16 first."""
     exact, _ = exact_weights(base)
-    over = load_flux(base / "base.safetensors")
-    load_lora(over, base / "a.safetensors")
-    merge(over)
-    quantize_(over, kind)
-    flags = ["--weights", base / "base.safetensors", "--lora", base / "a.safetensors", "--layout", "bfl"]
-    assert lora_files.main(["merge", str(tmp_path / "out"), *map(str, flags), "--quantize", kind]) == 0
-    straight = load_flux(tmp_path / "out", dtype=torch.float32)
-    errors = [
-        sum((weight(flux.get_submodule(name)) - w).square().sum().item() for name, w in exact.items())
-        for flux in (straight, over)
-    ]
-    print(f"{kind}: squared error straight / over bfloat16 = {errors[0] / errors[1]:.4f}")
+    over = load_flux(merge_to(tmp_path / "over", base), dtype=torch.float32)
+    straight = load_flux(merge_to(tmp_path / "out", base, "--layout", "bfl", "--quantize", "fp8"), dtype=torch.float32)
+    errors = [0.0, 0.0]
+    for name, w in exact.items():
+        codes, scale = narrow(over.get_submodule(name).weight, FP8)
+        errors[0] += (straight.get_submodule(name).weight - w).square().sum().item()
+        errors[1] += (codes.float() * scale - w).square().sum().item()
+    print(f"squared error straight / over bfloat16 = {errors[0] / errors[1]:.4f}")
     assert errors[0] < errors[1]
-    # The file holds the very codes of a model merged and quantised in memory.
+
+
+def test_fp8_has_the_layout_of_comfyuis_scaled_files(base, tmp_path):
+    """Names, shapes and dtypes of Comfy-Org's file, and its arithmetic: W = codes * scale_weight."""
+    out = merge_to(tmp_path / "out.safetensors", base, "--layout", "bfl", "--quantize", "fp8")
+    sheet = json.loads((ROOT / "tests" / "layouts" / "comfy.flux1-dev-kontext_fp8_scaled.json").read_text())["tensors"]
+    with safe_open(out, "pt") as f:
+        found = {name: (f.get_slice(name).get_dtype(), f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+    templates = {re.sub(r"\{[\d.]+\}", "N", name): stored for name, stored in sheet.items()}
+    seen = set()
+    for name, (dtype, shape) in found.items():
+        template = re.sub(r"(?<=blocks\.)\d+", "N", name)
+        assert dtype == templates[template]["dtype"], name
+        assert len(shape) == len(templates[template]["shape"]), name
+        seen.add(template)
+    # Scales of the inputs are measured by running the model. Without them the marker must have two elements, by which
+    # ComfyUI multiplies in the dtype of the inputs.
+    assert {name for name in templates.keys() - seen if not name.endswith(".scale_input")} == set()
+    tensors = load_file(out)
+    assert tensors.pop("scaled_fp8").shape == (2,)
+    state = load_flux(out, dtype=torch.float32).state_dict()
+    exact, _ = exact_weights(base)
+    for name, x in state.items():
+        module, _, leaf = name.rpartition(".")
+        scale = tensors[f"{module}.scale_weight"] if leaf == "weight" else torch.ones(())
+        assert torch.equal(x, tensors[name].float() * scale), name
+        if leaf == "weight":
+            assert tensors[name].float().abs().max() == 448  # the whole range is used
+        if leaf == "weight" and module in exact:  # half a step of e4m3's 3 bits, or of its smallest numbers
+            assert ((x - exact[module]).abs() <= exact[module].abs() / 16 + 2**-10 * scale).all()
+
+
+@pytest.mark.parametrize("stored", ["fp8 scaled", "fp8 without scales", "float32"])
+def test_any_base_is_rounded_once(base, tmp_path, stored):
+    """To bfloat16, float32 or fp8 from the float32 sum; matrices without a LoRA keep their fp8 codes."""
+    narrowed = tmp_path / "base.safetensors"
     flux = load_flux(base / "base.safetensors")
-    load_lora(flux, base / "a.safetensors")
-    merge(flux, kind)
-    again = load_flux(tmp_path / "out", dtype=torch.bfloat16, kind=kind)  # and loads as them, not quantised once more
-    for name, m in flux.named_modules():
-        if isinstance(m, QuantizedLinear):
-            assert torch.equal(m.dequantize(), straight.get_submodule(name).weight), name
-            assert again.get_submodule(name).codes.dtype == m.codes.dtype
-            assert torch.equal(again.get_submodule(name).dequantize(), m.dequantize()), name
-
-
-def weight(linear):
-    return linear.dequantize() if isinstance(linear, QuantizedLinear) else linear.weight
-
-
-@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4", "stored"])
-def test_merging_into_a_base_that_is_quantised_already(base, kind):
-    flux = quantize_(load_flux(base / "base.safetensors"), kind)
-    load_lora(flux, base / "a.safetensors")
-    before = {n: layer.base.dequantize() for n, layer in lora_layers(flux).items()}
-    _, deltas = exact_weights(base)
-    rounding = merge(flux)
-    assert not lora_layers(flux)
-    steps = {"int8": 1 / 255, "fp8": 1 / 16, "nf4": 0.16, "stored": 1 / 256}  # at most, of the largest weight of a row
-    for name, b in before.items():
-        m = flux.get_submodule(name)
-        assert isinstance(m, QuantizedLinear)
-        exact = (b + deltas[name]).float()
-        bound = exact.abs().amax(1, keepdim=True) * (1.02 if kind != "nf4" else 1)
-        if kind == "nf4":
-            bound = bound.max()
-        # int8 modulations under every kind but "stored"
-        assert ((m.dequantize() - exact).abs() <= steps[kind] * bound + 1e-7).all(), name
-    assert 0 < rounding.lost < rounding.entries
-
-
-@pytest.mark.parametrize("kind", ["int8", "fp8", "fp8 without scales"])
-def test_a_base_file_of_codes_stays_one(base, tmp_path, kind, capsys):
-    """Scales follow the sum; without scales (plain casts, as some fp8 files are) the sum is cast. Or it is widened."""
-    stored, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
-    if kind == "fp8 without scales":
-        tensors = load_file(base / "base.safetensors")
-        save_file({k: v.to(torch.float8_e4m3fn) if v.ndim == 2 else v for k, v in tensors.items()}, stored)
+    if stored == "fp8 scaled":
+        merge(flux, FP8)
+        export.save_bfl(flux, narrowed)
+    elif stored == "float32":
+        export.save_bfl(load_flux(base / "base.safetensors", dtype=torch.float32), narrowed)
     else:
-        lora_files.save_bfl(quantize_(load_flux(base / "base.safetensors"), kind), stored)
-    args = ["merge", str(out), "--weights", str(stored), "--lora", str(base / "a.safetensors")]
-    assert lora_files.main(args) == 2
-    assert "no 8-bit weights" in capsys.readouterr().err
-    assert lora_files.main([*args, "--layout", "bfl"]) == 0
-    before, after = (load_flux(f, dtype=torch.bfloat16, kind="stored") for f in (stored, out))
-    load_lora(before, base / "a.safetensors")
-    merge(before)
-    codes = {n: m for n, m in before.named_modules() if isinstance(m, QuantizedLinear)}
-    assert len(codes) > 20
-    for name, m in codes.items():
-        assert after.get_submodule(name).codes.dtype == m.codes.dtype
-        assert torch.equal(after.get_submodule(name).dequantize(), m.dequantize()), name
-    assert lora_files.main([*args, "--dtype", "bfloat16", "--layout", "bfl"]) == 0
-    assert {x.dtype for x in load_file(out).values()} == {torch.bfloat16}
-    widened, exact = load_flux(out), load_flux(stored, dtype=torch.float32)
-    load_lora(exact, base / "a.safetensors")
-    merge_lora(exact)
-    for name, p in exact.named_parameters():
-        assert torch.equal(widened.get_parameter(name), p.bfloat16()), name
+        tensors = load_file(base / "base.safetensors")
+        save_file({k: v.to(FP8) if v.ndim == 2 else v for k, v in tensors.items()}, narrowed)
+    save_lora(with_lora(load_flux(TINY, dtype=torch.float32), 8, 8, r"single.*linear2", size=0.02), tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "a.safetensors")
+    exact = load_flux(narrowed, dtype=torch.float32)
+    load_lora(exact, tmp_path / "a.safetensors")
+    merge(exact)
+    by_default = torch.float32 if stored == "float32" else torch.bfloat16
+    for flag, dtype in ((None, by_default), ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        flags = ("--dtype", flag) if flag else ()
+        merged = load_flux(merge_to(tmp_path / str(flag), tmp_path, *flags)).state_dict()
+        for name, x in exact.state_dict().items():
+            assert merged[name].dtype == dtype
+            assert torch.equal(merged[name], x.to(dtype)), name
+    again = load_file(merge_to(tmp_path / "fp8", tmp_path, "--quantize", "fp8", "--layout", "bfl"))
+    for name, x in exact.state_dict().items():
+        if name.endswith(".weight"):
+            codes, scale = narrow(x, FP8)
+            assert torch.equal(again[name].view(torch.uint8), codes.view(torch.uint8)), name
+            assert again[f"{name.removesuffix('.weight')}.scale_weight"] == scale
+            if stored == "fp8 scaled" and "linear2" not in name:
+                assert torch.equal(again[name].view(torch.uint8), load_file(narrowed)[name].view(torch.uint8)), name
 
 
-def test_merging_a_bridge_says_so(base, tmp_path, capsys):
+def test_merging_a_bridge_says_what_runs_it(base, tmp_path, capsys):
     flux = with_lora(load_flux(TINY, dtype=torch.float32), 1, 1, "single_blocks.0.linear2")
-    about = {"objective": "bridge", "prompt": "Restore."}
+    about, out = {"objective": "bridge", "prompt": "Restore."}, tmp_path / "out"
     save_lora(flux, tmp_path / "a.safetensors", metadata={"kontext_min": json.dumps(about)})
-    args = ["merge", str(tmp_path / "out"), "--weights", str(base / "base.safetensors")]
-    assert lora_files.main([*args, "--lora", str(tmp_path / "a.safetensors")]) == 0
-    assert "only sample.py follows its path" in capsys.readouterr().out
-    with safe_open(tmp_path / "out" / "diffusion_pytorch_model.safetensors", "pt") as f:
-        assert trained_with(f.metadata()) == about | {"merged": ["a.safetensors"]}
-
-
-def test_a_wider_base_is_rounded_once(pair, tmp_path):
-    """A float32 base written in bfloat16: the merged weights are the rounded sums, the others are rounded."""
-    lora_files.save_bfl(pair[0], tmp_path / "base.safetensors")
-    flux = with_lora(pair[0], 4, 2, "attention-mlp")
-    save_lora(flux, tmp_path / "a.safetensors")
-    args = ["merge", tmp_path / "out", "--weights", tmp_path / "base.safetensors", "--lora", tmp_path / "a.safetensors"]
-    assert lora_files.main([*map(str, args), "--dtype", "bfloat16"]) == 0
-    merge_lora(flux)
-    merged = load_flux(tmp_path / "out").state_dict()
-    for name, p in flux.state_dict().items():
-        assert torch.equal(merged[name], p.bfloat16()), name
+    args = ["merge", str(out), "--weights", str(base / "base.safetensors")]
+    assert export.main([*args, "--lora", str(tmp_path / "a.safetensors")]) == 0
+    assert "diffusers does with docs/diffusers_bridge.py" in capsys.readouterr().out
+    with safe_open(out / "diffusion_pytorch_model.safetensors", "pt") as f:
+        assert trained_with(f.metadata(), out) == about | {"merged": ["a.safetensors"]}
 
 
 def test_merging_says_what_is_wrong(base, tmp_path, capsys):
     args = ["merge", str(tmp_path / "out"), "--weights", str(base / "base.safetensors")]
     for flags, message in (
-        (["--lora", str(base / "a.safetensors"), "--quantize", "int8"], "no 8-bit weights; use --layout bfl"),
+        (["--lora", str(base / "a.safetensors"), "--quantize", "fp8"], "no 8-bit weights; add --layout bfl"),
         (["--lora", str(tmp_path / "nowhere")], "no such LoRA file"),
         (["--lora", str(base / "base.safetensors")], "it is no LoRA"),
+        (["--lora", f"{base / 'a.safetensors'}=1e20"], "got strength '1e20', expected a number from -100 to 100"),
+        (["--lora", str(base / "a.safetensors")] * 2, "is given twice"),
     ):
-        assert lora_files.main([*args, *flags]) == 2
+        assert export.main([*args, *flags]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert message in error
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):  # int8 is in no layout that another program reads
+        export.main([*args, "--lora", str(base / "a.safetensors"), "--layout", "bfl", "--quantize", "int8"])
+
+
+def test_what_exists_is_not_replaced(base, tmp_path, capsys):
+    """An output may be an input by mistake, and a merge takes long: both are found before the work."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    kept = (base / "a.safetensors").read_bytes()
+    merging = ["--weights", str(base / "base.safetensors"), "--lora", str(base / "a.safetensors"), "--layout", "bfl"]
+    for out, message in (
+        (base / "a.safetensors", "exists already"),
+        (tmp_path / "full", "exists already"),
+        (tmp_path / "full" / "mine.txt" / "out", "can't write into"),
+    ):
+        for argv in (["convert", str(base / "a.safetensors"), str(out)], ["merge", str(out), *merging]):
+            assert export.main(argv) == 2
+            assert message in capsys.readouterr().err
+    assert (base / "a.safetensors").read_bytes() == kept
+    convert(base / "a.safetensors", tmp_path / "new" / "b.safetensors")  # the folder is made
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lora_files", "convert", str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["export", "convert", str(tmp_path / "nowhere"), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as done:
-        runpy.run_module("kontext_min.extras.lora_files", run_name="__main__")
+        runpy.run_module("kontext_min.extras.export", run_name="__main__")
     assert done.value.code == 2
-    assert capsys.readouterr().err.startswith(f"lora_files: {tmp_path / 'nowhere'}: no such LoRA file; train one")
+    assert capsys.readouterr().err.startswith(f"export: {tmp_path / 'nowhere'}: no such LoRA file; train one")
 
 
 # -------------------------------------------------------------------------------------------- from training to pictures
@@ -840,27 +1041,28 @@ def run_training(folder, output, *more):
     """train.py on weights/tiny, small and short; returns its exit code."""
     flags = ["--hr-root", ROOT / "tests" / "photos", "--output-dir", output, "--cache-dir", folder / "cache"]
     flags += ["--objective", "kontext", "--resolution", 64, "--accumulate", 1, "--warmup", 0, "--workers", 0]
-    return train.main([str(f) for f in [*flags, "--val-count", 0, *more]])
+    return train.main([str(f) for f in [*flags, "--validate-every-epochs", 0, *more]])
 
 
 @pytest.fixture(scope="module")
 def kontext_run(tmp_path_factory):
     """A few steps of a kontext LoRA on weights/tiny, in the format that diffusers reads at this width."""
     folder = tmp_path_factory.mktemp("kontext")
-    flags = ["--lora-format", "peft", "--steps", 3, "--lr", 0.1, "--guidance", 2.5, "--rank", 4, "--alpha", 8]
+    flags = ["--steps", 3, "--lr", 0.1, "--guidance", 2.5, "--rank", 4, "--alpha", 8]
     assert run_training(folder, folder / "run", *flags) == 0
+    export.convert(folder / "run" / "lora.safetensors", folder / "peft.safetensors", "peft")
     return folder
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_flux_kontext_pipeline_draws_the_picture_of_sample_py(kontext_run, tmp_path, strength, capsys):
-    lora, seed, steps, size = kontext_run / "run" / "lora.safetensors", 7, 3, (96, 64)
+    lora, seed, steps, size = kontext_run / "peft.safetensors", 7, 3, (96, 64)
     image = Image.open(ROOT / "tests" / "photos" / "bowl.jpg").convert("RGB").resize(size, Image.Resampling.LANCZOS)
     image.save(tmp_path / "in.png")
-    flags = ["--input", tmp_path / "in.png", "--cache-dir", kontext_run / "cache", "--seed", seed, "--steps", steps]
+    flags = ["--input", tmp_path / "in.png", "--seed", seed, "--steps", steps]
     assert sample.main([str(f) for f in [*flags, "--output", tmp_path / "a.png", "--lora", f"{lora}={strength}"]]) == 0
     assert f"kontext, {steps} network evaluations" in capsys.readouterr().out
-    about = trained_with(read_lora(lora)[1])
+    about = trained_with(read_lora(lora)[1], lora)
     ours = np.asarray(Image.open(tmp_path / "a.png"), dtype=int)
 
     pipe = FluxKontextPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
@@ -894,7 +1096,7 @@ def test_header_says_what_it_was_trained_for(kontext_run):
     assert {k: about[k] for k in expected} == expected
     assert re.fullmatch(r"[0-9a-f]{16}", about["base"])
     for key, value in {
-        "ss_network_dim": "4", "ss_network_alpha": "4.0", "ss_base_model_version": "flux1", "ss_learning_rate": "0.1",
+        "ss_network_dim": "4", "ss_network_alpha": "8.0", "ss_base_model_version": "flux1", "ss_learning_rate": "0.1",
         "modelspec.architecture": "flux-1-dev/lora", "modelspec.resolution": "64x64",
         "modelspec.trigger_phrase": about["prompt"],
     }.items():  # fmt: skip
@@ -903,9 +1105,11 @@ def test_header_says_what_it_was_trained_for(kontext_run):
 
 
 def test_training_goes_on_from_a_lora(kontext_run, tmp_path):
-    """With a learning rate of 0 the new run ends where the old one did, though its rank is higher and it is kohya."""
+    """With a learning rate that moves nothing the new run ends where the old one did, though its rank is higher."""
     lora, outputs = kontext_run / "run" / "lora.safetensors", []
-    assert run_training(kontext_run, tmp_path / "run", "--steps", 1, "--lr", 0, "--rank", 6, "--init-lora", lora) == 0
+    assert (
+        run_training(kontext_run, tmp_path / "run", "--steps", 1, "--lr", 1e-30, "--rank", 6, "--init-lora", lora) == 0
+    )
     for file in (lora, tmp_path / "run" / "lora.safetensors"):
         flux = load_flux(TINY, dtype=torch.float32)
         load_lora(flux, file)
@@ -925,15 +1129,17 @@ def test_bad_starts_are_one_clear_line(kontext_run, tmp_path, capsys):
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_two_loras_and_the_note_of_a_bridge(tmp_path, capsys):
+def test_two_loras_are_one_picture(tmp_path, capsys):
     flux = with_lora(load_flux(TINY, dtype=torch.float32), 2, 2, "attention", size=0.3)
     for name, objective in (("a", "bridge"), ("b", "bridge"), ("c", "kontext")):
         about = {"kontext_min": json.dumps({"objective": objective})}
         save_lora(flux, tmp_path / f"{name}.safetensors", metadata=about)
-    hint = read_lora(tmp_path / "a.safetensors")[1]["modelspec.usage_hint"]
-    assert "only sample.py follows its path" in hint
+    hints = [read_lora(tmp_path / f"{name}.safetensors")[1]["modelspec.usage_hint"] for name in "ac"]
+    assert "starts from the latent of the degraded picture" in hints[0] and "use_dynamic_shifting=False" in hints[0]
+    assert "reference" in hints[1] and "bridge" not in hints[1]
     Image.open(ROOT / "tests" / "photos" / "bowl.jpg").convert("RGB").crop((0, 0, 64, 48)).save(tmp_path / "in.png")
-    flags = ["--input", tmp_path / "in.png", "--cache-dir", tmp_path, "--steps", 1]
+    # float32: in bfloat16 A and B are rounded, and the sum of two roundings is another number.
+    flags = ["--input", tmp_path / "in.png", "--steps", 1, "--dtype", "float32"]
 
     def run(output, *loras):
         more = [x for lora in loras for x in ("--lora", lora)]
@@ -941,9 +1147,7 @@ def test_two_loras_and_the_note_of_a_bridge(tmp_path, capsys):
         return code, capsys.readouterr()
 
     a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
-    code, said = run("1.png", f"{a}=0.75", f"{b}=0.25")
-    assert code == 0
-    assert f"{a}=0.75 + {b}=0.25: {hint}" in said.out
+    assert run("1.png", f"{a}=0.75", f"{b}=0.25")[0] == 0
     assert run("2.png", a)[0] == 0
     pictures = [np.asarray(Image.open(tmp_path / f"{i}.png"), dtype=int) for i in (1, 2)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # 0.75 + 0.25 of the same LoRA

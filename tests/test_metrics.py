@@ -9,7 +9,7 @@ from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from kontext_min.extras import metrics
-from kontext_min.extras.metrics import luma, mean_row, psnr, psnr_y, row, scores, ssim, table, texture
+from kontext_min.extras.metrics import luma, mean_row, psnr, psnr_y, row, scores, shift, ssim, table, texture
 
 PHOTOS = sorted(Path(__file__).parent.glob("photos/*.jpg"))
 
@@ -112,9 +112,40 @@ def test_texture():
     assert texture(rough, clean) > 1
 
 
+@pytest.mark.parametrize("side", [96, 1500])
+def test_shift_finds_a_picture_that_was_moved(side):
+    """Whole pixels, to the right and down, through a degradation; and none where nothing moved."""
+    photo = Image.open(PHOTOS[0]).convert("RGB")
+    clean = photo.crop((301, 30, 301 + side, 30 + side * 2 // 3))
+    blurred = photo.filter(ImageFilter.GaussianBlur(1.5))
+    for dx, dy in ((0, 0), (7, 0), (-3, 5), (0, -9), (side // 5, 0)):
+        moved = blurred.crop((301 - dx, 30 - dy, 301 - dx + side, 30 - dy + side * 2 // 3))
+        assert shift(moved, clean) == (dx, dy)
+        assert row("a", clean, moved, clean)["shift"] == max(abs(dx), abs(dy))
+
+
+def test_shift_without_a_clear_answer_is_zero():
+    flat, other = Image.new("RGB", (96, 96)), Image.open(PHOTOS[1]).convert("RGB").crop((300, 300, 396, 396))
+    clean = Image.open(PHOTOS[0]).convert("RGB").crop((300, 300, 396, 396))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8))
+    for picture in (flat, other, noise):
+        assert shift(picture, clean) == (0, 0)
+    assert shift(flat, flat) == (0, 0)
+    assert shift(np.zeros((1, 40)), np.zeros((1, 40))) == (0, 0)
+
+
+def test_a_shift_is_said_below_the_table():
+    photo = Image.open(PHOTOS[0]).convert("RGB")
+    clean, moved = (photo.crop((x, 300, x + 120, 400)) for x in (300, 295))
+    rows = [row("a.png", clean, clean, clean), row("b.png", clean, moved, clean)]
+    lines = table([*rows, mean_row(rows)]).splitlines()
+    assert lines[4:] == ["b.png: shifted by 5 pixels"]
+    assert mean_row(rows)["shift"] == 5
+
+
 def test_shapes_that_do_not_match():
     a = np.zeros((16, 16, 3))
-    for metric in (psnr, ssim, texture):
+    for metric in (psnr, ssim, texture, shift):
         with pytest.raises(ValueError, match=r"^pictures of shapes \(16, 16, 3\) and \(16, 15, 3\); [^\n]+$"):
             metric(a, a[:, 1:])
         with pytest.raises(ValueError, match="shapes"):

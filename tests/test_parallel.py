@@ -1,7 +1,8 @@
 """Several processes: the same losses and LoRA as one, sharded or not, resumed, stopped, or with one of them dead.
 
-They run with gloo on the CPU. Sums come in another order than in one process, so equality is to rounding: 1e-6 for DDP,
-1e-5 for FSDP2, which also sums the squares of the gradient norm in parts.
+They run with gloo on the CPU, in float32: in bfloat16 each process rounds the gradient of its own pictures. Sums come
+in another order than in one process, so equality is to rounding: 1e-6 where every process holds the model, 1e-5 for
+FSDP2, which also sums the squares of the gradient norm in parts.
 """
 
 import json
@@ -19,12 +20,11 @@ from safetensors.torch import load_file
 
 import processes
 import train
-from kontext_min.checkpoints import load_flux
-from kontext_min.extras import lora_files, parallel, runs, stream
+from kontext_min.extras import lora_files, parallel, runs
 
 FLAGS = (
-    "--resolution 64 --steps 8 --accumulate 2 --checkpoint-every 4 --keep 0 --warmup 3 --ema 0.9 --flip "
-    "--validate-every-steps 4 --validation-steps 2 --val-count 1 --workers 0"
+    "--dtype float32 --resolution 64 --steps 8 --accumulate 2 --checkpoint-every 4 --warmup 3 --ema 0.9 "
+    "--validate-every-epochs 1 --workers 0"
 )
 
 
@@ -33,14 +33,14 @@ def launch(small_bundle, pictures, tmp_path_factory):
     """launch(world, flags, folder=None, setup=None): the run folder; the batch of all processes is 2 in every case."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def run(world, *flags, folder=None, setup=None, silent=True):
+    def run(world, *flags, folder=None, setup=None, silent=True, code=0):
         folder = folder or tmp_path_factory.mktemp("run")
         argv = ["--hr-root", pictures, "--weights", small_bundle, "--cache-dir", cache, *FLAGS.split()]
         argv += ["--output-dir", folder, "--batch-size", 2 // world, *flags]
         log = folder.with_suffix(".log")
         got = processes.together(argv, log, world, setup)
         said = [Path(f"{log}.{rank}").read_text() for rank in range(world)]
-        assert got == [0] * world, "\n".join(said)
+        assert got == [code] * world, "\n".join(said)
         assert not (silent and any(said[1:]))  # only the first process speaks
         return folder
 
@@ -62,7 +62,7 @@ def assert_same(a, b, tolerance, file="lora.safetensors"):
     for name in ours:
         assert (ours[name] - theirs[name]).abs().max() <= tolerance, name
     rows = list(zip(metrics(a), metrics(b), strict=True))
-    assert len(rows) == 10
+    assert len(rows) == 12
     for x, y in rows:
         assert x["step"] == y["step"]
         for key in {"loss", "loss_at", "sigma_loss", "grad_norm"} & x.keys():
@@ -130,13 +130,14 @@ def test_goes_on_with_another_number_of_processes(launch, alone, two, tmp_path, 
 def in_bfloat16():
     """A run whose frozen weights are bfloat16, as on a GPU."""
 
-    def load(*args, **kwargs):
-        return load_flux(*args, **kwargs).bfloat16()
+    def load(*args, original=train.load_base):
+        flux, stream = original(*args)
+        return flux.bfloat16(), stream
 
     def batch(encoded, texts, guidance, dtype, device, original=train.prompts.batch):
         return original(encoded, texts, guidance, torch.bfloat16, device)
 
-    stream.load_flux, train.prompts.batch = load, batch
+    train.load_base, train.prompts.batch = load, batch
 
 
 def test_shards_of_a_bfloat16_base_keep_the_lora_in_float32(launch):
@@ -163,7 +164,7 @@ def stop_one_of_them():
 
 
 def test_all_stop_after_the_same_step(launch, alone, tmp_path):
-    folder = launch(2, "--shard", folder=tmp_path / "run", setup=stop_one_of_them, silent=False)
+    folder = launch(2, "--shard", folder=tmp_path / "run", setup=stop_one_of_them, silent=False, code=130)
     assert "stopping after this step" in folder.with_suffix(".log.1").read_text()
     assert runs.latest_checkpoint(folder).name == "step-000003"
     assert not (folder / "lora.safetensors").exists()
@@ -210,10 +211,9 @@ def test_one_process_needs_no_group():
     parallel.wait()
     with parallel.first_goes_ahead(one):
         pass
-    with pytest.raises(ValueError, match="torchrun"):
-        parallel.spread(torch.nn.Linear(1, 1), one, shard=True)
-    with pytest.raises(ValueError, match="expected auto, cpu"):
-        parallel.start("gpu")
+    for device in ("gpu", "mps"):
+        with pytest.raises(ValueError, match="no such device here"):
+            parallel.start(device)
 
 
 @pytest.mark.parametrize(("flag", "number"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
@@ -225,5 +225,5 @@ def test_one_gpu_is_chosen_by_its_number(monkeypatch, flag, number):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert parallel.start(flag).device == torch.device("cuda", number)
     assert chosen == [torch.device("cuda", number)]
-    with pytest.raises(ValueError, match="no cuda:2 among the 2 GPUs"):
+    with pytest.raises(ValueError, match="has 2 CUDA GPUs"):
         parallel.start("cuda:2")

@@ -11,9 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kontext_min import checkpoints, flow
-from kontext_min.extras import prompts
+from kontext_min.clip import ClipTokenizer
+from kontext_min.data import to_float, to_tensor
+from kontext_min.extras import base, prompts
 from kontext_min.flow import Objective
-from kontext_min.restore import restore, to_image, to_tensor
+from kontext_min.restore import restore, to_image
+from kontext_min.t5 import T5Tokenizer
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 PHOTO = Path(__file__).parent / "photos" / "bowl.jpg"
@@ -36,7 +39,7 @@ def pipeline():
 def test_whole_edit_within_one_level_of_diffusers(pipeline, tmp_path, size):
     width, height = size
     image = Image.open(PHOTO).convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    weights = checkpoints.Weights(TINY, transformer=tmp_path / "transformer")
+    weights = base.Weights(TINY, transformer=tmp_path / "transformer")
     pipeline.transformer.save_pretrained(weights.transformer)
     ae = checkpoints.load_autoencoder(TINY, dtype=torch.float32)
     flux = checkpoints.load_flux(weights.path("transformer"), dtype=torch.float32)
@@ -50,17 +53,17 @@ def test_whole_edit_within_one_level_of_diffusers(pipeline, tmp_path, size):
 
     encoded = prompts.encode([PROMPT], weights, None, torch.float32, "cpu")
     prompt = prompts.batch(encoded, [PROMPT], 2.5, torch.float32, "cpu")
-    ours = to_image(restore(to_tensor(image), flux, ae, prompt, Objective("kontext"), steps=5, noise=noise)[0])
+    ours = to_image(restore(to_tensor(image)[None], flux, ae, prompt, Objective("kontext"), steps=5, noise=noise)[0])
 
     assert expected.size == ours.size == size
     difference = np.abs(np.asarray(expected, dtype=int) - np.asarray(ours, dtype=int))
     assert difference.max() <= 1
-    control = np.asarray(to_image(ae.decode(ae.encode(to_tensor(image)))[0]), dtype=int)
+    control = np.asarray(to_image(ae.decode(ae.encode(to_float(to_tensor(image))[None]))[0]), dtype=int)
     assert np.abs(control - np.asarray(ours, dtype=int)).mean() > 5  # the edit did something
 
 
 def test_text_encoders_agree_on_the_bundle(pipeline):
-    weights = checkpoints.Weights(TINY)
+    weights = base.Weights(TINY)
     length = prompts.max_length(weights)
     for text in (PROMPT, "", "Colourise the 1920s' photo, naïve café!"):
         txt, pooled, _ = pipeline.encode_prompt(text, None, max_sequence_length=length)
@@ -76,9 +79,9 @@ def states(encoded, text):
 
 
 def test_prompts_are_cached_by_content_and_the_encoders_stay_closed(tmp_path, monkeypatch):
-    weights = checkpoints.Weights(TINY)
+    weights = base.Weights(TINY)
     first = prompts.encode([PROMPT, "b"], weights, tmp_path, torch.float32, "cpu")
-    monkeypatch.setattr(prompts, "load_network", lambda *a, **k: pytest.fail("T5 was loaded although all is cached"))
+    monkeypatch.setattr(prompts, "load_t5", lambda *a, **k: pytest.fail("T5 was loaded although all is cached"))
     again = prompts.encode(["b", PROMPT, PROMPT], weights, tmp_path, torch.float32, "cpu")
     for text in (PROMPT, "b"):
         kept, fresh = states(again, text), prompts.batch(first, [text], 1.0, torch.float32, "cpu")
@@ -91,7 +94,7 @@ def test_prompts_are_cached_by_content_and_the_encoders_stay_closed(tmp_path, mo
 def test_the_cache_knows_its_weights_and_its_dtype(tmp_path):
     """Over one cache: other weights of either encoder, or another dtype, give other states and not those of before."""
     folder = shutil.copytree(TINY, tmp_path / "w", ignore=shutil.ignore_patterns("transformer", "vae"))
-    weights, cache = checkpoints.Weights(folder), tmp_path / "cache"
+    weights, cache = base.Weights(folder), tmp_path / "cache"
 
     def encode(dtype=torch.float32):
         return states(prompts.encode([PROMPT], weights, cache, dtype, "cpu"), PROMPT)
@@ -111,3 +114,58 @@ def test_the_cache_knows_its_weights_and_its_dtype(tmp_path):
     again = encode()
     assert torch.equal(again[0], txt) and not torch.equal(again[1], y)
     assert len(list(cache.iterdir())) == 4
+
+
+def test_a_file_of_the_cache_that_is_not_whole_is_made_again(tmp_path):
+    weights = base.Weights(TINY)
+    encode = lambda: prompts.encode([PROMPT], weights, tmp_path, torch.float32, "cpu")  # noqa: E731
+    expected = [x.clone() for x in states(encode(), PROMPT)]
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    other = tmp_path / "other"
+    save_file({"x": torch.zeros(3)}, other)
+    for broken in (*(whole[:n] for n in (0, 7, 9, 60, len(whole) // 2, len(whole) - 1)), b"x" * 99, other.read_bytes()):
+        file.write_bytes(broken)
+        encoded = encode()
+        assert file.read_bytes() == whole
+        prompts._read.cache_clear()
+        prompt = prompts.batch(encoded, [PROMPT], 1.0, torch.float32, "cpu")
+        assert torch.equal(prompt.txt[0], expected[0]) and torch.equal(prompt.y[0], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("value", "length"),
+    [("1e30", 512), ("1" + "0" * 30, 512), ('"many"', 512), ("null", 512), ("-1", 512), ("0", 512), ("true", 512),
+     ("7.5", 512), ("[]", 512), ("48", 48), ("512", 512)],
+)  # fmt: skip
+def test_a_length_that_makes_no_sense_is_512(tmp_path, value, length):
+    weights = base.Weights(tmp_path)
+    (tmp_path / "tokenizer_2").mkdir()
+    assert prompts.max_length(weights) == 512
+    (tmp_path / "tokenizer_2" / "tokenizer_config.json").write_text(f'{{"model_max_length": {value}}}')
+    assert prompts.max_length(weights) == length
+    (tmp_path / "tokenizer_2" / "tokenizer_config.json").write_text("not JSON")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not a JSON object"):
+        prompts.max_length(weights)
+
+
+def test_prompts_that_are_too_long_are_counted(capsys):
+    """The bundle's T5 reads 31 tokens and </s>, CLIP 75 and its two marks."""
+    weights = base.Weights(TINY)
+    clip, t5 = ClipTokenizer(TINY / "tokenizer"), T5Tokenizer(TINY / "tokenizer_2")
+    texts = ["a" + " photo" * 10, *(f"{k}" + " photo" * 40 for k in range(2)), "b" + " photo" * 90]
+    longest = [max(len(tokenizer.encode(text)) for text in texts) for tokenizer in (clip, t5)]
+    over = [
+        sum(len(tok.encode(text)) > n for text in texts)
+        for tok, n in ((clip, 75), (t5, prompts.max_length(weights) - 1))
+    ]
+    assert 0 < over[0] < over[1] < len(texts)
+    prompts.encode([*texts, texts[0]], weights, None, torch.float32, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert f"CLIP reads 75 tokens of a prompt: {over[0]} of 4 prompts are longer, up to {longest[0]} tokens" in lines[0]
+    assert (
+        f"T5 reads {prompts.max_length(weights) - 1} tokens of a prompt: {over[1]} of 4 prompts are longer" in lines[1]
+    )
+    prompts.encode(["short"], weights, None, torch.float32, "cpu")
+    assert not capsys.readouterr().out

@@ -10,21 +10,16 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from kontext_min import data, flow
-from kontext_min.autoencoder import Autoencoder, AutoencoderParams, GroupNorm
-from kontext_min.checkpoints import Weights, load_autoencoder, load_flux
-from kontext_min.extras import prompts
+from kontext_min import flow
+from kontext_min.autoencoder import Autoencoder, AutoencoderParams
+from kontext_min.checkpoints import load_autoencoder, load_flux
+from kontext_min.data import to_float, to_tensor
+from kontext_min.extras import pictures, prompts, shared_norms
+from kontext_min.extras.base import Weights
+from kontext_min.extras.fidelity import pulled
+from kontext_min.extras.tiles import Tiles, starts, tiled
 from kontext_min.flow import Objective, Prompt
-from kontext_min.restore import (
-    pad_to_grid,
-    passes,
-    restore,
-    to_bytes,
-    to_image,
-    to_tensor,
-    working_size,
-)
-from kontext_min.tiles import norm_passes, shared_norms, starts, tiled
+from kontext_min.restore import WHOLE, decode, pad_to_grid, restore, restore_latent, to_bytes, to_image
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "tests" / "photos" / "bowl.jpg"
@@ -48,12 +43,14 @@ def test_tiles_of_a_local_function_give_the_function(size):
 
 
 def test_tiles_overlap_by_a_quarter_and_reach_the_end():
-    for length in range(64, 700, 2):
-        tops = starts(length, 64, 2)
-        assert tops[0] == 0
-        assert tops[-1] == length - 64
-        assert all(0 < b - a <= 48 + 2 for a, b in zip(tops[:-1], tops[1:], strict=True))
-        assert all(s % 2 == 0 for s in tops)
+    """And no tile is computed twice, down to the smallest that is allowed."""
+    for tile in (64, 8):
+        for length in range(tile, 700, 2):
+            tops = starts(length, tile, 2)
+            assert tops[0] == 0
+            assert tops[-1] == length - tile
+            assert all(0 < b - a <= 0.75 * tile + 2 for a, b in zip(tops[:-1], tops[1:], strict=True))
+            assert all(s % 2 == 0 for s in tops)
 
 
 def test_no_seam_where_tiles_disagree():
@@ -67,7 +64,8 @@ def test_no_seam_where_tiles_disagree():
 
 def test_pictures_survive_the_way_to_tensors_and_back():
     image = Image.open(PHOTO).convert("RGB").crop((0, 0, 50, 33))
-    assert to_image(to_tensor(image)[0]).tobytes() == image.tobytes()
+    assert to_image(to_tensor(image)).tobytes() == image.tobytes()
+    assert to_image(to_float(to_tensor(image))).tobytes() == image.tobytes()
 
 
 def test_golden_pictures():
@@ -75,7 +73,7 @@ def test_golden_pictures():
     units = load_file(ROOT / "tests" / "golden" / "units.safetensors")
     original = Image.fromarray(units["image.in_uint8_hwc"].numpy())
     resized = original.resize((64, 48), Image.Resampling.LANCZOS)
-    assert torch.equal(to_tensor(resized)[0], units["image.normalised_chw"])
+    assert torch.equal(to_float(to_tensor(resized)), units["image.normalised_chw"])
     assert torch.equal(to_bytes(units["image.decoded"]), units["image.diffusers_uint8_round"])
     assert not torch.equal(to_bytes(units["image.decoded"]), units["image.bfl_uint8_trunc"])
 
@@ -83,29 +81,48 @@ def test_golden_pictures():
 def test_bytes_are_padded_by_reflection():
     x = torch.randint(0, 256, (1, 3, 13, 30), dtype=torch.uint8)
     assert torch.equal(pad_to_grid(x, 8).float(), F.pad(x.float(), (0, 2, 0, 3), mode="reflect"))
-    assert pad_to_grid(x, 1) is x
+    assert torch.equal(pad_to_grid(x, 1), x)
     assert pad_to_grid(torch.tensor([[[[1.0, 2.0, 3.0]]]]), 8)[0, 0, 0].tolist() == [1, 2, 3, 2, 1, 2, 3, 2]
     assert torch.equal(pad_to_grid(torch.ones(1, 3, 1, 1), 16), torch.ones(1, 3, 16, 16))
 
 
 def test_bytes_go_in_and_come_out():
-    """The same as for floats, with the rounding of to_image; padding and cropping included."""
+    """Bytes and floats are equal inputs, and come out with the rounding of to_image, padding and cropping included."""
     x = torch.randint(0, 256, (2, 3, 50, 75), dtype=torch.uint8)
-    brighter = restored(data.to_float(x), constant(0.5), tile=32)
-    assert (brighter - data.to_float(x) - 0.5).abs().max() < 1e-5
-    out = restored(x, constant(0.5), tile=32)
-    assert out.dtype == torch.uint8 and out.shape == x.shape
-    assert torch.equal(out, to_bytes(brighter))
-    assert to_image(out[1]).tobytes() == to_image(brighter[1]).tobytes()
+    brighter = latents(to_float(x), constant(0.5), tile=32)[..., :50, :75]
+    assert (brighter - to_float(x) - 0.5).abs().max() < 1e-5
+    for image in (x, to_float(x)):
+        out = restore(image, constant(0.5), PIXELS, prompt_of(2), BRIDGE, 1, apply=Tiles(32, PIXELS))
+        assert out.dtype == torch.uint8 and out.shape == x.shape
+        assert torch.equal(out, to_bytes(brighter))
+        assert to_image(out[1]).tobytes() == to_image(brighter[1]).tobytes()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+def test_a_result_that_is_not_finite_is_an_error(value):
+    """A NaN would come out as a black picture. 1e38 overflows on the way."""
+    message = r"^the result is not finite \(NaN or infinity\): [^\n]+$"
+    with pytest.raises(ValueError, match=message):
+        latents(torch.zeros(1, 3, 16, 48), lambda img, *_: (img + 1) * value * 10, tile=16)
+    z = torch.zeros(1, 3, 16, 48)
+    z[0, 0, 3, 40] = torch.tensor(value) * 10
+    with pytest.raises(ValueError, match=message):
+        decode(PIXELS, z, (48, 16), Tiles(16, PIXELS))
+
+
+def test_tiles_larger_than_the_picture_are_the_picture_and_tiny_ones_are_refused():
+    x = torch.zeros(1, 3, 16, 48)
+    assert torch.equal(latents(x, constant(0.5), tile=10**9), latents(x, constant(0.5), tile=48))
+    for call in (lambda: latents(x, constant(0.5), tile=7), lambda: decode(PIXELS, x, (48, 16), Tiles(7, PIXELS))):
+        with pytest.raises(ValueError, match=r"^tile: got 7, expected at least 8 pixels, 4 tokens\.$"):
+            call()
 
 
 def test_working_size_keeps_the_shape():
-    assert working_size(6000, 4000, None, None) == (6000, 4000)
-    assert working_size(6000, 4000, 1024, None) == (1254, 836)  # 1024^2 pixels, 3:2
-    assert working_size(300, 200, 1024, None) == (1254, 836)
-    assert working_size(6000, 4000, None, 1500) == (1500, 1000)
-    assert working_size(600, 400, None, 1500) == (600, 400)
-    assert working_size(10000, 1, None, 100) == (100, 1)
+    assert pictures.working_size(6000, 4000, None) == (6000, 4000)
+    assert pictures.working_size(6000, 4000, 1024) == (1254, 836)  # 1024^2 pixels, 3:2
+    assert pictures.working_size(300, 200, 1024) == (1254, 836)
+    assert pictures.working_size(10000, 1, 10) == (1000, 1)
 
 
 # ----------------------------------------------------------------------------------------------- following the velocity
@@ -119,33 +136,40 @@ def constant(value):
 BRIDGE = Objective()
 
 
-def restored(image, flux, objective=BRIDGE, steps=1, **options):
-    rows = Prompt(*(x.expand(len(image), *x.shape[1:]) for x in (PROMPT.txt, PROMPT.y, PROMPT.guidance)))
-    return restore(image, flux, PIXELS, rows, objective, steps, **options)
+def prompt_of(rows):
+    return Prompt(*(x.expand(rows, *x.shape[1:]) for x in (PROMPT.txt, PROMPT.y, PROMPT.guidance)))
+
+
+def latents(image, flux, objective=BRIDGE, steps=1, tile=None, report=lambda: None, **options):
+    """Latents that are the pictures in floats, as PIXELS changes nothing."""
+    apply = Tiles(tile, PIXELS, report) if tile else WHOLE
+    return restore_latent(image, flux, PIXELS, prompt_of(len(image)), objective, steps, apply=apply, **options)
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 5), ("midpoint", 6), ("heun", 6)])
-def test_steps_are_network_evaluations_and_passes_counts_all(solver, evaluations):
+def test_steps_are_network_evaluations_and_all_passes_are_reported(solver, evaluations):
     calls, ticks = [], []
 
     def flux(img, *_):
         calls.append(1)
         return img * 0
 
-    restored(torch.zeros(1, 3, 24, 40), flux, steps=5, solver=solver, tile=16, report=lambda: ticks.append(1))
+    image = torch.zeros(1, 3, 24, 40)
+    z = latents(image, flux, steps=5, solver=solver, tile=16, report=lambda: ticks.append(1))
+    decode(PIXELS, z, (40, 24), apply := Tiles(16, PIXELS, lambda: ticks.append(1)))
     tiles = 2 * 3
     assert len(calls) == tiles * evaluations
-    assert len(ticks) == passes(40, 24, PIXELS, 16, 5, solver) == tiles * (evaluations + 2)
+    assert len(ticks) == tiles * (evaluations + 2) == apply.passes(40, 24, 5, solver)
 
 
 def test_a_picture_is_the_same_alone_and_in_a_batch():
     torch.manual_seed(0)
     x = torch.rand(3, 3, 24, 20) * 2 - 1
     objective = Objective(source_noise=0.3)
-    together = restored(x, constant(0.1), objective, seed=5)
+    together = latents(x, constant(0.1), objective, seed=5)
     for k in range(3):
-        assert torch.allclose(together[k], restored(x[k : k + 1], constant(0.1), objective, seed=5)[0], atol=1e-6)
-    assert not torch.allclose(together[:1], restored(x[:1], constant(0.1), objective, seed=6), atol=0.01)
+        assert torch.allclose(together[k], latents(x[k : k + 1], constant(0.1), objective, seed=5)[0], atol=1e-6)
+    assert not torch.allclose(together[:1], latents(x[:1], constant(0.1), objective, seed=6), atol=0.01)
     noise = torch.randn(x[:1].shape[1:], generator=torch.Generator().manual_seed(5))
     assert torch.allclose(together - x, (0.3 * noise + 0.1).expand(x.shape), atol=1e-5)
 
@@ -169,7 +193,7 @@ def test_noise_of_a_seed_is_the_official_noise(number):
         return img * 0
 
     image = torch.zeros(1, 3, height, width)
-    restore(image, flux, autoencoder, PROMPT, Objective("kontext"), 1, seed=seed, tile=4096)
+    restore(image, flux, autoencoder, PROMPT, Objective("kontext"), 1, seed=seed)
     z = flow.unpack(seen[0][:, : shape[2] * shape[3] // 4], *shape[2:])
     assert torch.equal(z.flatten()[:64], units[f"noise{number}.f32_first64"])
 
@@ -183,7 +207,7 @@ def test_bridges_take_equal_steps_and_kontext_those_of_its_tile(size, tile, toke
             times.append(t.item())
             return img * 0
 
-        restored(torch.zeros(1, 3, *size), flux, objective, steps=4, tile=tile)
+        latents(torch.zeros(1, 3, *size), flux, objective, steps=4, tile=tile)
         expected = torch.tensor([1, 0.75, 0.5, 0.25], dtype=torch.float64)
         if objective.name == "kontext":
             mu = 0.5 + (tokens - 256) * 0.65 / 3840
@@ -196,20 +220,20 @@ def test_strength_starts_part_way_along_the_path(objective):
     """x at s0 = 1 - S is (1 - s0) source + s0 control, the network is first asked at t = T S, and 0 changes nothing."""
     times, first = [], []
 
-    def flux(img, img_ids, txt, txt_ids, t, y, guidance, read):
+    def flux(img, img_ids, txt, txt_ids, t, y, guidance):
         times.append(t.item())
         first.append(img.clone())
         return img * 0
 
     x, eps = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
-    out = restored(x, flux, objective, steps=4, noise=eps, strength=0.25)
+    out = latents(x, flux, objective, steps=4, noise=eps, strength=0.25)
     assert times[0] == pytest.approx(0.25 * objective.start_time)
     assert len(times) == 4 and all(0 < b < a for a, b in zip(times[:-1], times[1:], strict=True))
     source = eps if objective.name == "kontext" else x + objective.source_noise * eps
     assert torch.allclose(out, 0.25 * source + 0.75 * x, atol=1e-6)
-    assert (restored(x, flux, objective, noise=eps, strength=1e-6) - x).abs().max() < 1e-5
+    assert (latents(x, flux, objective, noise=eps, strength=1e-6) - x).abs().max() < 1e-5
     with pytest.raises(ValueError, match="strength: got 0"):
-        restored(x, flux, strength=0)
+        latents(x, flux, strength=0)
 
 
 def test_fidelity_is_the_equation():
@@ -217,19 +241,21 @@ def test_fidelity_is_the_equation():
     torch.manual_seed(0)
     control, eps, v = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16), 0.7
     kontext, w, s = Objective("kontext"), 0.6, 0.5
-    out = restored(control, constant(v), kontext, noise=eps, strength=1 - s, fidelity=w)
+    out = latents(control, constant(v), kontext, noise=eps, strength=1 - s, velocity=pulled(w))
     x = (1 - s) * eps + s * control
     x1 = x + (1 - s) * v
     x1 = x1 - w * (1 - s) ** 4 * (x1 - control)
     assert torch.allclose(out, x + (1 - s) * (x1 - x) / (1 - s), atol=1e-5)
-    assert (restored(control, constant(v), fidelity=1.0) - control).abs().max() < 1e-6
-    assert torch.allclose(restored(control, constant(v), fidelity=0.5), control + 0.5 * v, atol=1e-6)
-    nearer = [(restored(control, constant(v), steps=4, fidelity=f) - control).mean().item() for f in (0, 0.3, 0.6, 1)]
+    assert (latents(control, constant(v), velocity=pulled(1.0)) - control).abs().max() < 1e-6
+    assert torch.allclose(latents(control, constant(v), velocity=pulled(0.5)), control + 0.5 * v, atol=1e-6)
+    nearer = [
+        (latents(control, constant(v), steps=4, velocity=pulled(f)) - control).mean().item() for f in (0, 0.3, 0.6, 1)
+    ]
     assert nearer[0] == pytest.approx(v, abs=1e-5) and nearer == sorted(nearer, reverse=True)
     for solver in ("midpoint", "heun"):  # at sigma = 1 nothing is divided by zero
-        assert restored(control, constant(v), steps=4, fidelity=1.0, solver=solver).isfinite().all()
+        assert latents(control, constant(v), steps=4, velocity=pulled(1.0), solver=solver).isfinite().all()
     with pytest.raises(ValueError, match=r"fidelity: got 1\.5"):
-        restored(control, constant(v), fidelity=1.5)
+        pulled(1.5)
 
 
 # ------------------------------------------------------------------------------------------------------------- the seam
@@ -254,7 +280,7 @@ def test_no_seam_though_every_tile_has_a_colour_of_its_own():
 
     torch.manual_seed(1)
     x = 0.1 * torch.randn(1, 3, 64, 512)
-    out = restored(x, flux, steps=4, tile=64)
+    out = latents(x, flux, steps=4, tile=64)
     assert (out - x).std() > 0.1  # the tiles did disagree
     assert seam(out, 512, 64, 2) < 1.05
     hard = x.clone()
@@ -263,16 +289,23 @@ def test_no_seam_though_every_tile_has_a_colour_of_its_own():
     assert seam(hard, 512, 64, 2) > 1.5
 
 
-def test_tiles_of_the_embedded_model_agree_with_the_whole_picture():
-    """What tiles change lies as much between their edges as on them."""
+def embedded():
+    """Transformer, autoencoder and a prompt of weights/tiny."""
     weights = Weights(ROOT / "weights" / "tiny")
     flux, autoencoder = (f(weights.root, dtype=torch.float32) for f in (load_flux, load_autoencoder))
     text = "Remove the noise from this photo."
-    prompt = prompts.batch(
-        prompts.encode([text], weights, None, torch.float32, "cpu"), [text], 1.5, torch.float32, "cpu"
+    encoded = prompts.encode([text], weights, None, torch.float32, "cpu")
+    return flux, autoencoder, prompts.batch(encoded, [text], 1.5, torch.float32, "cpu")
+
+
+def test_tiles_of_the_embedded_model_agree_with_the_whole_picture():
+    """What tiles change lies as much between their edges as on them."""
+    flux, autoencoder, prompt = embedded()
+    image = to_tensor(Image.open(PHOTO).convert("RGB").crop((300, 300, 460, 364)))[None]
+    whole, tiles = (
+        restore(image, flux, autoencoder, prompt, Objective(), 1, apply=apply).float() / 127.5
+        for apply in (WHOLE, Tiles(64, autoencoder))
     )
-    image = to_tensor(Image.open(PHOTO).convert("RGB").crop((300, 300, 460, 364)))
-    whole, tiles = (restore(image, flux, autoencoder, prompt, Objective(), 1, tile=t) for t in (160, 64))
     error = (tiles - whole).abs().mean().item()
     assert 0 < error < 0.1 * (whole - whole.mean()).abs().mean().item()
     assert seam(tiles, 160, 64, 8) < 1.1 * seam(whole, 160, 64, 8)  # the picture itself is not as rough everywhere
@@ -283,13 +316,26 @@ def decoded(name, width, height, tile):
     autoencoder = load_autoencoder(ROOT / "weights" / "tiny", dtype=torch.float32)
     image = Image.open(ROOT / "tests" / "photos" / f"{name}.jpg").convert("RGB").crop((0, 0, width, height))
     with torch.no_grad():
-        z = autoencoder.encode(to_tensor(image))
+        z = autoencoder.encode(to_float(to_tensor(image))[None])
         whole = to_bytes(autoencoder.decode(z)).float()
-        alone = to_bytes(tiled(autoencoder.decode, (z,), tile // 4, 2, 4)).float()
-        with shared_norms(autoencoder, z, tile // 4, 2):
-            shared = to_bytes(tiled(autoencoder.decode, (z,), tile // 4, 2, 4)).float()
+        alone = decode(autoencoder, z, image.size, Tiles(tile, autoencoder)).float()
+        with shared_norms.shared_norms(autoencoder, z, Tiles(tile, autoencoder)):
+            shared = decode(autoencoder, z, image.size, Tiles(tile, autoencoder)).float()
         assert torch.equal(to_bytes(autoencoder.decode(z)).float(), whole)  # the norms are themselves again
     return [((x - whole).abs() <= 1).float().mean().item() for x in (alone, shared)]
+
+
+def test_a_picture_of_the_embedded_model_is_the_same_alone_and_in_a_batch():
+    """Up to rounding: sums of another batch size are added in another order."""
+    flux, autoencoder, prompt = embedded()
+    photo = Image.open(PHOTO).convert("RGB")
+    image = torch.stack([to_tensor(photo.crop((x, 300, x + 96, 364))) for x in (300, 400)])
+    rows = Prompt(*(x.expand(2, *x.shape[1:]) for x in (prompt.txt, prompt.y, prompt.guidance)))
+    objective = Objective(source_noise=0.1)
+    together = restore(image, flux, autoencoder, rows, objective, 2).int()
+    for k in range(2):
+        alone = restore(image[k : k + 1], flux, autoencoder, prompt, objective, 2)[0].int()
+        assert (together[k] - alone).abs().max() <= 1
 
 
 def test_decoding_in_tiles_is_decoding_at_once():
@@ -320,18 +366,22 @@ def test_norms_of_tiles_see_what_they_see_of_the_whole():
     autoencoder = Autoencoder(AutoencoderParams(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1))
     torch.nn.init.zeros_(autoencoder.decoder.mid.attn_1.proj_out.weight)
     z = torch.randn(1, 16, 80, 56).cumsum(-1) * 0.3  # the right end is unlike the left
-    norms = [m for m in autoencoder.decoder.modules() if isinstance(m, GroupNorm)]
+    norms = [m for m in autoencoder.decoder.modules() if isinstance(m, torch.nn.GroupNorm)]
     seen = {}
-    for norm in norms:
-        norm.statistics = lambda x, norm=norm: seen.setdefault(norm, GroupNorm.statistics(norm, x))
+    hooks = [norm.register_forward_pre_hook(lambda norm, args: seen.update({norm: args[0]})) for norm in norms]
     ticks = []
     with torch.no_grad():
         autoencoder.decode(z)
-        with shared_norms(autoencoder, z, 32, 2, lambda: ticks.append(1)):
-            shared = {norm: norm.statistics(None) for norm in norms}
-    for norm in norms:
-        mean, variance = seen[norm]
-        assert ((shared[norm][0] - mean).abs() / variance.sqrt()).max() < 0.02
-        assert (shared[norm][1] / variance - 1).abs().max() < 0.02
-    assert len(ticks) == norm_passes(autoencoder, (80, 56), 32, 2) == len(norms) * 3 * 2
-    assert norm_passes(autoencoder, (32, 10), 32, 2) == 0
+        for hook in hooks:
+            hook.remove()
+        with shared_norms.shared_norms(autoencoder, z, Tiles(32 * 4, autoencoder), lambda: ticks.append(1)):
+            for norm in norms:  # what a norm does to the whole tells which mean and variance it takes
+                x = seen[norm]
+                y = (norm(x) - norm.bias[:, None, None]) / norm.weight[:, None, None]
+                # y = (x - m) / s: of its groups mean (mean - m) / s and deviation sqrt(variance) / s
+                its_mean, its_variance = shared_norms.statistics(norm, y)
+                assert (its_mean / its_variance.sqrt()).abs().max() < 0.02
+                assert (1 / its_variance - 1).abs().max() < 0.02
+                assert not torch.allclose(norm(x + 1), norm(x))  # its own statistics would take the 1 out
+    assert len(ticks) == len(norms) * 3 * 2
+    assert all(norm.forward.__func__ is torch.nn.GroupNorm.forward for norm in norms)

@@ -1,5 +1,6 @@
 """sample.py: a picture or a folder in, the same names, sizes and metadata out; bad input named in one line."""
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -14,10 +15,10 @@ import large_bench
 import sample
 from kontext_min import data, degrade
 from kontext_min.checkpoints import load_flux
-from kontext_min.extras import metrics, pictures
+from kontext_min.extras import fidelity, folders, metrics, pictures
 from kontext_min.extras.lora_files import save_lora
 from kontext_min.lora import add_lora
-from test_report import Page
+from test_report import data_of
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "tests" / "photos" / "bowl.jpg"
@@ -41,7 +42,7 @@ def run(*flags: object) -> int:
 
 
 def test_a_picture_comes_back_at_its_own_size(small, small_bundle, tmp_path, capsys):
-    args = ["--input", small / "in.png", "--cache-dir", tmp_path, "--steps", 1]
+    args = ["--input", small / "in.png", "--steps", 1]
     assert run(*args, "--output", tmp_path / "out.png") == 0  # by weights/tiny
     assert Image.open(tmp_path / "out.png").size == (75, 51)
     args += ["--weights", small_bundle]
@@ -59,8 +60,8 @@ def test_a_picture_comes_back_at_its_own_size(small, small_bundle, tmp_path, cap
         ("bridge", "4 network evaluations, midpoint"),
         ("kontext", "28 network evaluations, euler"),
     ):
-        flags = ["--input", small / "in.png", "--output", tmp_path / "d.png", "--weights", small_bundle]
-        assert run(*flags, "--cache-dir", tmp_path, "--objective", objective) == 0
+        flags = ["--input", small / "in.png", "--output", tmp_path / f"{objective}.png", "--weights", small_bundle]
+        assert run(*flags, "--objective", objective) == 0
         assert method in capsys.readouterr().out
 
 
@@ -92,7 +93,14 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(small, small_bundle, tmp_pa
     flags = [f.format(**names) for f in flags]
     if "--input" not in flags:
         flags = ["--input", str(small / "in.png"), *flags]
-    assert run("--weights", small_bundle, *flags, "--cache-dir", tmp_path / "cache") == 2
+    assert (
+        run(
+            "--weights",
+            small_bundle,
+            *flags,
+        )
+        == 2
+    )
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sample.py: ")
     assert message in error
@@ -103,7 +111,7 @@ def test_help_shows_every_flag_with_its_default(capsys):
         sample.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    assert "else 4, kontext 28" in text and "1 to 100 (default 95)" in text and "{none,wavelet,adain}" in text
+    assert "default: 4, kontext 28" in text and "{none,wavelet,adain}" in text
     for name in sample.Settings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in text
 
@@ -158,25 +166,27 @@ def identity(monkeypatch):
     """sample.py with networks that change nothing: what comes out is what the files' handling makes of the input."""
     seen = []
 
-    def restore(image, *_, report, **options):
+    def restore_latent(image, *_, **options):
         seen.append({"shape": tuple(image.shape), **options})
-        return image.clone()
+        return image
 
-    monkeypatch.setattr(sample, "restore", restore)
+    monkeypatch.setattr(sample, "restore_latent", restore_latent)
+    monkeypatch.setattr(sample, "decode", lambda autoencoder, z, *_: z.clone())
+    monkeypatch.setattr(sample, "shared_norms", lambda *_: contextlib.nullcontext())
     return seen
 
 
 def test_a_folder_of_fifty_with_eight_broken(mixed, small_bundle, tmp_path, capsys):
     out = tmp_path / "out"
-    args = ["--input", mixed, "--output", out, "--weights", small_bundle, "--cache-dir", tmp_path, "--steps", 1]
-    assert run(*args, "--batch-size", 3) == 1
+    args = ["--input", mixed, "--output", out, "--weights", small_bundle, "--steps", 1]
+    assert run(*args) == 1
     said = capsys.readouterr()
-    assert "42 restored, 0 there before, 8 not restored; bridge, 1 network evaluations, euler" in said.out
+    assert "42 restored, 0 there before, 8 not restored, bridge, 1 network evaluations, euler" in said.out
     assert "left 0s" in said.out
     for name in BROKEN:
         assert sum(line.startswith(f"not restored: {name}: ") for line in said.err.splitlines()) == 1, name
     names = {p.name for p in data.scan(mixed)[0]}
-    made = {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()}
+    made = {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()} - {folders.RECORD}
     assert made == {name + ".png" * name.endswith(".gif") for name in names} and len(made) == 42
     for name in names:
         with Image.open(mixed / name) as before, Image.open(out / (name + ".png" * name.endswith(".gif"))) as after:
@@ -194,16 +204,27 @@ def test_a_folder_of_fifty_with_eight_broken(mixed, small_bundle, tmp_path, caps
     assert run(*args) == 1
     assert "1 restored, 41 there before, 8 not restored" in capsys.readouterr().out
     again = np.frombuffer(Image.open(gone).tobytes(), np.uint8).astype(int)
-    assert np.abs(again - np.frombuffer(kept, np.uint8)).max() <= 1  # alone as in its batch, but for rounding
+    assert np.array_equal(again, np.frombuffer(kept, np.uint8))
 
 
 def test_overwrite_and_an_output_inside_the_input(identity, small_bundle, tmp_path, capsys):
     crop(32, 32).save(tmp_path / "a.png")
     args = ["--input", tmp_path, "--output", tmp_path / "restored", "--weights", small_bundle]
-    assert run(*args, "--cache-dir", tmp_path / "cache") == 0
-    assert run(*args, "--overwrite", "--cache-dir", tmp_path / "cache") == 0
+    assert (
+        run(
+            *args,
+        )
+        == 0
+    )
+    assert (
+        run(
+            *args,
+            "--overwrite",
+        )
+        == 0
+    )
     assert len(identity) == 2  # what was restored is not taken for an input
-    assert [f.name for f in (tmp_path / "restored").iterdir()] == ["a.png"]
+    assert sorted(f.name for f in (tmp_path / "restored").iterdir()) == [folders.RECORD, "a.png"]
 
 
 def test_a_failing_picture_is_counted_and_a_full_disk_stops(identity, small_bundle, tmp_path, capsys, monkeypatch):
@@ -218,7 +239,12 @@ def test_a_failing_picture_is_counted_and_a_full_disk_stops(identity, small_bund
         write(path, *args)
 
     monkeypatch.setattr(pictures, "write", refuse)
-    args = ["--input", tmp_path / "in", "--weights", small_bundle, "--cache-dir", tmp_path]
+    args = [
+        "--input",
+        tmp_path / "in",
+        "--weights",
+        small_bundle,
+    ]
     assert run(*args, "--output", tmp_path / "out") == 1
     said = capsys.readouterr()
     assert "2 restored, 0 there before, 1 not restored" in said.out and "not restored: 1.png: " in said.err
@@ -243,7 +269,10 @@ def with_metadata(path, mode="RGB", **options):
 @pytest.mark.parametrize(("ending", "target"), [("jpg", "jpg"), ("png", "png"), ("webp", "webp"), ("jpg", "webp")])
 def test_orientation_is_applied_and_metadata_kept(identity, small_bundle, tmp_path, ending, target):
     profile = with_metadata(tmp_path / f"in.{ending}", **({"lossless": True} if ending == "webp" else {}))
-    args = ["--weights", small_bundle, "--cache-dir", tmp_path]
+    args = [
+        "--weights",
+        small_bundle,
+    ]
     assert run("--input", tmp_path / f"in.{ending}", "--output", tmp_path / f"out.{target}", *args) == 0
     with Image.open(tmp_path / f"in.{ending}") as before, Image.open(tmp_path / f"out.{target}") as after:
         assert after.size == (40, 60)  # upright
@@ -263,7 +292,12 @@ def test_transparency_passes_through(identity, small_bundle, tmp_path, capsys):
     picture = crop(48, 32)
     picture.putalpha(Image.linear_gradient("L").resize(picture.size).point(lambda a: max(a - 40, 0)))
     picture.save(tmp_path / "in.png")
-    args = ["--input", tmp_path / "in.png", "--weights", small_bundle, "--cache-dir", tmp_path]
+    args = [
+        "--input",
+        tmp_path / "in.png",
+        "--weights",
+        small_bundle,
+    ]
     assert run(*args, "--output", tmp_path / "out.png") == 0
     assert "transparency" in capsys.readouterr().err
     before, after = np.asarray(picture), np.asarray(Image.open(tmp_path / "out.png"))
@@ -296,7 +330,17 @@ def test_what_is_not_kept_is_said_in_one_line(identity, small_bundle, tmp_path, 
         monkeypatch.setattr(Image.Image, "getexif", lambda self: 1 / 0)
     else:
         crop(40, 30).convert("RGBA" if kind == "opaque alpha" else "RGB").save(file)
-    assert run("--input", file, "--output", tmp_path / "o.png", "--weights", small_bundle, "--cache-dir", tmp_path) == 0
+    assert (
+        run(
+            "--input",
+            file,
+            "--output",
+            tmp_path / "o.png",
+            "--weights",
+            small_bundle,
+        )
+        == 0
+    )
     words = {"16": "8 bits", "gr": "GRAY colour profile", "fr": "2 frames", "br": "EXIF", "op": "", "pl": ""}[kind[:2]]
     error = capsys.readouterr().err
     assert error.count("\n") == bool(words) and words in error
@@ -321,65 +365,47 @@ def write_png16(file, array):
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
-def test_quality_is_that_of_jpeg_and_webp(identity, small_bundle, tmp_path):
-    crop(80, 80).save(tmp_path / "in.png")
-    for ending in ("jpg", "webp"):
-        sizes = []
-        for quality in (30, 90):
-            args = ["--input", tmp_path / "in.png", "--output", tmp_path / f"o.{ending}", "--quality", quality]
-            assert run(*args, "--weights", small_bundle, "--cache-dir", tmp_path) == 0
-            sizes.append((tmp_path / f"o.{ending}").stat().st_size)
-        assert sizes[0] < 0.7 * sizes[1]
-
-
 # ------------------------------------------------------------------------------------------------ what flags come to do
 
 
 def test_sizes_to_restore_at(identity, small_bundle, tmp_path):
     crop(90, 60).save(tmp_path / "in.png")
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle]
-    for flags, shape in [((), (60, 90)), (("--max-side", 45), (30, 45)), (("--resolution", 147), (120, 180))]:
-        assert run(*args, "--cache-dir", tmp_path, *flags) == 0
+    for flags, shape in [((), (60, 90)), (("--resolution", 147), (120, 180))]:
+        assert run(*args, "--overwrite", *flags) == 0
         assert identity[-1]["shape"] == (1, 3, *shape)
         assert Image.open(tmp_path / "o.png").size == (90, 60)
 
 
-def test_dials_reach_the_network(identity, small_bundle, tmp_path):
+def test_dials_reach_the_network(identity, small_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(fidelity, "pulled", lambda w: ("pulled", w))
     crop(32, 32).save(tmp_path / "in.png")
-    flags = ["--strength", 0.5, "--fidelity", 0.25, "--seed", 7, "--tile", 16, "--no-share-norms"]
+    flags = ["--strength", 0.5, "--fidelity", 0.25, "--seed", 7, "--tile", 32]
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle, *flags]
-    assert run(*args, "--cache-dir", tmp_path) == 0
-    expected = {"shape": (1, 3, 32, 32), "strength": 0.5, "fidelity": 0.25, "seed": 7, "tile": 16}
-    expected["share_norms"] = False
-    assert identity == [expected]
+    assert run(*args) == 0
+    (seen,) = identity
+    apply = seen.pop("apply")
+    assert apply.side * apply.factor == 32
+    assert seen == {"shape": (1, 3, 32, 32), "strength": 0.5, "velocity": ("pulled", 0.25), "seed": 7}
 
 
 def test_colour_fix(small_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "restore", lambda image, *_, **__: image // 2)
+    monkeypatch.setattr(sample, "restore_latent", lambda image, *_, **__: image // 2)
+    monkeypatch.setattr(sample, "decode", lambda autoencoder, z, *_: z)
     crop(64, 64).save(tmp_path / "in.png")
     means = []
     for fix in ("none", "wavelet", "adain"):
-        args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--color-fix", fix]
-        assert run(*args, "--weights", small_bundle, "--cache-dir", tmp_path) == 0
+        args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--color-fix", fix, "--overwrite"]
+        assert run(*args, "--weights", small_bundle) == 0
         means.append(np.asarray(Image.open(tmp_path / "o.png")).mean() / np.asarray(crop(64, 64)).mean())
     assert means == pytest.approx([0.5, 1, 1], abs=0.02)
-
-
-def test_samples_have_seeds_of_their_own(small, small_bundle, tmp_path):
-    args = ["--input", small / "in.png", "--cache-dir", tmp_path, "--steps", 1, "--lora", small / "lora.safetensors"]
-    args += ["--weights", small_bundle]
-    assert run(*args, "--output", tmp_path / "o.png", "--samples", 2) == 0
-    one, two = (Image.open(tmp_path / f"o-{k}.png") for k in (1, 2))
-    assert one.tobytes() != two.tobytes() and not (tmp_path / "o.png").exists()
-    assert run(*args, "--output", tmp_path / "third.png", "--seed", 43) == 0
-    assert Image.open(tmp_path / "third.png").tobytes() == two.tobytes()
 
 
 def test_degradation_depends_on_seed_and_name(identity, small_bundle, tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png"):
         crop(32, 32).save(tmp_path / "in" / name)
-    args = ["--weights", small_bundle, "--cache-dir", tmp_path, "--degrade", "noise=0.1"]
+    args = ["--weights", small_bundle, "--degrade", "noise=0.1"]
     assert run("--input", tmp_path / "in", "--output", tmp_path / "out", *args) == 0
     assert run("--input", tmp_path / "in" / "b.png", "--output", tmp_path / "b.png", *args) == 0
     assert run("--input", tmp_path / "in" / "b.png", "--output", tmp_path / "c.png", *args, "--seed", 1) == 0
@@ -411,7 +437,15 @@ def pixels(small_bundle, tmp_path_factory):
     @functools.cache
     def made(flags, about, lora):
         save_lora(flux, folder / "lora.safetensors", metadata={"kontext_min": about})
-        args = ["--input", folder / "in.png", "--output", folder / "out.png", "--steps", 2, "--cache-dir", folder]
+        args = [
+            "--input",
+            folder / "in.png",
+            "--output",
+            folder / "out.png",
+            "--steps",
+            2,
+            "--overwrite",
+        ]
         loras = ["--lora", lora.format(folder / "lora.safetensors")] if lora else []
         assert run(*args, "--weights", small_bundle, *loras, *flags) == 0
         return np.asarray(Image.open(folder / "out.png")).astype(int)
@@ -452,9 +486,10 @@ def test_the_lora_its_strength_and_the_seed_change_pixels(pixels):
 
 
 def test_tiles_are_as_large_as_the_lora_was_trained_at(identity, pixels):
-    for flags, about, tile in (((), ABOUT | {"resolution": 48}, 48), (("--tile", 24), ABOUT, 24)):
+    for flags, about, tile in (((), ABOUT | {"resolution": 48}, 48), (("--tile", 40), ABOUT, 40)):
         pixels(*flags, about=about)
-        assert identity[-1]["tile"] == tile
+        apply = identity[-1]["apply"]
+        assert apply.side * apply.factor == tile
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
@@ -470,8 +505,8 @@ def scored(identity, small_bundle, tmp_path):
         noisy.save(tmp_path / "in" / f"{name}.png")
         if name != "c":
             crop(48, 40, k).save(tmp_path / "clean" / f"{name}.{'bmp' if k else 'png'}")
-    return ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle, "--cache-dir",
-            tmp_path / "cache", "--reference", tmp_path / "clean"]  # fmt: skip
+    return ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle,
+            "--reference", tmp_path / "clean"]  # fmt: skip
 
 
 def test_scores_are_those_of_the_metrics(scored, tmp_path, capsys):
@@ -502,12 +537,14 @@ def test_a_reference_of_another_size_is_named(scored, tmp_path, capsys):
 
 def test_report_of_a_folder(scored, tmp_path):
     assert run(*scored, "--report", "--compare") == 0
-    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
-    assert [i["aria-label"].split(":")[0] for i in page.all("input")] == ["picture a.png", "picture c.png"] + [
-        "picture sub/b.png"
-    ]
-    assert len(page.all("img")) == 3 + 3 + 2 and all(i["src"].startswith("data:image/jpeg") for i in page.all("img"))
-    assert "+0.00 dB" in page.text["dd"] and not page.all("link") and page.text["h1"] == "out"
+    data = data_of(tmp_path / "out" / "report.html")
+    figures, facts = data["figures"], {name: value for name, value, _ in data["facts"]}
+    assert [one["title"] for one in figures] == ["a.png", "c.png", "sub/b.png"]
+    assert [one["after"][0]["file"] for one in figures] == ["a.png", "c.png", "sub/b.png"]
+    assert [bool(one["clean"]) for one in figures] == [True, False, True]
+    for one in figures:
+        assert all(p.startswith("data:image/jpeg") for p in (one["before"], one["after"][0]["picture"]))
+    assert facts["Gain in PSNR"] == "+0.00 dB" and facts["Restored"] == "3" and data["title"] == "out"
     with Image.open(tmp_path / "out" / "a.png") as sheet:
         assert sheet.size == (3 * 48 + 8, 40)
     with Image.open(tmp_path / "out" / "c.png") as sheet:
@@ -523,15 +560,10 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--input", "{folder}", "--output", "{here}/in.png"], "--input is a folder; name a folder"),
         (["--input", "{folder}", "--output", "{folder}"], "would replace the input"),
         (["--input", "{empty}"], "no pictures in this folder"),
-        (["--input", "{broken}"], "none of its 1 pictures can be read"),
+        (["--input", "{broken}"], "none of its pictures can be read"),
         (["--output", "{here}/in.png"], "would replace the input"),
         (["--output", "{here}/o.gif"], "unknown picture format"),
-        (["--samples", "0"], "--samples: got 0"),
-        (["--samples", "2"], "a bridge without source noise has one result"),
-        (["--batch-size", "0"], "--batch-size: got 0"),
         (["--tile", "0"], "--tile: got 0"),
-        (["--max-side", "-5"], "--max-side: got -5"),
-        (["--quality", "101"], "--quality: got 101"),
         (["--strength", "0"], "--strength: got 0.0"),
         (["--strength", "nan"], "--strength: got nan"),
         (["--fidelity", "1.5"], "--fidelity: got 1.5"),
@@ -553,7 +585,7 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
         path.write_text("this is no picture")
     names = {name: tmp_path / name for name in ("folder", "empty", "broken")}
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--weights", small_bundle]
-    assert run(*args, "--cache-dir", tmp_path, *(f.format(here=tmp_path, **names) for f in flags)) == 2
+    assert run(*args, *(f.format(here=tmp_path, **names) for f in flags)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("sample.py: ") and message in lines[-1]
     assert all(line.startswith("not restored: text.jpg") for line in lines[:-1])
@@ -565,7 +597,12 @@ def test_a_file_may_go_to_a_folder(identity, small_bundle, tmp_path):
     crop(32, 32).save(tmp_path / "in.gif")
     (tmp_path / "out").mkdir()
     args = ["--input", tmp_path / "in.gif", "--output", tmp_path / "out", "--weights", small_bundle]
-    assert run(*args, "--cache-dir", tmp_path) == 0
+    assert (
+        run(
+            *args,
+        )
+        == 0
+    )
     assert Image.open(tmp_path / "out" / "in.gif.png").size == (32, 32)
 
 

@@ -16,6 +16,8 @@ from transformers import T5Tokenizer as OfficialTokenizer
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 from kontext_min.checkpoints import load_t5
+from kontext_min.extras import prompts
+from kontext_min.extras.base import Weights
 from kontext_min.t5 import RMSNorm, T5Encoder, T5Params, T5Tokenizer, relative_position_bucket
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -200,6 +202,24 @@ def test_truncation_keeps_the_end(tokenizer, length):
     assert len(long) == len(empty) == length
     assert long[-1] == tokenizer.end and tokenizer.end not in long[:-1] and tokenizer.pad not in long
     assert empty == [tokenizer.end] + [tokenizer.pad] * (length - 1)
+
+
+def test_count_tells_which_prompts_are_cut(tokenizer):
+    assert tokenizer.count("") == 1
+    for words in range(1, 40):
+        text = "a cat " * words
+        n = tokenizer.count(text)
+        row, short = tokenizer([text], n)[0].tolist(), tokenizer([text], n - 1)[0].tolist()
+        assert row == [*tokenizer.encode(text), tokenizer.end] and short == [*row[: n - 2], tokenizer.end]
+
+
+@pytest.mark.parametrize(("said", "length"), [("1e30", 512), ("513", 512), ("512", 512), ("64", 64), (None, 512)])
+def test_length_is_at_most_what_flux_reads(tmp_path, said, length):
+    """1e30 stands in many files, as transformers' word for no limit."""
+    (tmp_path / "tokenizer_2").mkdir()
+    text = "{}" if said is None else f'{{"model_max_length": {said}}}'
+    (tmp_path / "tokenizer_2" / "tokenizer_config.json").write_text(text)
+    assert prompts.max_length(Weights(tmp_path)) == length
 
 
 # Unicode 3.2, which the standard library keeps: so the tests do not depend on the Unicode version of this Python.

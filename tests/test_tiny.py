@@ -13,11 +13,13 @@ from diffusers import AutoencoderKL, FluxKontextPipeline
 from PIL import Image
 
 from kontext_min import degrade
-from kontext_min.checkpoints import Weights, load_autoencoder, load_clip, load_flux, load_t5
+from kontext_min.checkpoints import load_autoencoder, load_clip, load_flux, load_t5
 from kontext_min.clip import ClipTokenizer
+from kontext_min.data import to_tensor
 from kontext_min.extras import metrics, prompts
+from kontext_min.extras.base import Weights
 from kontext_min.flow import Objective
-from kontext_min.restore import restore, to_image, to_tensor
+from kontext_min.restore import restore, to_image
 from kontext_min.t5 import T5Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -216,7 +218,7 @@ def test_the_prompt_chooses_the_restoration(autoencoder):
             bad = degrade.parse(name)(clean, np.random.default_rng(k))
             for other, text in zip(names, texts, strict=True):
                 prompt = prompts.batch(encoded, [text], 1.5, torch.float32, "cpu")
-                x = restore(to_tensor(bad), flux, autoencoder, prompt, Objective(), steps=1)
+                x = restore(to_tensor(bad)[None], flux, autoencoder, prompt, Objective(), steps=1)
                 gain[name, other] += (metrics.psnr(to_image(x[0]), clean) - metrics.psnr(bad, clean)) / 4
     assert gain["low-light", "low-light"] > 3 > 1 > gain["low-light", "denoise"], gain
     assert gain["denoise", "denoise"] > 3 > 0 > gain["denoise", "low-light"], gain

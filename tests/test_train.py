@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import weakref
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +20,10 @@ import peer_training
 import sample
 import train
 from kontext_min import degrade, flow
-from kontext_min.extras import prompts, runs, stream
+from kontext_min.extras import base, checkpointing, held_out, plan, prompts, runs, validation
 from train import Settings
 
-FLAGS = (
-    "--resolution 64 --steps 4 --accumulate 1 --batch-size 2 --warmup 1 --workers 0 --checkpoint-every 2 --val-count 1"
-)
+FLAGS = "--resolution 64 --steps 4 --accumulate 1 --batch-size 2 --warmup 1 --workers 0 --checkpoint-every 2"
 
 
 @pytest.fixture
@@ -48,26 +46,30 @@ def test_learning_rate_is_a_function_of_the_step():
     assert [train.learning_rate(s, k) for k in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert train.learning_rate(s, 60) == pytest.approx(0.5)
     assert train.learning_rate(s, 35) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-    assert train.learning_rate(replace(s, lr_schedule="linear"), 60) == pytest.approx(0.5)
-    assert train.learning_rate(replace(s, lr_schedule="constant"), 109) == 1.0
+    assert 0 < train.learning_rate(s, 109) < 1e-3
 
 
-def test_validation_comes_with_every_few_epochs_or_steps():
-    s = Settings(hr_root=Path(), steps=20, accumulate=2, validate_every_epochs=2)
-    assert [k for k in range(1, 21) if train.validation_due(s, 5, k)] == [5, 10, 15, 20]
-    s = replace(s, validate_every_steps=7)
-    assert [k for k in range(1, 21) if train.validation_due(s, 5, k)] == [7, 14, 20]
+def test_the_warm_up_is_a_tenth_of_a_short_run():
+    sizes = plan.Sizes()
+    warmups = [train.settled(Settings(hr_root=Path(), steps=n), sizes).warmup for n in (5, 60, 3000)]
+    assert warmups == [0, 6, 100]
+    assert train.settled(Settings(hr_root=Path(), steps=60, warmup=30), sizes).warmup == 30
+
+
+def test_validation_comes_with_every_few_epochs_and_at_the_end():
+    s = Settings(hr_root=Path(), steps=22, accumulate=2, validate_every_epochs=2)
+    assert [k for k in range(1, 23) if held_out.due(s, 5, k)] == [5, 10, 15, 20, 22]
 
 
 def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
-    assert run("--validate-every-steps", 2, "--ema", 0.5) == 0
+    assert run("--ema", 0.5) == 0
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} >= {
         "settings.json", "metrics.jsonl", "validation", "checkpoints", "lora.safetensors", "report.html",
     }  # fmt: skip
     training, validations = rows(folder), rows(folder, validation=True)
     assert [r["step"] for r in training] == [1, 2, 3, 4]
-    assert [r["step"] for r in validations] == [2, 4]
+    assert [r["step"] for r in validations] == [0, 4]
     for row in training:
         assert {"loss", "sigma_loss", "lr", "grad_norm", "images_per_second", "epoch"} <= row.keys()
         assert len(row["sigma_loss"]) == train.INTERVALS
@@ -97,7 +99,7 @@ def test_a_changed_setting_is_named_and_must_be_confirmed(run, capsys):
     assert "steps was 2, is 4" in error
     assert "--accept-changes" in error
     assert run("--resume", "--lr", 3e-4, "--accept-changes") == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "continuing from" in capsys.readouterr().out
 
 
 def test_a_run_is_overwritten_only_when_all_else_is_right(run, tmp_path, capsys):
@@ -123,7 +125,7 @@ def test_a_run_that_lost_its_settings_or_has_other_pictures_says_so(run, picture
         if text:
             (tmp_path / "run" / "settings.json").write_text(text)
         assert run("--hr-root", hr, "--steps", 2) == 2
-        assert "settings.json: gone or broken" in capsys.readouterr().err
+        assert "settings.json: missing or broken" in capsys.readouterr().err
 
 
 def test_a_picture_that_breaks_later_is_named_once_and_counted(run, pictures, tmp_path, capsys):
@@ -131,7 +133,7 @@ def test_a_picture_that_breaks_later_is_named_once_and_counted(run, pictures, tm
     hr = shutil.copytree(pictures, tmp_path / "hr")
     Image.open(hr / "00.png").save(hr / "cut.tif")
     (hr / "cut.tif").write_bytes((hr / "cut.tif").read_bytes()[:-3000])
-    assert run("--hr-root", hr, "--steps", 60, "--val-count", 0, "--checkpoint-every", 60) == 0
+    assert run("--hr-root", hr, "--steps", 60, "--validate-every-epochs", 0, "--checkpoint-every", 60) == 0
     assert capsys.readouterr().out.count("cut.tif") == 1
     assert [r["unreadable"] for r in rows(tmp_path / "run")][-1] == 1
 
@@ -145,21 +147,22 @@ def test_results_have_the_permissions_that_the_umask_gives(run, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_in_the_end_stops_the_run(run, tmp_path, monkeypatch, capsys):
-    true_losses, calls = flow.losses, []
+    true_loss, calls = flow.loss, []
 
     def broken(*args):
         calls.append(None)
-        return true_losses(*args) * (math.nan if len(calls) in bad else 1)
+        return true_loss(*args) * (math.nan if len(calls) in bad else 1)
 
-    monkeypatch.setattr(flow, "losses", broken)
+    monkeypatch.setattr(flow, "loss", broken)
+    monkeypatch.setattr(train, "MAX_SKIPS", 3)
     bad = {2}
-    assert run("--val-count", 0) == 0
+    assert run("--validate-every-epochs", 0) == 0
     assert [r["skipped"] for r in rows(tmp_path / "run")] == [0, 1, 1, 1]
     calls.clear()
     bad = set(range(4, 100))
-    assert run("--val-count", 0, "--steps", 20, "--max-skips", 3, "--overwrite") == 1
+    assert run("--validate-every-epochs", 0, "--steps", 20, "--overwrite") == 1
     error = capsys.readouterr().err
-    assert "no finite loss for 3 steps in a row" in error
+    assert "no finite loss for 3 steps" in error
     assert "step-000002" in error  # the last good checkpoint
     kept = load_file(runs.latest_checkpoint(tmp_path / "run") / "trained.safetensors")
     assert all(t.isfinite().all() for t in kept.values())
@@ -174,13 +177,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, tmp_path, monkeypatch, caps
         return real(tensors, path, *args, **kwargs)
 
     monkeypatch.setattr(runs, "save_file", full)
-    assert run("--val-count", 0) != 0
+    assert run("--validate-every-epochs", 0) != 0
     error = capsys.readouterr().err
     assert "No space left on device" in error
     assert "Traceback" not in error
     assert runs.latest_checkpoint(tmp_path / "run").name == "step-000002"
     monkeypatch.undo()
-    assert run("--val-count", 0, "--resume") == 0
+    assert run("--validate-every-epochs", 0, "--resume") == 0
 
 
 @pytest.mark.parametrize(
@@ -226,7 +229,6 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--guidance", "nan"], "--guidance: got nan"),
         (["--alpha", "inf"], "--alpha: got inf"),
         (["--val-root", "{here}/empty"], "--val-root {here}/empty: no usable picture"),
-        (["--val-lr-root", "{here}/empty"], "add that"),
         (["--hr-root", "{here}", "--output-dir", "{here}/run"], "lies in --hr-root"),
         (["--full", "--dtype", "bfloat16"], "leave --dtype out"),
     ],
@@ -252,7 +254,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, tmp_path
 
 def test_all_weights_train_in_float32_on_a_machine_that_multiplies_bfloat16(run, monkeypatch):
     monkeypatch.setattr(train, "compute_dtype", lambda choice, device: torch.bfloat16)
-    assert run("--full", "--val-count", 0) == 0
+    assert run("--full", "--validate-every-epochs", 0) == 0
 
 
 def test_one_broken_picture_among_good_ones_is_named_and_the_run_goes_on(run, pictures, tmp_path, capsys):
@@ -263,7 +265,7 @@ def test_one_broken_picture_among_good_ones_is_named_and_the_run_goes_on(run, pi
     (folder / "bad.jpg").write_text("this is no picture")
     assert run("--hr-root", folder) == 0
     printed = capsys.readouterr().out
-    assert "1 files left out" in printed
+    assert "1 file left out" in printed
     assert (tmp_path / "run" / "left-out.txt").read_text() == "bad.jpg: not a picture that Pillow can read\n"
     assert "bad.jpg: not a picture that Pillow can read" in printed
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["hr_root"] == str(folder)
@@ -277,9 +279,9 @@ def watched(argv):
 
     t5 holds weak references to the T5 encoders, t5_gone whether all were gone when the transformer was loaded.
     """
-    names = {"losses": flow, "density": flow, "weight": flow, "batch": prompts, "AdamW": torch.optim}
-    names |= {"checkpoint": stream, "validate": train, "load_t5": stream, "load_flux": stream}
-    seen = SimpleNamespace(**{name: [] for name in names}, t5=[], t5_gone=None, made=[])
+    names = {"loss": flow, "batch": prompts, "AdamW": torch.optim}
+    names |= {"checkpoint": checkpointing, "validate": validation, "load_t5": prompts, "load_flux": base}
+    seen = SimpleNamespace(**{name: [] for name in names}, t5=[], t5_gone=None, made=[], chosen=[])
     validating = []
 
     def spy(real, name):
@@ -294,7 +296,7 @@ def watched(argv):
                 validating.pop()
             if name == "load_t5":
                 seen.t5.append(weakref.ref(result))
-            if name in ("batch", "density") and not validating:
+            if name == "batch" and not validating:
                 seen.made.append((result, args, kwargs))
             return result
 
@@ -303,6 +305,9 @@ def watched(argv):
     with pytest.MonkeyPatch.context() as patch:
         for name, module in names.items():
             patch.setattr(module, name, spy(getattr(module, name), name))
+        for table in (flow.SIGMA_DENSITIES, flow.WEIGHTINGS):
+            for key, function in table.items():
+                patch.setitem(table, key, partial(lambda f, k, *a: (seen.chosen.append(k), f(*a))[1], function, key))
         seen.code = train.main([str(a) for a in argv])
     return seen
 
@@ -318,15 +323,17 @@ def two_runs(small_bundle, pictures, tmp_path_factory):
     for name in ("a.png", "b.png"):
         Image.open(pictures / "03.png").save(here / "val" / name)
         Image.open(here / "lr" / "03.png").save(here / "lr" / name)
+    (here / "few").mkdir()
+    for file in pictures.glob("0[0-8].*"):  # three of each shape, so that an epoch is a step
+        shutil.copy(file, here / "few")
     common = [
         *("--hr-root", pictures, "--weights", small_bundle, "--resolution", 64, "--steps", 2, "--accumulate", 3),
-        *("--batch-size", 3, "--warmup", 0, "--workers", 0, "--val-count", 2, "--validation-steps", 1),
+        *("--batch-size", 3, "--warmup", 0, "--workers", 0),
     ]
     others = [
-        *("--lr-root", here / "lr", "--upscale", "--prompt", "Mend this.", "--drop-last", "--alpha", 4, "--context"),
+        *("--hr-root", here / "few", "--lr-root", here / "lr", "--prompt", "Mend this.", "--alpha", 4, "--context"),
         *("--start-time", 0.75, "--sigma", "mode", "--weighting", "cosmap", "--guidance", 3.5, "--lr", 2e-4),
-        *("--lr-schedule", "constant", "--weight-decay", 0.25),
-        *("--val-root", here / "val", "--val-lr-root", here / "lr"),
+        *("--val-root", here / "val"),
         *("--validate-every-epochs", 1, "--validation-prompt", "Mend that.", "--gradient-checkpointing"),
     ]
     both = []
@@ -344,20 +351,17 @@ def two_runs(small_bundle, pictures, tmp_path_factory):
 GUIDE = degrade.PROMPTS["guide"]
 REACHES = {  # flag: what arrives, its value by default, its value in the other run
     # The partners are of one colour, so that all latents of a batch are one.
-    "lr-root": (lambda seen: all((c - c[:1]).abs().max() < 1e-4 for (_, c, *_), _ in seen.losses), [False, True]),
+    "lr-root": (lambda seen: all((c - c[:1]).abs().max() < 1e-4 for (_, c, *_), _ in seen.loss), [False, True]),
     "prompt": (lambda seen: (GUIDE in seen.texts, "Mend this." in seen.texts), [(True, False), (False, True)]),
-    "drop-last": (lambda seen: min(len(call[0][1]) for call in seen.losses) < 3, [True, False]),
     "alpha": (lambda seen: {v.item() for k, v in seen.lora.items() if k.endswith("alpha")}, [{16.0}, {4.0}]),
-    "context": (lambda seen: {a[6].context for a, _ in seen.losses}, [{False}, {True}]),
-    "start-time": (lambda seen: {a[6].start_time for a, _ in seen.losses}, [{1.0}, {0.75}]),
-    "sigma": (lambda seen: {a[1] for a, _ in seen.density}, [{"uniform"}, {"mode"}]),
-    "weighting": (lambda seen: {a[1] for a, _ in seen.weight}, [{"uniform"}, {"cosmap"}]),
-    "guidance": (lambda seen: {g for a, _ in seen.losses for g in a[5].guidance.tolist()}, [{1.5}, {3.5}]),
+    "context": (lambda seen: {a[6].context for a, _ in seen.loss}, [{False}, {True}]),
+    "start-time": (lambda seen: {a[6].start_time for a, _ in seen.loss}, [{1.0}, {0.75}]),
+    "sigma": (lambda seen: "mode" in seen.chosen, [False, True]),
+    "weighting": (lambda seen: "cosmap" in seen.chosen, [False, True]),
+    "guidance": (lambda seen: {g for a, _ in seen.loss for g in a[5].guidance.tolist()}, [{1.5}, {3.5}]),
     "lr": (lambda seen: seen.rows[0]["lr"], [1e-4, 2e-4]),
-    "lr-schedule": (lambda seen: seen.rows[1]["lr"] / seen.rows[0]["lr"], [0.5, 1.0]),
-    "weight-decay": (lambda seen: [k["weight_decay"] for _, k in seen.AdamW], [[1e-4], [0.25]]),
     "val-root": (lambda seen: {len(a[2]) for a, _ in seen.validate}, [{1}, {2}]),
-    "validate-every-epochs": (lambda seen: len(seen.validate), [1, 2]),
+    "validate-every-epochs": (lambda seen: len(seen.validate), [2, 3]),
     "validation-prompt": (lambda seen: "Mend that." in seen.texts, [False, True]),
     "gradient-checkpointing": (lambda seen: len(seen.checkpoint) > 0, [False, True]),
 }
@@ -370,18 +374,20 @@ def test_a_flag_reaches_its_part(two_runs, flag):
 
 
 def test_captions_and_places_reach_the_loss(two_runs):
-    """Rows of the prompt are those of the pictures' own texts; sigma is what the density made of the draw."""
+    """Rows of the prompt are those of the pictures' own texts; sigma covers the path in every step."""
     for seen in two_runs:
         assert {"fix photo 0", "fix photo 1"} <= seen.texts
-        assert len(seen.losses) == len(seen.weight) == 6
-        called = {id(result): (args, kwargs) for result, args, kwargs in seen.made}
-        for ((_, _, target, _, sigma, prompt, _), _), (weighed, _) in zip(seen.losses, seen.weight, strict=True):
-            (encoded, texts, *_), _ = called[id(prompt)]
+        assert len(seen.loss) == 6
+        called = {id(result): args for result, args, _ in seen.made}
+        for (_, _, _, _, _, prompt, _), _ in seen.loss:
+            encoded, texts, *_ = called[id(prompt)]
             files = [load_file(encoded[t]) for t in texts]
             assert torch.equal(prompt.txt, torch.stack([f["txt"] for f in files]))
             assert torch.equal(prompt.y, torch.stack([f["y"] for f in files]))
-            assert called[id(sigma)][1] == {"image_tokens": target.shape[2] * target.shape[3] // 4}
-            assert weighed[0] is sigma
+    plain = two_runs[0]  # uniform: one of the nine pictures of a step in each ninth of the path
+    for step in (plain.loss[:3], plain.loss[3:]):
+        sigma = torch.cat([args[4] for args, _ in step])
+        assert sorted((9 * sigma).long().tolist()) == list(range(9))
 
 
 def test_text_encoders_are_loaded_once_and_gone_before_the_transformer(two_runs):
@@ -392,13 +398,13 @@ def test_text_encoders_are_loaded_once_and_gone_before_the_transformer(two_runs)
     assert again.code == 0 and again.t5 == []
 
 
-def test_small_pictures_are_used_only_with_upscale_and_a_start_time_can_be_found(run, tmp_path, capsys):
-    few = ("--steps", 1, "--resolution", 96, "--val-count", 0)
-    assert run(*few) == 2
+def test_small_pictures_are_left_out_and_a_start_time_can_be_found(run, tmp_path, capsys):
+    few = ("--steps", 1, "--validate-every-epochs", 0)
+    assert run(*few, "--resolution", 96) == 2
     assert "no usable picture" in capsys.readouterr().err
-    assert run(*few, "--upscale", "--start-time", "auto") == 0
+    assert run(*few, "--resolution", 48, "--start-time", "auto") == 0
     metadata = read_about(tmp_path / "run" / "lora.safetensors")
-    assert 0 < metadata["start_time"] < 1 and metadata["resolution"] == 96
+    assert 0 < metadata["start_time"] < 1 and metadata["resolution"] == 48
 
 
 def read_about(file):
@@ -410,7 +416,7 @@ def test_cached_latents_follow_resolution_and_partners(run, pictures, tmp_path):
     """Over one cache another --resolution or --lr-root gives other latents, and those of a run without a cache."""
 
     def loss(*flags):
-        assert run("--steps", 1, "--val-count", 0, "--overwrite", *flags) == 0
+        assert run("--steps", 1, "--validate-every-epochs", 0, "--overwrite", *flags) == 0
         return rows(tmp_path / "run")[0]["loss"]
 
     for name, colour in (("one", 200), ("two", 50)):
@@ -430,14 +436,11 @@ def test_the_same_training_written_with_diffusers_and_peft(tmp_path):
     assert peer_training.compare(argv, tmp_path / "run") <= 1e-4
 
 
-OFFLOADED = "--gradient-checkpointing --offload-activations"
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", ["", "--quantize int8", "--stream", OFFLOADED, "--full"])
+@pytest.mark.parametrize("flags", ["", "--quantize int8", "--stream", "--gradient-checkpointing half", "--full"])
 def test_a_run_on_a_gpu_goes_on_and_ends_as_on_a_cpu(run, small_bundle, pictures, tmp_path, flags):
     """Stopped and resumed on the GPU, then the result restores a picture there; in float32, losses as on the CPU."""
-    flags = f"--val-count 0 --dtype float32 --workers 2 --lr-schedule constant {flags}".split()
+    flags = f"--validate-every-epochs 0 --dtype float32 --workers 2 {flags}".split()
     assert run("--device", "cpu", *flags) == 0
     expected = [row["loss"] for row in rows(tmp_path / "run")]
     assert run("--device", "cuda", "--overwrite", *flags, "--steps", "2") == 0

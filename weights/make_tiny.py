@@ -15,6 +15,7 @@ linear code, is told in make_tiny_autoencoder.py; results and credits are in tin
 
 import argparse
 import json
+import re
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -28,10 +29,10 @@ from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
 from kontext_min import degrade
-from kontext_min.checkpoints import find, load_autoencoder, load_flux, metadata, save_flux
+from kontext_min.checkpoints import AUTOENCODER_NAMES, find, load_autoencoder, load_flux, metadata
 from kontext_min.clip import ClipParams, ClipTextEncoder, byte_characters, merge
+from kontext_min.extras.saving import save_flux
 from kontext_min.flux import Flux, FluxParams
-from kontext_min.names import autoencoder_modules
 from kontext_min.t5 import SENTINELS, T5Encoder, T5Params
 
 TINY = Path(__file__).parent / "tiny"
@@ -226,14 +227,15 @@ def make_autoencoder(work: Path, seed: int, steps: int, linear_steps: int) -> No
     with torch.no_grad():
         z = torch.cat([model.encode(batch).flatten() for batch in ae.statistics_batches(work, seed)])
     shift, scale = round(z.mean().item(), 4), round(1 / z.std().item(), 4)
-    modules, state = autoencoder_modules(ae.PARAMS), {}
+    state, levels = {}, len(ae.PARAMS.ch_mult)
     for name, p in model.state_dict().items():
-        module, _, leaf = name.rpartition(".")
         matrix = ".attn_1." in name and p.ndim == 4  # 1x1 convolutions here, linear layers in diffusers
-        state[f"{modules[module][0]}.{leaf}"] = p[..., 0, 0] if matrix else p
+        for theirs, ours in AUTOENCODER_NAMES.items():
+            name = name.replace(ours, theirs)
+        name = re.sub(r"(?<=decoder\.up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), name)
+        state[name] = p[..., 0, 0] if matrix else p
     # float32, as BFL's ae.safetensors: the pairs (a, -a) cancel, which does not forgive the rounding to bfloat16.
     write_weights(TINY / "vae" / "diffusion_pytorch_model.safetensors", state, torch.float32)
-    levels = len(ae.PARAMS.ch_mult)
     config = {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",

@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
-from kontext_min.checkpoints import save_file
 from kontext_min.degrade import parse
 from kontext_min.extras.runs import load_optimizer, optimizer_tensors
+from kontext_min.extras.saving import save_file
 
 # No ResNet blocks in the levels of the encoder (and one in those of the decoder): at full size they would cost five
 # times the rest of the encoder, which runs in every step of a LoRA's training, and a linear code needs none.

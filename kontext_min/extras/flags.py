@@ -1,34 +1,74 @@
-"""Command lines made from a dataclass: each setting is written once, with its default, its help and its group.
+"""Command lines made from a dataclass: each setting is written once, with its default, its range, its help and group.
 
     @dataclass(frozen=True)
     class Settings:
-        lr: float = flag(1e-4, "learning rate at its peak", "training")
+        lr: float = flag("training", 1e-4, "peak learning rate", above=0, most=1)
 
-becomes `--lr LR`. `--help` shows groups, units and defaults; unknown flags and bad values end with exit code 2.
+becomes `--lr LR`. Bad input ends with exit code 2 and one line: the flag, what was given, what is expected.
 """
 
 import argparse
 import dataclasses
+import difflib
 import math
+import shlex
+import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
 
-def flag(default: Any, help: str, group: str, choices: Sequence[str] | None = None, least: float | None = None) -> Any:
-    """A field of a settings dataclass, with the least number allowed. `default=...` (Ellipsis) makes it required."""
-    metadata = {"help": help, "group": group, "choices": choices, "least": least}
+def flag(
+    group: str,
+    default: Any,
+    help: str,
+    choices: Iterable[str] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    bare: str | None = None,
+) -> Any:
+    """A field of a settings dataclass with the numbers it allows.
+
+    `default=...` (Ellipsis) makes it required; `bare` is its value where the flag is given without one.
+    """
+    metadata = {"help": help, "group": group, "choices": tuple(choices) if choices else None}
+    metadata |= {"least": least, "most": most, "above": above, "bare": bare}
     if default is ...:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(settings: type[T], argv: Sequence[str] | None, description: str, epilog: str = "") -> T:
-    """Fill a settings dataclass from the command line.
+def name_of(field: str) -> str:
+    """hr_root -> --hr-root."""
+    return "--" + field.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Without the usage of fifty flags before the line that counts."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. --help shows all flags.\n")
+
+
+def _not_empty(kind: type) -> Callable[[str], Any]:
+    """Read one value. Path("") would be the working directory, and an empty prompt would mean the default."""
+
+    def read(text: str) -> Any:
+        if not text.strip():
+            raise argparse.ArgumentTypeError("got an empty value; give one, or leave the flag out")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it: invalid int value
+    return read
+
+
+def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str, epilog: str = "") -> T:
+    """Fill a settings dataclass from the command line, or end the program with exit code 2 and one line.
 
     Args:
         settings: a dataclass whose fields were made by `flag`; `tuple[str, ...]` fields are flags that may be repeated.
@@ -36,47 +76,79 @@ def parse(settings: type[T], argv: Sequence[str] | None, description: str, epilo
         description: first lines of --help.
         epilog: last lines of --help.
     """
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = _Parser(
+        prog=f"{Path(sys.modules[settings.__module__].__file__ or '').stem}.py",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    hints, groups = typing.get_type_hints(settings), {}
-    for field in dataclasses.fields(settings):
+    parser.usage = f"{parser.prog} [flags]"
+    hints, groups, fields = typing.get_type_hints(settings), {}, dataclasses.fields(settings)
+    required = [name_of(field.name) for field in fields if field.default is dataclasses.MISSING]
+    for field in fields:
         group = field.metadata["group"]
         groups[group] = groups.get(group) or parser.add_argument_group(group)
-        required = field.default is dataclasses.MISSING
-        options: dict[str, Any] = {"default": None if required else field.default, "required": required}
-        options["help"] = field.metadata["help"].replace("%", "%%")
-        kind = hints[field.name]
+        name, kind = name_of(field.name), hints[field.name]
+        default = None if name in required else field.default
+        options: dict[str, Any] = {"default": default, "help": field.metadata["help"].replace("%", "%%")}
         if isinstance(kind, types.UnionType):  # Path | None and the like: None is only ever the default
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            options |= {"action": "append", "type": typing.get_args(kind)[0], "metavar": field.name.upper()}
-            options["default"] = list(options["default"] or ())  # argparse appends to a copy of it
+            options |= {"action": "append", "type": _not_empty(typing.get_args(kind)[0]), "metavar": field.name.upper()}
+            options["default"] = list(default or ())  # argparse appends to a copy of it
         else:
-            options |= {"type": kind, "choices": field.metadata["choices"]}
+            options |= {"type": _not_empty(kind), "choices": field.metadata["choices"]}
             options["metavar"] = None if options["choices"] else field.name.upper()
-        if not required and field.default is not None and field.default is not False and field.default != ():
-            options["help"] += f" (default {field.default})"
-        groups[group].add_argument("--" + field.name.replace("_", "-"), **options)
-    values = vars(parser.parse_args(argv))
-    return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            if field.metadata["bare"]:
+                options |= {"nargs": "?", "const": field.metadata["bare"]}
+        if name in required:
+            options["help"] += " (required)"
+        elif default is not None and default is not False and default != ():
+            options["help"] += f" (default {default})"
+        groups[group].add_argument(name, **options)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+        parser.error(f"{unknown[0]}: no such flag" + "".join(f"; did you mean {name}?" for name in near))
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
+    missing = [name for name in required if found[name[2:].replace("-", "_")] is None]
+    if missing:
+        parser.error(f"{', '.join(missing)}: missing, but required")
+    return settings(**found)
 
 
-def check_numbers(settings: Any) -> None:
-    """Look at every number of the settings.
+def check_ranges(settings: Any) -> None:
+    """Check the range of every number.
 
     Raises:
-        ValueError: one is not finite or less than the least allowed; it names the flag.
+        ValueError: a number is not finite or outside its range; it names the flag.
     """
     for field in dataclasses.fields(settings):
-        value, least = getattr(settings, field.name), field.metadata["least"]
-        name = "--" + field.name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}: got {value}, expected a finite number.")
-        if None not in (value, least) and value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}.")
+        value, name = getattr(settings, field.name), name_of(field.name)
+        least, most, above = (field.metadata[key] for key in ("least", "most", "above"))
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        bounds = [f"at least {least}"] * (least is not None) + [f"more than {above}"] * (above is not None)
+        bounds += [f"at most {most}"] * (most is not None)
+        inside = (least is None or value >= least) and (most is None or value <= most)
+        if not (math.isfinite(value) and inside and (above is None or value > above)):
+            raise ValueError(f"{name}: got {value}, expected {' and '.join(bounds) or 'a finite number'}.")
+
+
+def given(settings: Any) -> str:
+    """The settings that differ from their defaults, as they stand on a command line."""
+    changed = {f.name: v for f in dataclasses.fields(settings) if (v := getattr(settings, f.name)) != f.default}
+    return " ".join(name_of(k) if v is True else f"{name_of(k)} {shlex.quote(str(v))}" for k, v in changed.items())
+
+
+def defaults(settings: type) -> dict[str, Any]:
+    """The default of every flag as plain JSON values; null where the flag is required."""
+    found = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(settings)}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in found.items()}
 
 
 def to_json(settings: Any) -> dict[str, Any]:

@@ -1,73 +1,557 @@
-"""LoRA files: saved, loaded, several at once, converted, merged into the base.
+"""LoRA files: the names of every trainer, read and written, and the LoRA of a file put on a model.
 
-    python -m kontext_min.extras.lora_files convert IN OUT --format peft      any format that is read, to kohya or peft
-    python -m kontext_min.extras.lora_files merge OUT --weights BASE --lora a.safetensors=0.8 --lora b.safetensors
+Inside, a LoRA is a table: module of ours (BFL's name) -> Factors, the correction (alpha / rank) * up @ down. Files
+differ in three things: a prefix, BFL's or diffusers' module names, and the names of the two matrices.
 
-Two formats are written, the two that ComfyUI and diffusers both read at the strength that was trained (lora_formats.py
-has the names, and reads seven more):
+| written by | module names | example: the image stream's q in the first block |
+|---|---|---|
+| kohya (sd-scripts, musubi) | BFL, underscores | `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight` |
+| ComfyUI, SimpleTuner | BFL | `diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight`, or `.lora_A.weight` |
+| fal; bare | BFL | `base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight`; no prefix |
+| xlabs | its own | `double_blocks.0.processor.qkv_lora1.down.weight` (no alpha; no MLP rows in single blocks) |
+| peft, diffusers, ai-toolkit | diffusers | `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`; no prefix |
+| peft's save_pretrained | diffusers | `base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight` |
+| OneTrainer | diffusers, underscores | `lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight` |
+| mixed forms | diffusers | the same with `lora_unet_`; `diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight` |
 
-* `kohya`, the default: A, B and alpha as they were trained, and the smaller one, since q, k, v and mlp share one A.
-  Alpha is a tensor of its own: kept in a header alone, ComfyUI would ignore it. diffusers takes the modules of the
-  blocks from it and drops what lies outside of them (`--lora-targets all`: img_in, txt_in, time_in, vector_in,
-  guidance_in, final_layer), and knows linear1 at the official width only.
-* `peft`: q, k, v and mlp apart, alpha / rank multiplied into B. For LoRAs with modules outside of the blocks, and for
-  models of another width in diffusers.
+BFL's qkv (rows q, k, v) and linear1 (rows q, k, v, mlp) are several modules in diffusers' names. To split one, each
+part takes its rows of up and all of down. To join parts that share one down, stack their rows; if they do not share it,
 
-The header holds what the LoRA was trained for (`kontext_min`, JSON) and the fields that model managers show (ss_*,
-modelspec). A `bridge` LoRA says there, and when it is used, that only sample.py follows its path: it starts from the
-degraded picture, where every other program starts from noise. A `kontext` LoRA is an ordinary Kontext LoRA.
+    down = [down_q; down_k; down_v]        up = diag(up_q, up_k, up_v)        rank = sum of the ranks
 
-Merging is done in float32 and rounded once, to the dtype of the weight or to int8 or fp8 codes, and says what was lost:
-a correction smaller than half a step of its weight leaves it as it was (figures are in docs/lora.md). Beside the base,
-with `--lora`, a LoRA is never rounded.
+which is exactly the same correction. The halves of the last modulation are swapped between the two namings (SWAPPED).
 
-Sources: kohya-ss/sd-scripts 48d368f, library/sai_model_spec.py and train_network.py (metadata).
+Two formats are written, because ComfyUI and diffusers read both at the strength that was trained:
+
+* `kohya`: A, B and alpha as trained, and the smaller file, since q, k, v and mlp share one A. diffusers drops modules
+  outside of the blocks from it (`--lora-targets all`), and knows linear1 at the official width only.
+* `peft`: q, k, v and mlp apart, alpha / rank multiplied into B.
+
+Sources: kohya-ss/sd-scripts 48d368f, networks/lora_flux.py, convert_flux_lora.py, library/sai_model_spec.py; ComfyUI
+(October 2025), comfy/lora.py `model_lora_keys_unet`, comfy/utils.py `flux_to_diffusers`; diffusers 0.42.1,
+loaders/lora_pipeline.py and lora_conversion_utils.py; peft 0.21.2, tuners/lora/config.py; XLabs-AI/x-flux 4749542.
 """
 
-import argparse
 import json
+import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from kontext_min.checkpoints import WIDENED, find, load_flux, read_headers, save_file, save_flux
-from kontext_min.extras.lora_formats import FORMATS, Factors, Sizes, emit, parse
-from kontext_min.extras.quantize import QuantizedLinear, dequantize, storage
+from kontext_min.checkpoints import SWAPPED, flux_modules, read_headers
+from kontext_min.extras.saving import save_file, split_rows
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import LoRALinear, linears, lora_layers
-from kontext_min.names import flux_modules
 
-BRIDGE_ONLY = "made for a bridge: only sample.py follows its path; other programs start from noise, where it is lost"
+FORMATS = ("kohya", "peft")  # that are written
+BRIDGE = (
+    "a bridge LoRA starts from the latent of the degraded picture, not from noise: sample.py of kontext_min does so; "
+    "diffusers does with docs/diffusers_bridge.py, ComfyUI with the node in docs/comfyui"
+)
+Sizes = Mapping[str, tuple[int, int]]  # module -> (out, in)
+
+
+class Factors(NamedTuple):
+    """The correction of one Linear: scale * up @ down."""
+
+    down: Tensor  # A (rank, in)
+    up: Tensor  # B (out, rank)
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """The factor of up @ down."""
+        return self.alpha / self.rank
+
+
+class Place(NamedTuple):
+    """Where an entry of a file belongs: parts first..last-1 of a module of ours."""
+
+    module: str
+    first: int
+    last: int
+    parts: int  # of the module in diffusers' names: 1, 3 (q, k, v) or 4 (q, k, v, mlp)
+    path: str  # the module's name in the file's own scheme, which peft's alpha patterns match
+
+
+# --------------------------------------------------------------------------------------------------- names in the files
+
+XLABS = {  # ours: (suffix in xlabs' names, parts that it covers)
+    "img_attn.qkv": ("qkv_lora1", 3),
+    "txt_attn.qkv": ("qkv_lora2", 3),
+    "img_attn.proj": ("proj_lora1", 1),
+    "txt_attn.proj": ("proj_lora2", 1),
+    "linear1": ("qkv_lora", 3),
+    "linear2": ("proj_lora", 1),
+}
+LEAVES = {
+    "down": ("lora_A.weight", "lora_down.weight", "lora_A.default.weight", "lora.down.weight", "down.weight"),
+    "up": ("lora_B.weight", "lora_up.weight", "lora_B.default.weight", "lora.up.weight", "up.weight"),
+    "alpha": ("alpha",),
+}
+LEAF_OF = {leaf: kind for kind, leaves in LEAVES.items() for leaf in leaves}
+# Lazy, so that the longest leaf wins; some files have an underscore before the dot.
+SPLIT = re.compile(rf"(.+?)_?\.({'|'.join(map(re.escape, LEAF_OF))})")
+
+ADAPTER = re.compile(r"lora|lokr|hada|oft_|dora|\.alpha$|\.diff")  # in a name of every adapter, in none of a base model
+KINDS = (  # adapters that are refused, by a pattern of their tensors' names
+    (r"\.lokr_", "a LoKr (Kronecker products)"),
+    (r"\.hada_", "a LoHa (Hadamard products)"),
+    (r"dora_scale|lora_magnitude_vector", "a DoRA (directions and magnitudes)"),
+    (r"\.oft_|\.boft_", "an OFT (rotations)"),
+    (r"\.lora_mid\.", "a LoRA with a core tensor (Tucker)"),
+    (r"\.lora_B\.bias$|\.(diff|diff_b|set_weight|reshape_weight)$", "differences of whole weights or biases"),
+    (r"^lora_te|^text_encoder|\.text_model\.|^text_model\.", "a LoRA on a text encoder"),
+)
+OTHERS = (  # LoRAs of other models
+    (r"norm_(q|k|added_q|added_k)\.weight$|(query|key)_norm\.scale$", "a control LoRA, which has norms of its own"),
+    (r"(input|output|down|up|mid|middle)_block|^unet\.", "a LoRA of Stable Diffusion"),
+    (r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)", "a LoRA of Wan"),
+    (r"layers\.\d+\.", "a LoRA of a language model or another transformer"),
+    (r"(double|single)(_transformer)?_(stream|block)|transformer_blocks", "a LoRA of a larger Flux or of a relative"),
+)
+
+
+def places(modules: Mapping[str, list[str]]) -> dict[str, Place]:
+    """All names that files have for the Linears of Flux: name without its leaf -> where it belongs."""
+    table = {}
+    for ours, theirs in modules.items():
+        if ours.endswith("_norm"):
+            continue
+        whole = Place(ours, 0, len(theirs), len(theirs), ours)
+        prefixes = ("", "diffusion_model.", "base_model.model.")
+        table |= {prefix + ours: whole for prefix in prefixes} | {f"lora_unet_{ours.replace('.', '_')}": whole}
+        for i, their in enumerate(theirs):
+            part = Place(ours, i, i + 1, len(theirs), their)
+            table |= {prefix + their: part for prefix in (*prefixes, "transformer.")}
+            table |= {prefix + their.replace(".", "_"): part for prefix in ("lora_transformer_", "lora_unet_")}
+        *block, module = ours.split(".", 2)
+        if module in XLABS:
+            suffix, covered = XLABS[module]
+            table[f"{'.'.join(block)}.processor.{suffix}"] = Place(ours, 0, covered, len(theirs), ours)
+    return table
+
+
+def parse(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    modules: Mapping[str, list[str]],
+    where: object,
+    sizes: Sizes | None = None,
+) -> dict[str, Factors]:
+    """A file's tensors as one correction per module; each tensor is used or named in the error.
+
+    Args:
+        tensors: by name, in any format of the table above.
+        metadata: of the file's header, for alpha.
+        modules: ours -> diffusers', of the model (flux_modules).
+        where: the file, for messages.
+        sizes: (out, in) of the model's Linears to check against; without it the shapes must only fit each other.
+
+    Raises:
+        ValueError: not a plain, whole, finite LoRA of this model; names the tensors.
+    """
+    for pattern, kind in KINDS:
+        if found := [name for name in tensors if re.search(pattern, name)]:
+            help = "only plain LoRAs (A, B, alpha) are"
+            if kind.endswith("text encoder"):
+                help = "`python -m kontext_min.extras.export convert IN OUT --drop PREFIX` leaves such tensors out"
+            raise ValueError(f"{where}: {kind}, which is not read here ({_some(found)}); {help}.")
+
+    table, unknown = places(modules), []
+    entries: dict[Place, dict[str, str]] = {}  # place -> {"down": name in the file, "up": ..., "alpha": ...}
+    for name in tensors:
+        match = SPLIT.fullmatch(name)
+        place = table.get(match[1]) if match else None
+        if place is None or (sizes is not None and place.module not in sizes):
+            unknown.append(name)
+            continue
+        twin = entries.setdefault(place, {}).setdefault(LEAF_OF[match[2]], name)
+        if twin != name:
+            raise ValueError(f"{where}: {name} and {twin} are the same; expected one of them.")
+    if unknown:
+        likely = next((m for p, m in OTHERS if any(re.search(p, n) for n in unknown)), "a LoRA of another model")
+        raise ValueError(
+            f"{where}: {len(unknown)} of {len(tensors)} tensors belong to no Linear of this model "
+            f"({_some(unknown)}); it looks like {likely}."
+        )
+    alpha_of = _header_alpha(metadata, where)
+    pieces: dict[str, dict[Place, Factors]] = {}
+    for place, names in entries.items():
+        pieces.setdefault(place.module, {})[place] = _factors(place, names, tensors, alpha_of, where)
+    if not any("alpha" in names for names in entries.values()):
+        _say_if_ignored(metadata, [f for parts in pieces.values() for f in parts.values()], where)
+    return {
+        module: _join(pieces[module], modules[module], where, sizes[module] if sizes else None)
+        for module in modules
+        if module in pieces
+    }
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+AlphaOf = Callable[[str, int, float | None], float]  # (module's path, rank, alpha of its tensor) -> alpha
+HEADER_ALPHAS = ("lora_alpha", "transformer.lora_alpha", "network_alpha", "alpha")  # plain keys that trainers write
+
+
+def _header_alpha(metadata: Mapping[str, str], where: object) -> AlphaOf:
+    """A function that gives each module its alpha: from its tensor, peft's config, a key of the header, or its rank.
+
+    Other readers disagree here. All take the tensor; diffusers and peft take peft's LoraConfig, ComfyUI does not; some
+    take a plain key. A tensor and a config that differ are refused: the strength would depend on the program.
+    In peft's config a pattern matches the end of a module's name, and rsLoRA counts alpha / sqrt(rank).
+    """
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        config = {key.removeprefix("transformer."): value for key, value in config.items()}
+        patterns = {re.compile(rf"(.*\.)?({p})$"): float(a) for p, a in (config.get("alpha_pattern") or {}).items()}
+        of_config = None if config.get("lora_alpha") is None else float(config["lora_alpha"])
+        if not all(map(math.isfinite, (*patterns.values(), of_config or 0))):
+            raise ValueError
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError, re.error):
+        raise ValueError(
+            f"{where}: lora_adapter_metadata is not that of peft, in its header or in adapter_config.json beside it; "
+            "write it again."
+        ) from None
+    plain = {key: metadata[key] for key in HEADER_ALPHAS if key in metadata}
+    try:
+        values = {float(text) for text in plain.values()}
+    except ValueError:
+        values = {math.nan}
+    if len(values) > 1 or not all(map(math.isfinite, values)):
+        got = ", ".join(f"{key} = {text[:40]!r}" for key, text in plain.items())
+        raise ValueError(f"{where}: its header has {got}, expected one finite number.")
+
+    def alpha(path: str, rank: int, of_tensor: float | None) -> float:
+        stated = next((a for pattern, a in patterns.items() if pattern.match(path)), of_config)
+        if stated is not None and config.get("use_rslora"):
+            stated *= math.sqrt(rank)
+        if None not in (stated, of_tensor) and not math.isclose(of_tensor, stated, rel_tol=1e-6):
+            raise ValueError(
+                f"{where}: {path}: alpha is {of_tensor:g}, but the header says {stated:g}; other programs would "
+                "disagree on the strength, so remove one of them."
+            )
+        return next(a for a in (of_tensor, stated, *values, float(rank)) if a is not None)
+
+    return alpha
+
+
+def _say_if_ignored(metadata: Mapping[str, str], lora: Sequence[Factors], where: object) -> None:
+    """A line about kohya's alpha in the header where nothing else states one.
+
+    kohya's trainer writes tensors too. Without them the file was converted, which multiplies alpha into the weights and
+    leaves the header as it was (sd-scripts, convert_flux_lora.py): read again, alpha would count twice.
+    """
+    text = metadata.get("ss_network_alpha", "None")
+    if text in ("None", "Dynamic", metadata.get("ss_network_dim")) or any(f.scale != 1 for f in lora):
+        return
+    try:
+        factor = float(text) / float(metadata.get("ss_network_dim", lora[0].rank))
+    except (ValueError, ZeroDivisionError):
+        return
+    if factor != 1:
+        print(
+            f"note: {where}: ss_network_alpha {text[:40]} in its header is ignored, since a converted file has it in "
+            f"its weights; if this one has not, use =STRENGTH with {factor:g} times the strength",
+            file=sys.stderr,
+        )
+
+
+def _factors(
+    place: Place, names: Mapping[str, str], tensors: Mapping[str, Tensor], alpha_of: AlphaOf, where: object
+) -> Factors:
+    """The matrices of one entry, checked."""
+    if missing := [kind for kind in ("down", "up") if kind not in names]:
+        name = next(iter(names.values()))
+        raise ValueError(f"{where}: {name} has no {' and no '.join(missing)} matrix beside it; it is not whole.")
+    values = {kind: tensors[name] for kind, name in names.items()}
+    values = {kind: x.float() if x.dtype.itemsize == 1 else x for kind, x in values.items()}  # fp8 has no addition
+    down, up = values["down"], values["up"]
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down) or not len(down):
+        raise ValueError(
+            f"{where}: {names['down']} and its partner have shapes {list(down.shape)} and {list(up.shape)}, expected "
+            "[rank, in] and [out, rank] of one rank."
+        )
+    if "alpha" in values and values["alpha"].numel() != 1:
+        raise ValueError(f"{where}: {names['alpha']} has {values['alpha'].numel()} values, expected one.")
+    if bad := [names[kind] for kind, x in values.items() if not torch.isfinite(x).all()]:
+        raise ValueError(f"{where}: values that are not finite in {_some(bad)}; the training that wrote it failed.")
+    of_tensor = float(values["alpha"]) if "alpha" in values else None
+    return Factors(down, up, alpha_of(place.path, len(down), of_tensor))
+
+
+def _join(pieces: Mapping[Place, Factors], theirs: list[str], where: object, size: tuple[int, int] | None) -> Factors:
+    """The parts of one module as one correction, checked against the module's size where that is known."""
+    order = sorted(pieces)
+    module, parts = order[0].module, order[0].parts
+    first, last = pieces[order[0]], pieces[order[-1]]
+    if any(a.last > b.first for a, b in pairwise(order)):
+        raise ValueError(f"{where}: {module} is there as a whole and in parts; expected one of them.")
+    # Rows of each part: q, k and v have as many as they read columns. The MLP has the rest of what the model or the
+    # file says, and four times as many where neither does.
+    out, width = size or (None, first.down.shape[1])
+    if out is None and parts == 1:
+        out = len(first.up)
+    if out is None:
+        mlp = len(last.up) - (3 * width if order[-1].first == 0 else 0) if order[-1].last == 4 else 4 * width
+        out = 3 * width + (mlp if parts == 4 else 0)
+    rows = [width, width, width, out - 3 * width][:parts] if parts > 1 else [out]
+    for place, (down, up, _) in pieces.items():
+        expected = sum(rows[place.first : place.last])
+        if down.shape[1] != width or len(up) != expected:
+            raise ValueError(
+                f"{where}: {' '.join(theirs[place.first : place.last])} ({module}) has shapes {list(down.shape)} and "
+                f"{list(up.shape)}, expected [rank, {width}] and [{expected}, rank]: it was trained on another model."
+            )
+    if len(order) == 1 and order[0].last - order[0].first == parts:
+        return _swapped(first) if module == SWAPPED and theirs[0] == order[0].path else first
+
+    # Join the parts as at the top of this file, each scale in its rows of up. Only where all are 1 no value is rounded,
+    # so the dtype of the file can stay.
+    dtypes = {x.dtype for f in pieces.values() for x in (f.down, f.up)}
+    exact = len(dtypes) == 1 and all(f.scale == 1 for f in pieces.values())
+    dtype = dtypes.pop() if exact else torch.float32
+    downs = [pieces[place].down.to(dtype) for place in order]
+    shared = all(down.shape == downs[0].shape and torch.equal(down, downs[0]) for down in downs)
+    down = downs[0] if shared else torch.cat(downs)
+    up = torch.zeros(out, len(down), dtype=dtype)
+    column = 0
+    for place in order:
+        part, row = pieces[place].scale * pieces[place].up.to(dtype), sum(rows[: place.first])
+        up[row : row + len(part), column : column + part.shape[1]] = part
+        column += 0 if shared else part.shape[1]
+    return Factors(down, up, float(len(down)))
+
+
+def _swapped(factors: Factors) -> Factors:
+    """Rows [shift, scale] to [scale, shift], or back."""
+    return factors._replace(up=torch.cat(factors.up.chunk(2)[::-1]))
+
+
+def emit(lora: Mapping[str, Factors], modules: Mapping[str, list[str]], format: str) -> dict[str, Tensor]:
+    """One correction per module as the tensors of a file: down (rank, in), up (out, rank), alpha a scalar.
+
+    kohya: as trained, with alpha. peft: q, k, v and mlp apart, alpha / rank multiplied into up, so that alpha = rank
+    and no reader can mistake it. Exact if alpha / rank is a power of two, else rounded once, in float32.
+
+    Raises:
+        ValueError: unknown format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"LoRA format: got {format!r}, expected one of {', '.join(FORMATS)}.")
+    tensors = {}
+    for module, factors in lora.items():
+        if format == "kohya":
+            key = f"lora_unet_{module.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"] = factors.down
+            tensors[f"{key}.lora_up.weight"] = factors.up
+            tensors[f"{key}.alpha"] = torch.tensor(float(factors.alpha))
+            continue
+        for their, part in zip(modules[module], _split(module, factors, len(modules[module])), strict=True):
+            if part is not None:
+                tensors[f"transformer.{their}.lora_A.weight"], tensors[f"transformer.{their}.lora_B.weight"] = part
+    return {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+
+
+def _split(module: str, factors: Factors, parts: int) -> list[tuple[Tensor, Tensor] | None]:
+    """(down, up) of each part with the scale in up; None for parts that the LoRA does not change."""
+    if module == SWAPPED:
+        factors = _swapped(factors)
+    down, up = factors.down, factors.up
+    if factors.scale != 1:  # the dtype of the file stays if it holds the scaled values exactly
+        scaled = factors.scale * up.float()
+        narrow = scaled.to(up.dtype)
+        up = narrow if torch.equal(narrow.float(), scaled) else scaled
+    used = up.ne(0).any(0)  # (rank,)
+    split = []
+    for part in split_rows(up, parts, down.shape[1]):
+        if used.any() and not part.any():
+            split.append(None)
+            continue
+        mine = part.ne(0).any(0) | ~used  # of a block diagonal, each part gets its own block back
+        split.append((down, part) if mine.all() else (down[mine], part[:, mine]))
+    return split
+
 
 # -------------------------------------------------------------------------------------------------- files and headers
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # halves of a character can't be encoded
+
+
+SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # in the header: what is expected, and the check
+    "objective": ("bridge or kontext", lambda v: v in ("bridge", "kontext")),
+    "context": ("true or false", lambda v: isinstance(v, bool)),
+    "source_noise": ("a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
+    "start_time": ("a number above 0, at most 1", lambda v: _number(v) and 0 < v <= 1),
+    "guidance": ("a finite number", lambda v: _number(v) and abs(v) < 1e30),
+    "resolution": ("a whole number from 16 to 65536", lambda v: type(v) is int and 16 <= v <= 65536),
+    "prompt": ("text", _text),
+    "base": ("text", _text),
+}
+
+
+def trained_with(metadata: Mapping[str, str], file: object) -> dict[str, Any]:
+    """What train.py wrote into a file's header; empty for files of other trainers.
+
+    Raises:
+        ValueError: a setting of the wrong type or outside its range; names file, key, got and expected.
+    """
+    try:
+        known = json.loads(metadata.get("kontext_min", "{}"))
+    except (ValueError, TypeError, RecursionError):
+        known = None
+    if not isinstance(known, dict):
+        raise ValueError(f"{file}: kontext_min in its header is no JSON object; download it again, or remove the key.")
+    for key, (expected, right) in SETTINGS.items():
+        if key in known and not right(value := known[key]):
+            got = f"a {type(value).__name__}" if isinstance(value, list | dict) else json.dumps(value)[:40]
+            raise ValueError(f"{file}: {key} in its header: got {got}, expected {expected}.")
+    return known
+
+
+FILES = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # in a folder
+SIGNS = {  # first four bytes of files that are often taken for LoRAs; as a header's length they would be beyond 60 MB
+    b"PK\x03\x04": "a PyTorch checkpoint (.pt, .bin, .ckpt), which may run code when it is loaded",
+    b"\x80\x02\x8a\n": "an old PyTorch checkpoint (.pt, .bin, .ckpt), which may run code when it is loaded",
+    b"GGUF": "a GGUF file",
+}
+
+
+def lora_file(path: str | Path) -> Path:
+    """The LoRA file itself, where a folder is named that holds one.
+
+    Raises:
+        FileNotFoundError: no such file, or none in the folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path}: a folder without {FILES[0]}; name the LoRA file.")
+        return found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such LoRA file; train one with train.py or check the path.")
+    return path
+
+
+def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors in their stored shapes and metadata of a LoRA file, or of the one in a folder.
+
+    An adapter_config.json beside a file of peft's or diffusers' name counts as `lora_adapter_metadata`.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a whole safetensors file, no LoRA, or settings that can't be.
+    """
+    path = lora_file(path)
+    with path.open("rb") as f:
+        kind = SIGNS.get(f.read(4))
+    if kind:
+        raise ValueError(f"{path}: {kind}; expected a LoRA as safetensors: get or save it in that format.")
+    read_headers([path])  # names what is wrong with a cut file
+    try:
+        with safe_open(path, framework="pt") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, this is no dict
+            metadata = f.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); write or download it again.") from None
+    if not tensors:
+        raise ValueError(f"{path}: no tensors in it; expected a LoRA.")
+    if not any(map(ADAPTER.search, tensors)):
+        raise ValueError(f"{path}: it is no LoRA ({_some(tensors)}); a base model belongs to --weights.")
+    trained_with(metadata, path)
+    config = path.with_name("adapter_config.json")
+    if path.name in FILES[1:] and config.is_file():
+        metadata.setdefault("lora_adapter_metadata", config.read_text(encoding="utf-8", errors="replace"))
+    return tensors, metadata
+
+
+def strength_of(text: str) -> tuple[Path, float]:
+    """`file.safetensors=0.8` -> (file.safetensors, 0.8); the strength is 1 where none is given.
+
+    Raises:
+        ValueError: no name, or a strength that is no number from -100 to 100.
+    """
+    name, sign, strength = text.rpartition("=")
+    if not text.strip() or (sign and not name):
+        raise ValueError(f"--lora {text!r}: no file name; expected FILE or FILE=STRENGTH.")
+    if not sign or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        if not name.endswith(".safetensors") and not Path(name).exists():
+            return Path(text), 1.0  # a path with = in it
+        value = math.nan
+    if not -100 <= value <= 100:
+        raise ValueError(f"--lora {text}: got strength {strength!r}, expected a number from -100 to 100.")
+    return Path(name), value
+
+
+def purpose(loras: Sequence[str]) -> dict[str, Any]:
+    """What several LoRAs (FILE or FILE=STRENGTH) were trained for: each setting from the first that has it.
+
+    Raises:
+        FileNotFoundError, ValueError: as for read_lora; the same file twice; LoRAs that follow different paths.
+    """
+    known: dict[str, Any] = {}
+    files: set[Path] = set()
+    for lora in loras:
+        file = lora_file(strength_of(lora)[0]).resolve()
+        if file in files:
+            raise ValueError(f"--lora {lora}: is given twice; give it once, and its strength as FILE=STRENGTH.")
+        files.add(file)
+        about = trained_with(read_lora(file)[1], file)
+        for key in ("objective", "context", "source_noise", "start_time"):
+            if key in about and known.get(key, about[key]) != about[key]:
+                raise ValueError(
+                    f"--lora {lora}: was trained with {key} {about[key]}, the one before it with {known[key]}; "
+                    "LoRAs of one picture must follow one path."
+                )
+        known = about | known
+    return known
+
+
 def write_lora(path: str | Path, lora: Mapping[str, Factors], format: str, metadata: Mapping[str, str]) -> None:
-    """Write one correction a module; arguments as for save_lora and lora_formats.emit."""
+    """Write one correction per module; arguments as for save_lora and emit."""
     tensors = emit(lora, flux_modules(FluxParams()), format)
-    shown = _shown(lora, format, metadata)
-    header = {"format": "pt", **shown, **metadata}
-    header |= {key: shown[key] for key in ("ss_network_dim", "ss_network_alpha")}  # of this file, not of one it is from
-    header.pop("lora_adapter_metadata", None)  # likewise: alpha stands in the tensors now
-    save_file(tensors, Path(path), header)
+    ranks = {len(x) for name, x in tensors.items() if name.endswith((".lora_down.weight", ".lora_A.weight"))}
+    alphas = {round(float(f.alpha), 6) for f in lora.values()} if format == "kohya" else {float(r) for r in ranks}
+    one = {  # of this file, not of one that it was converted from
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+    }
+    # Alpha is in the tensors now. A second statement would contradict it, or count twice.
+    kept = {k: v for k, v in metadata.items() if k not in ("lora_adapter_metadata", *HEADER_ALPHAS)}
+    shown = _shown(trained_with(metadata, path))
+    one |= {k: v for k, v in shown.items() if k == "modelspec.usage_hint"}  # older files of this project have another
+    save_file(tensors, Path(path), {"format": "pt", **shown, **kept, **one})
 
 
-def _shown(lora: Mapping[str, Factors], format: str, metadata: Mapping[str, str]) -> dict[str, str]:
-    """The fields that model managers show, from the LoRA and from what `kontext_min` says of its training."""
-    about = trained_with(metadata)
-    ranks = {f.rank for f in lora.values()}
-    alphas = {f.rank if format == "peft" else round(f.alpha, 6) for f in lora.values()}
+def _shown(about: Mapping[str, Any]) -> dict[str, str]:
+    """The fields that model managers show, from what train.py says of the training."""
     shown = {
         "ss_network_module": "networks.lora_flux",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(float(alphas.pop())) if len(alphas) == 1 else "Dynamic",
         "ss_base_model_version": "flux1",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "flux-1-dev/lora",
@@ -75,7 +559,13 @@ def _shown(lora: Mapping[str, Factors], format: str, metadata: Mapping[str, str]
         "modelspec.title": f"FLUX.1-Kontext, {about.get('degrade', 'LoRA')}",
     }
     if about.get("objective") == "bridge":
-        shown["modelspec.usage_hint"] = BRIDGE_ONLY
+        noise, time = about.get("source_noise", 0), about.get("start_time", 1)
+        shown["modelspec.usage_hint"] = (
+            f"{BRIDGE}. In diffusers: Flux{'Kontext' if about.get('context') else ''}Pipeline, latents = packed latent "
+            f"of the degraded picture{f' + {noise:g} * noise' if noise else ''}, sigmas = "
+            f"{f'{time:g} * ' if time != 1 else ''}linspace(1, 1/steps, steps), "
+            "FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)"
+        )
     elif "objective" in about:
         shown["modelspec.usage_hint"] = "with the degraded picture as FLUX.1-Kontext's reference, and this prompt"
     names = {"lr": "ss_learning_rate", "steps": "ss_steps", "seed": "ss_seed", "guidance": "ss_guidance_scale",
@@ -87,69 +577,13 @@ def _shown(lora: Mapping[str, Factors], format: str, metadata: Mapping[str, str]
     return shown
 
 
-def trained_with(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What train.py wrote into a LoRA's header; empty for LoRAs of other trainers."""
-    try:
-        known = json.loads(metadata.get("kontext_min", "{}"))
-    except ValueError:
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a LoRA file; of peft's save_pretrained, adapter_config.json beside it is metadata too.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not a whole safetensors file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such LoRA file; train one with train.py or check the path.")
-    read_headers([path])  # says what is wrong with a file that is cut or none
-    try:
-        with safe_open(path, framework="pt") as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, this is no dict
-            metadata = f.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); write or download it again.") from None
-    config = path.with_name("adapter_config.json")
-    if path.name == "adapter_model.safetensors" and config.is_file():
-        metadata["lora_adapter_metadata"] = config.read_text(encoding="utf-8")
-    return tensors, metadata
-
-
-def strength_of(text: str) -> tuple[Path, float]:
-    """`file.safetensors=0.8` -> (file.safetensors, 0.8); the strength is 1 where none is given."""
-    match = re.fullmatch(r"(.+)=([-+]?(\d+\.?\d*|\.\d+))", text)
-    return (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
-
-
-def purpose(loras: Sequence[str]) -> dict[str, Any]:
-    """What several LoRAs (FILE or FILE=STRENGTH) were trained for: each setting from the first that has it.
-
-    Raises:
-        FileNotFoundError, ValueError: as for read_lora; or they follow different paths, which no sampler can at once.
-    """
-    known: dict[str, Any] = {}
-    for lora in loras:
-        about = trained_with(read_lora(strength_of(lora)[0])[1])
-        for key in ("objective", "context", "source_noise", "start_time"):
-            if key in about and known.get(key, about[key]) != about[key]:
-                raise ValueError(
-                    f"--lora {lora}: was trained with {key} {about[key]}, the one before it with {known[key]}; "
-                    "LoRAs of one picture must follow one path."
-                )
-        known = about | known
-    return known
-
-
 # ------------------------------------------------------------------------------------------------ models and their LoRA
 
 
 def save_lora(
     model: Flux,
     path: str | Path,
-    format: str = "kohya",
+    format: str | None = None,
     metadata: Mapping[str, str] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -158,9 +592,10 @@ def save_lora(
     Args:
         model: with LoRALinear layers.
         path: of the safetensors file.
-        format: one of FORMATS.
+        format: one of FORMATS; None chooses kohya, or peft if a module lies outside of the blocks.
         metadata: text by name, kept in the header, where rank, alpha and what managers show are added.
-        tensors: values by parameter name instead of the model's own: gathered from several processes, or averaged.
+        tensors: values by parameter name instead of the model's own, A (rank, in) and B (out, rank): gathered from
+            several processes, or averaged.
 
     Raises:
         ValueError: unknown format, or no LoRA on the model.
@@ -173,7 +608,7 @@ def save_lora(
     for name, layer in layers.items():
         down, up = values[f"{name}.lora_A"], values[f"{name}.lora_B"]
         lora[name] = Factors(down, up, layer.scale * down.shape[0])
-    write_lora(path, lora, format, metadata or {})
+    write_lora(path, lora, format or ("peft" if outside_of_blocks(model) else "kohya"), metadata or {})
 
 
 def outside_of_blocks(model: Flux) -> list[str]:
@@ -181,21 +616,23 @@ def outside_of_blocks(model: Flux) -> list[str]:
     return [name for name in lora_layers(model) if not name.startswith(("double_blocks.", "single_blocks."))]
 
 
-def _sizes(model: Flux) -> Sizes:
-    """(out, in) of every Linear by its official name, whatever it is stored as and whether a LoRA is on it."""
-    return {name.removesuffix(".base"): (m.out_features, m.in_features) for name, m in linears(model).items()}
+def factors_for(model: Flux, path: str | Path) -> tuple[dict[str, Factors], dict[str, str]]:
+    """The LoRA of a file by module of this model, and the file's metadata; errors as for load_lora."""
+    tensors, metadata = read_lora(path)
+    sizes = {name.removesuffix(".base"): (m.out_features, m.in_features) for name, m in linears(model).items()}
+    return parse(tensors, metadata, flux_modules(model.params), lora_file(path), sizes), metadata
 
 
 @torch.no_grad()
 def load_lora(model: Flux, path: str | Path, strength: float = 1.0) -> dict[str, str]:
-    """Put the LoRA of a file on a model; nothing is dropped: each tensor is used or named in the error.
+    """Put the LoRA of a file on a model.
 
     Several calls add up. On a Linear that has a LoRA already the ranks are joined, which is exact:
     s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
 
     Args:
         model: a Flux; changed in place, if the file fits.
-        path: of the file, in any format of lora_formats.py.
+        path: of the file, in any format of the table above, or of its folder.
         strength: multiplies the correction; 1 is what was trained.
 
     Returns:
@@ -204,9 +641,9 @@ def load_lora(model: Flux, path: str | Path, strength: float = 1.0) -> dict[str,
     Raises:
         FileNotFoundError, ValueError: no such file; not a plain, whole LoRA of this model.
     """
-    tensors, metadata = read_lora(path)
+    lora, metadata = factors_for(model, path)
     device = next(model.parameters()).device
-    for name, (down, up, alpha) in parse(tensors, metadata, flux_modules(model.params), path, _sizes(model)).items():
+    for name, (down, up, alpha) in lora.items():
         base, downs, ups, alpha = model.get_submodule(name), [down.to(device)], [up.to(device)], strength * alpha
         if isinstance(there := base, LoRALinear):
             base, downs = there.base, [there.lora_A, downs[0].float()]
@@ -223,14 +660,13 @@ def load_lora(model: Flux, path: str | Path, strength: float = 1.0) -> dict[str,
 def init_lora(model: Flux, path: str | Path) -> None:
     """Start the LoRA that add_lora put on a model from that of a file.
 
-    Where the model's rank is higher, the rows of A that the file has not keep their random start and their columns of B
-    are zero, as at any start; modules that the file has not start at zero. So the first step runs what the file holds.
+    Where the model's rank is higher, the rows of A that the file lacks keep their random start and their columns of B
+    are zero, as at any start; modules that the file lacks start at zero. So the first step runs what the file holds.
 
     Raises:
         FileNotFoundError, ValueError: as for load_lora; a module without a LoRA on the model; a lower rank.
     """
-    tensors, metadata = read_lora(path)
-    lora, layers = parse(tensors, metadata, flux_modules(model.params), path, _sizes(model)), lora_layers(model)
+    (lora, _), layers = factors_for(model, path), lora_layers(model)
     apart = [name for name in lora if name not in layers]
     if apart:
         raise ValueError(f"{path}: has {', '.join(apart[:3])}, which do not train here; choose other --lora-targets.")
@@ -241,193 +677,3 @@ def init_lora(model: Flux, path: str | Path) -> None:
         layer = layers[name]
         layer.lora_A[: factors.rank] = factors.down.to(layer.lora_A)
         layer.lora_B[:, : factors.rank] = factors.scale / layer.scale * factors.up.to(layer.lora_B)
-
-
-# ----------------------------------------------------------------------------------------------- merging and converting
-
-
-@dataclass
-class Rounding:
-    """What was lost when corrections were rounded into weights."""
-
-    entries: int = 0  # of the weights, those whose correction is not 0
-    lost: int = 0  # of them, those that are stored as if there were no correction
-    correction: float = 0.0  # sum of squares
-    error: float = 0.0  # of the merged weights as stored, sum of squares
-    error_of_base: float = 0.0  # the same without any correction: what storing the base costs anyway
-
-    def __str__(self) -> str:
-        share = 100 * self.lost / max(self.entries, 1)
-        merged, base = (100 * (e / max(self.correction, 1e-30)) ** 0.5 for e in (self.error, self.error_of_base))
-        return (
-            f"{share:.2f} % of {self.entries:,} corrected weights are stored as if there were no correction; rounding "
-            f"errors are {merged:.3g} % of the correction (RMS), and {base:.3g} % where the base is stored without it"
-        )
-
-
-def _weight(linear: nn.Module) -> Tensor:
-    """(out, in) float32, whatever it is stored as."""
-    return linear.dequantize() if isinstance(linear, QuantizedLinear) else linear.weight.float()
-
-
-def _codes(linear: nn.Module) -> Tensor:
-    """(out, in) float32: the value that each weight is stored as, before the scale, which follows a correction."""
-    if isinstance(linear, QuantizedLinear) and linear.scales is not None:
-        shape = linear.out_features, linear.in_features
-        return dequantize(linear.codes, torch.ones_like(linear.scales), shape, torch.float32)
-    return _weight(linear)
-
-
-def _stored(base: nn.Module, weight: Tensor, kind: str | None, dtype: torch.dtype | None) -> nn.Module:
-    """A layer like `base` with another weight, (out, in) float32, rounded once: to codes, a dtype, or as base is."""
-    linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    linear.bias = None if base.bias is None else nn.Parameter(base.bias.detach(), requires_grad=False)
-    if isinstance(base, QuantizedLinear) and not kind and not dtype:
-        of_codes = {torch.int8: "int8", torch.uint8: "nf4"}.get(base.codes.dtype, "fp8")
-        kind = "stored" if base.scales is None else of_codes
-        dtype = base.codes.dtype if base.scales is None else None
-    stored = torch.float32 if kind not in (None, "stored") else dtype or base.weight.dtype
-    linear.weight = nn.Parameter(weight.to(stored), requires_grad=False)
-    return QuantizedLinear.from_linear(linear, kind) if kind else linear
-
-
-@torch.no_grad()
-def merge(model: nn.Module, quantize: str | None = None, dtype: torch.dtype | None = None) -> Rounding:
-    """Merge every LoRA of a model into its weights, in place: float32 arithmetic, one rounding, and what that took.
-
-    Args:
-        model: with LoRAs on plain or quantised Linears. Each stays what it is unless the other arguments say so; codes
-            are made anew, with scales that follow the sum.
-        quantize: int8, fp8 or nf4: store the blocks so. The sum goes straight to codes; merging into bfloat16 and
-            quantising after would round it twice: more squared error, by 7 % in int8 and 0.5 % in fp8 on weights/tiny
-            (`pytest -s -k straight tests/test_lora_files.py`).
-        dtype: of all that `quantize` does not store as codes; else each weight keeps its own.
-    """
-    rounding = Rounding()
-    for name, layer in lora_layers(model).items():
-        kind = storage(name, quantize) if quantize else None
-        before, correction = _weight(layer.base), layer.scale * (layer.lora_B @ layer.lora_A)
-        exact = before + correction
-        plain, merged = (_stored(layer.base, weight, kind, dtype) for weight in (before, exact))
-        rounding.entries += int(correction.count_nonzero())
-        rounding.lost += int(((_codes(merged) == _codes(plain)) & (correction != 0)).sum())
-        rounding.correction += float(correction.square().sum())
-        rounding.error += float((_weight(merged) - exact).square().sum())
-        rounding.error_of_base += float((_weight(plain) - before).square().sum())
-        model.set_submodule(name, merged)
-    for name, linear in linears(model).items():  # those without a LoRA
-        kind = storage(name, quantize) if quantize else None
-        if (kind and isinstance(linear, nn.Linear)) or (dtype and not kind and isinstance(linear, QuantizedLinear)):
-            model.set_submodule(name, _stored(linear, _weight(linear), kind, dtype))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype or parameter.dtype)
-    return rounding
-
-
-def convert(source: str | Path, target: str | Path, format: str, drop: Sequence[str] = ()) -> str:
-    """Write a LoRA file of any format in another; what it says in its header stays.
-
-    Args:
-        source: the file.
-        target: where to write.
-        format: one of FORMATS.
-        drop: beginnings of the names of tensors to leave out, such as those of text encoders.
-
-    Returns:
-        One line about it.
-    """
-    tensors, metadata = read_lora(source)
-    kept = {name: x for name, x in tensors.items() if not name.startswith(tuple(drop))}
-    lora = parse(kept, metadata, flux_modules(FluxParams()), source)
-    write_lora(target, lora, format, metadata)
-    left_out = f", {len(tensors) - len(kept)} tensors left out" if len(kept) < len(tensors) else ""
-    ranks = ", ".join(map(str, sorted({f.rank for f in lora.values()})))
-    return f"{target}: {format}, {len(lora)} modules, rank {ranks}{left_out}"
-
-
-def save_bfl(model: Flux, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a transformer as BFL's single file has it, its sizes in the header's `config`.
-
-    Quantised Linears are stored as `weight` (codes) and `scale_weight` (one float32 a row), as ComfyUI's scaled fp8 has
-    them but for the rows: load_flux reads them, with `kind` as codes; ComfyUI knows one scale a matrix only.
-    """
-    state = {}
-    for name, x in model.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        leaf = {"codes": "weight", "scales": "scale_weight"}.get(leaf, leaf)
-        state[f"{module}.{leaf}"] = x.detach().cpu().contiguous()
-    header = {"format": "pt", "config": json.dumps(asdict(model.params)), **(metadata or {})}
-    save_file(state, Path(path), header)
-
-
-def merge_files(
-    base: Path, loras: Sequence[str], output: Path, layout: str, dtype: torch.dtype | None, quantize: str | None
-) -> Rounding:
-    """Merge LoRA files into a base model and write the whole transformer; takes the memory of the model.
-
-    Args:
-        base: file or folder of the transformer, as for load_flux.
-        loras: FILE or FILE=STRENGTH.
-        output: a folder for `hub`, a file for `bfl`.
-        layout: hub or bfl.
-        dtype: of the weights; else as they are stored.
-        quantize: int8 or fp8: the weights of the blocks as codes.
-
-    Raises:
-        ValueError: codes in the hub layout, which has no place for scales; or as for load_flux and load_lora.
-    """
-    narrow = any(stored.dtype in WIDENED for stored in read_headers(find(base, "transformer")).values())
-    if layout == "hub" and (quantize or (narrow and not dtype)):
-        raise ValueError(f"{output}: the hub layout has no 8-bit weights; use --layout bfl, or --dtype bfloat16.")
-    flux = load_flux(base, dtype=torch.bfloat16 if narrow else None, kind="stored")
-    for lora in loras:
-        load_lora(flux, *strength_of(lora))
-    rounding = merge(flux, quantize, dtype)
-    metadata = {"kontext_min": json.dumps(purpose(loras) | {"merged": [Path(lora).name for lora in loras]})}
-    if layout == "hub":
-        save_flux(flux, output, metadata)
-    else:
-        save_bfl(flux, output, metadata)
-    return rounding
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="lora_files", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("convert", help="write a LoRA file in another format", allow_abbrev=False)
-    one.add_argument("source", metavar="IN", type=Path, help="a LoRA file of any format that is read")
-    one.add_argument("target", metavar="OUT", type=Path, help="where to write")
-    one.add_argument("--format", choices=FORMATS, default="kohya", help="of OUT (default kohya)")
-    help = "leave out tensors whose names begin so, e.g. lora_te1_ (text encoder); may be repeated"
-    one.add_argument("--drop", action="append", default=[], metavar="PREFIX", help=help)
-    two = commands.add_parser("merge", help="merge LoRAs into the base, write a whole transformer", allow_abbrev=False)
-    two.add_argument("output", metavar="OUT", type=Path, help="a folder (hub) or a file (bfl)")
-    two.add_argument("--weights", type=Path, required=True, help="folder of the base model, or its transformer's file")
-    help = "LoRA file, =0.8 behind it sets its strength; may be repeated"
-    two.add_argument("--lora", action="append", required=True, metavar="FILE[=STRENGTH]", help=help)
-    two.add_argument("--layout", choices=("hub", "bfl"), default="hub", help="of OUT (default hub)")
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    two.add_argument("--dtype", choices=dtypes, help="of the weights; else as they are stored")
-    help = "keep the blocks as codes, with layout bfl: half the size, read by this project only"
-    two.add_argument("--quantize", choices=("int8", "fp8"), help=help)
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "convert":
-            print(convert(args.source, args.target, args.format, args.drop))
-        else:
-            dtype = dtypes.get(args.dtype)
-            rounding = merge_files(args.weights, args.lora, args.output, args.layout, dtype, args.quantize)
-            print(f"{args.output}: {args.layout}, {' + '.join(args.lora)} merged; {rounding}")
-            if purpose(args.lora).get("objective") == "bridge":
-                print(f"{args.output}: {BRIDGE_ONLY}")
-    except (ValueError, OSError) as error:
-        print(f"lora_files: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,17 +1,19 @@
-"""Several processes, one to a GPU: torchrun starts them, torch's own DDP or FSDP2 keeps them together.
+"""Several processes, one per GPU: torchrun starts them; they average their gradients, or share the weights (FSDP2).
 
-    torchrun --nproc-per-node 4 train.py --hr-root DIR            every process holds the whole model (DDP)
+    torchrun --nproc-per-node 4 train.py --hr-root DIR            every process holds the whole model
     torchrun --nproc-per-node 4 train.py --hr-root DIR --shard    the weights are spread over the processes (FSDP2)
 
-Each process computes the gradient of its pictures; DDP and FSDP2 both AVERAGE gradients over the processes, so the loop
-multiplies its sum by their number and divides by the number of pictures of all of them. Only process 0 writes.
+    gradient of the batch of all processes = mean over the processes of the gradients of their own batches
 
-Sources: torch.nn.parallel.DistributedDataParallel; torch.distributed.fsdp.fully_shard (FSDP2).
+A LoRA's gradients are a few MB, so one all-reduce per parameter and step is enough and the model needs no wrapper.
+FSDP2 averages by itself. Only process 0 writes.
+
+Sources: torch.distributed; torch.distributed.fsdp.fully_shard (FSDP2).
 """
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +22,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(hours=6)  # the others wait while process 0 scans pictures and encodes captions; torch gives 30 min
+TIMEOUT = timedelta(hours=6)  # the others wait while process 0 reads pictures and encodes captions; torch gives 30 min
+
+
+COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
+
+
+def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """The dtype of the computation: "auto" is bfloat16 on GPUs and on CPUs with bfloat16 units, else float32."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    units = torch.cpu.get_capabilities()
+    fast = device.type == "cuda" or units.get("amx_bf16") or units.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
@@ -43,27 +57,27 @@ class Processes:
 
 
 def start(device: str) -> Processes:
-    """Join the other processes if torchrun started us; `auto` takes a GPU if there is one.
+    """Join the other processes if torchrun started this one; `auto` takes a GPU if there is one.
 
     Raises:
-        ValueError: a device that this machine has not.
+        ValueError: no such device on this machine.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device: got {device!r}, expected auto, cpu, cuda or cuda:N.") from None
+        if chosen.type not in ("cpu", "cuda"):  # such as mps: it must at least hold a number
+            torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device: got {device!r}, but there is no such device here; use auto or cpu.") from None
     if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: this machine, or this build of torch, has no CUDA; use --device cpu.")
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(os.environ["LOCAL_RANK"]) if world > 1 else chosen.index or 0
-        there = torch.cuda.device_count()
         if index >= there:
             raise ValueError(
-                f"--device {device}: there is no cuda:{index} among the {there} GPUs of this machine; choose another, "
-                "or start one process for each GPU at most."
+                f"--device {device}: this machine, or this build of torch, has {there} CUDA GPUs; use --device cpu, a "
+                "lower number, or at most one process per GPU."
             )
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
@@ -73,43 +87,25 @@ def start(device: str) -> Processes:
     return Processes(rank, world, chosen)
 
 
-def spread(model: nn.Module, processes: Processes, shard: bool) -> nn.Module:
-    """The model as the loop calls it: itself for one process, in DDP, or with its blocks sharded in place by FSDP2.
+def shard(model: nn.Module, processes: Processes) -> None:
+    """Spread the weights of every block over the processes, in place (FSDP2)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-    Raises:
-        ValueError: sharding without several processes.
-    """
-    if shard:
-        if processes.world == 1:
-            raise ValueError("--shard spreads the weights over processes; start them with torchrun --nproc-per-node N.")
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # about in-place operations that there are none of
-        mesh = init_device_mesh(processes.device.type, (processes.world,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        # By default the outermost module stays whole after a forward pass, and would not see weights changed since.
-        return fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    if processes.world > 1:
-        devices = [processes.device] if processes.device.type == "cuda" else None
-        # The weights come from the same file and A from the same seed, so nothing need be sent around at the start,
-        # nor at every step: buffers are frozen weights (quantize.py).
-        model = nn.parallel.DistributedDataParallel(model, device_ids=devices, init_sync=False)
-        model.broadcast_buffers = False  # the argument of this name is deprecated, the new one is not in torch 2.6
-    return model
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # about in-place operations, of which there are none
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    # By default the outermost module stays whole after a forward pass, and would not see weights changed since.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-@contextmanager
-def sync_gradients(model: nn.Module, now: bool) -> Iterator[None]:
-    """Exchange gradients in this backward pass, or (`now` false) only add them up here: for accumulation."""
-    if isinstance(model, nn.parallel.DistributedDataParallel) and not now:
-        with model.no_sync():
-            yield
-        return
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
-        model.set_requires_gradient_sync(now)
-    yield
+def average_gradients(params: Sequence[nn.Parameter]) -> None:
+    """The mean over all processes, in place; sharded parameters are averaged already."""
+    for p in params:
+        if not hasattr(p, "device_mesh"):
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
 
 
 def add_up(values: Tensor) -> Tensor:
@@ -139,7 +135,7 @@ def wait() -> None:
 
 @contextmanager
 def first_goes_ahead(processes: Processes) -> Iterator[None]:
-    """Process 0 does what stands below alone, then the others do: they find the files that it wrote."""
+    """Process 0 runs the block alone, then the others do and find the files that it wrote."""
     if not processes.first:
         wait()
     yield

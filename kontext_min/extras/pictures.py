@@ -1,39 +1,62 @@
-"""Picture files on their way through sample.py: which ones, what a file holds besides RGB, and where it goes.
+"""Picture files on their way through sample.py: which ones, what a file holds besides RGB, where it goes, its colours.
 
     --input FILE      one job           --output FILE, or a folder that exists
     --input FOLDER    a job a picture   --output FOLDER, the same relative names
 
-A restored picture keeps the size, ICC profile, EXIF, resolution (dpi) and transparency of its file. EXIF orientation is
-applied and its tag set to 1. What can't be kept is said in a line: bits beyond 8 a channel, a profile of a grey or CMYK
-picture (the result is RGB), transparency where the format has none.
+A restored picture keeps the size, the ICC profile, the resolution (dpi), the transparency and those EXIF and XMP
+entries of its file that describe the photograph. Entries that describe the old pixels go. EXIF orientation is applied
+and its tag set to 1. One line says what else is lost: bits beyond 8 a channel, a profile of a grey or CMYK picture
+(the result is RGB), transparency where the format has none. Pictures are compared in sRGB.
+
+Generated tiles may drift in colour, from each other and from the input. Two colour fixes give the restored picture the
+colours of the degraded one. Neither is for faded or dark pictures, whose colours are to be restored:
+
+    wavelet    out = high(restored) + low(degraded)                       low: five passes of the 3 x 3 binomial kernel
+                   = restored + low(degraded - restored)                  at dilations 1, 2, 4, 8, 16; high = x - low(x)
+    adain      out = (restored - mean(restored)) std(degraded) / std(restored) + mean(degraded)       channel by channel
+
+Sources: IceClear/StableSR, scripts/wavelet_color_fix.py (also SUPIR and OSEDiff); Huang & Belongie 2017, "Arbitrary
+Style Transfer in Real-time with Adaptive Instance Normalization", equation 8. The second form of `wavelet` holds since
+low is linear; it needs one filter instead of two. Pictures are RGB of one size; borders are repeated.
 """
 
+import io
+import math
 import os
+import secrets
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
+from kontext_min.extras.inventory import unread
 from kontext_min.utils import numpy_generator
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
-LAYOUT = {  # TIFF tags that say how the old file's pixels lie: nothing of a photograph
-    *range(254, 260), 262, 273, *range(277, 280), 284, 317, *range(320, 326), 338, 339, 347, *range(512, 522), 530, 532,
-    34675,
-}  # fmt: skip
+QUALITY = 95  # of JPEG and WebP
+LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # in pixels, of the formats' encoders
+LARGEST_SEGMENT = 65502  # bytes of EXIF or XMP in a JPEG
+# Title, camera, resolution, software, date, artist, computer, copyright, rating, IPTC, Windows' title to subject.
+KEPT = {269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 18246, 18249, 33723, *range(40091, 40096)}
+# Of the Exif part all is kept but the layout of the old pixels, and an offset into the old file.
+DROPPED = {37121, 37122, ExifTags.IFD.Interop}
+# XMP with one of these describes the old pixels: their size, their layers, raw settings that would be applied twice.
+XMP_OF_PIXELS = (b"tiff:", b"exif:Pixel", b"photoshop:", b"crs:", b"xmpMM:", b"GPano:", b"hdrgm:", b"Container:")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A picture file, its name below --input, and a file for each sample of it."""
+    """A picture file, its name below --input, and where its restored picture goes."""
 
     path: Path
     name: str
-    outputs: tuple[Path, ...]
+    output: Path
     size: Size  # as seen
 
 
@@ -43,7 +66,7 @@ class File:
 
     rgb: Image.Image  # upright; on white where it is fully transparent
     alpha: Image.Image | None
-    keep: dict[str, Any]  # EXIF, profile, dpi as Pillow's save() takes them
+    keep: dict[str, Any]  # exif, icc_profile, dpi, xmp as Pillow's save() takes them
     notes: tuple[str, ...]  # what is not kept, in words
 
 
@@ -53,64 +76,115 @@ class Photo:
 
     job: Job
     file: File
-    degraded: Image.Image  # what is to be restored
-    clean: Image.Image | None
+    degraded: Image.Image  # what is to be restored, in the colours of its file
+    clean: Image.Image | None  # in sRGB
+
+
+def working_size(width: int, height: int, resolution: int | None) -> Size:
+    """The size to restore at, in pixels: the area of resolution^2 in the same shape, or the picture's own size."""
+    scale = resolution / math.sqrt(width * height) if resolution else 1.0
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 # ----------------------------------------------------------------------------------------------------------- which ones
 
 
-def find(source: Path, target: Path, samples: int = 1) -> tuple[list[Job], list[tuple[str, str]]]:
-    """The jobs of --input and --output, by name, and (name, reason) of files in the folder that can't be read.
+def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[list[Job], list[tuple[str, str]]]:
+    """The jobs of --input and --output, by name, and (name, reason) of files in the folder that can't be restored.
+
+    Every reason why an output can't be written is found here, before any work.
+
+    Args:
+        source: --input.
+        target: --output.
+        protected: files that no output may replace, besides the inputs: LoRAs, weights, references. Of a folder, the
+            files that belong to the jobs (`reference_of`).
 
     Raises:
         OSError: there is no such input, or no place for the output.
-        ValueError: no picture is found, the output can't be written in that format or would replace the input.
+        ValueError: no picture is found, the output can't be written in that format or would replace another file.
     """
-    if not source.is_dir():
+    if source.is_dir():
+        jobs, rejected = _find_in_folder(source, target)
+    else:
         if target.is_dir():
-            target = target / _writable(source.name)
+            target = target / _writable_name(source.name)
         if not target.parent.is_dir():
             raise FileNotFoundError(f"{target.parent}: no such folder for --output; make it first.")
         if target.suffix.lower() not in KINDS:
             raise ValueError(f"--output {target}: unknown picture format; use .png, .jpg, .webp or .tif.")
-        if target.resolve() == source.resolve():
-            raise ValueError(f"--output {target}: would replace the input; choose another name.")
-        return [Job(source, source.name, _numbered(target, samples), open_picture(source).size)], []
+        jobs, rejected = [Job(source, source.name, target, open_picture(source).size)], []
+        if reason := _unwritable(jobs[0]):
+            raise OSError(f"--output {reason}")
+    taken = {_identity(job.path): f"the input {job.path}" for job in jobs}
+    for path in protected:
+        files = [reference_of(job, path) for job in jobs] if path.is_dir() else [path]
+        taken |= {_identity(file): str(file) for file in files if file}
+    for job in jobs:
+        place = _identity(job.output)
+        if place in taken:
+            raise ValueError(f"--output {job.output}: would replace {taken[place]}; choose another name or folder.")
+        taken[place] = f"the output of {job.path}"
+    for folder in {_existing(job.output.parent) for job in jobs}:
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OSError(f"--output {folder}: nothing can be written there: {error.strerror}.") from error
+    return jobs, rejected
+
+
+def _find_in_folder(source: Path, target: Path) -> tuple[list[Job], list[tuple[str, str]]]:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"--output {target}: is a file, but --input is a folder; name a folder.")
     if target.resolve() == source.resolve():
         raise ValueError(f"--output {target}: would replace the input; choose another folder.")
-    below = target.resolve()  # the output may lie in the input: what is restored is not restored again
     pictures, rejected = scan(source)
-    jobs = [
-        Job(p.path, p.name, _numbered(target / _writable(p.name), samples), (p.width, p.height))
-        for p in pictures
-        if below not in p.path.resolve().parents
-    ]
-    rejected = [(name, reason) for name, reason in rejected if below not in (source / name).resolve().parents]
+    rejected += unread(source, [])
+    jobs = [Job(p.path, p.name, target / _writable_name(p.name), (p.width, p.height)) for p in pictures]
+    # The output may lie in the input: what is restored is not restored again.
+    below = target.resolve()
+    if source.resolve() in below.parents:
+        jobs = [job for job in jobs if below not in job.path.resolve().parents]
+        rejected = [(name, reason) for name, reason in rejected if below not in (source / name).resolve().parents]
     if not jobs and not rejected:
         raise ValueError(f"--input {source}: no pictures in this folder.")
-    return jobs, rejected
+    reasons = {job.name: reason for job in jobs if (reason := _unwritable(job))}
+    return [job for job in jobs if job.name not in reasons], sorted([*rejected, *reasons.items()])
 
 
-def _writable(name: str) -> str:
+def _writable_name(name: str) -> str:
     """The name itself, or with .png behind it where its format is no place for a restored picture, such as .gif."""
     return name if Path(name).suffix.lower() in KINDS else name + ".png"
 
 
-def _numbered(path: Path, samples: int) -> tuple[Path, ...]:
-    if samples == 1:
-        return (path,)
-    return tuple(path.with_stem(f"{path.stem}-{k}") for k in range(1, samples + 1))
+def _unwritable(job: Job) -> str | None:
+    """Why the output of a job can't be written, or None."""
+    limit = LARGEST_SIDE.get(KINDS[job.output.suffix.lower()])
+    if limit and max(job.size) > limit:
+        return f"{job.output}: {max(job.size)} pixels a side, but this format has at most {limit}; use .png or .tif."
+    try:
+        if job.output.is_dir():
+            return f"{job.output}: is a folder, expected a file or nothing."
+        os.lstat(job.output)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # such as a name that is too long
+        return f"{job.output}: {error.strerror}."
+    return None
 
 
-def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """At most `size` pictures of one shape together, in the order of their names."""
-    shapes: dict[Size, list[Job]] = {}
-    for job in jobs:
-        shapes.setdefault(job.size, []).append(job)
-    return [group[k : k + size] for group in shapes.values() for k in range(0, len(group), size)]
+def _identity(path: Path) -> object:
+    """What two paths to one file share: links and the case of letters do not matter."""
+    try:
+        inode = path.stat()
+        return inode.st_dev, inode.st_ino
+    except OSError:
+        return path.resolve()
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return folder if folder.exists() else _existing(folder.parent)
 
 
 def reference_of(job: Job, folder_or_file: Path) -> Path | None:
@@ -144,11 +218,15 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     notes, degraded, clean = list(file.notes), file.rgb, None
     if file.rgb.size != job.size:
         raise UnreadableError(f"{job.path}: has changed since the start.")
+    if KINDS[job.output.suffix.lower()] == "JPEG":
+        notes += _fit_into_jpeg(file.keep)
     if degradation:
-        degraded, clean = degradation(file.rgb, numpy_generator(seed, "degrade", 0, job.name)), file.rgb
+        degraded = degradation(file.rgb, numpy_generator(seed, "degrade", 0, job.name))
+        clean = to_srgb(file.rgb, file)
     elif reference:
         if path := reference_of(job, reference):
-            clean = read(path).rgb
+            other = read(path)
+            clean = to_srgb(other.rgb, other)
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
                 raise ValueError(f"{job.path}: {sizes}; expected one size.")
@@ -162,13 +240,40 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     return Photo(job, file, degraded, clean)
 
 
+def load_restored(job: Job) -> Image.Image:
+    """The picture that an earlier run restored, in sRGB, for scores beside `Photo.clean`.
+
+    Raises:
+        ValueError: it can't be read, or has another size than the input, as a sheet of --compare has.
+    """
+    file = read(job.output)
+    if file.rgb.size != job.size:
+        sizes = "{}x{}, its input {}x{}".format(*file.rgb.size, *job.size)
+        raise UnreadableError(f"{job.output}: {sizes}; add --overwrite to restore it again.")
+    return to_srgb(file.rgb, file)
+
+
+def to_srgb(picture: Image.Image, file: File) -> Image.Image:
+    """A picture in the colours of this file -> in sRGB. It counts as sRGB if the profile is missing or broken."""
+    if profile := file.keep.get("icc_profile"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"))
+        except (OSError, ImageCms.PyCMSError):
+            pass
+    return picture
+
+
 def read(path: Path) -> File:
     """A file with all that can be kept of it. Raises UnreadableError, a ValueError that names the file."""
     rgb = open_picture(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
             keep, notes, alpha = {}, [], None
-            if image.mode.startswith(("I", "F")) or any(";16" in str(tile) for tile in image.tile):
+            deep = image.mode.startswith(("I", "F")) or any(";16" in str(tile) for tile in image.tile)
+            # In a PNG, EXIF and text may stand behind the pixels.
+            image.load()
+            if deep:
                 notes.append("more than 8 bits a channel: restored and written with 8")
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 notes.append(f"{image.n_frames} frames or pages: the first is restored")
@@ -179,8 +284,14 @@ def read(path: Path) -> File:
                     notes.append(f"its {space} colour profile does not fit RGB: dropped")
             if min(dpi := image.info.get("dpi", (0, 0))) > 0:
                 keep["dpi"] = tuple(map(float, dpi))
+            if xmp := image.info.get("xmp"):
+                xmp = xmp if isinstance(xmp, bytes) else xmp.encode()
+                if any(word in xmp for word in XMP_OF_PIXELS):
+                    notes.append("its XMP describes the old pixels: dropped")
+                else:
+                    keep["xmp"] = xmp
             try:
-                turn, exif = _exif(image)
+                turn, exif = _exif(image, rgb.size)
             except Exception:  # the picture itself may be fine
                 turn, exif = None, None
                 notes.append("its EXIF can't be read: dropped")
@@ -201,44 +312,126 @@ def read(path: Path) -> File:
     return File(rgb, alpha, keep, tuple(notes))
 
 
-def _exif(image: Image.Image) -> tuple[Image.Transpose | None, bytes | None]:
-    """How data.open_picture turned the picture, and EXIF without that and without the layout of the old file."""
-    exif = Image.Image.getexif(image)  # as data.py reads it: see there
-    turn = None if image.format == "TIFF" else TURNS.get(exif.get(ExifTags.Base.Orientation))
-    for tag in LAYOUT & set(exif):
-        del exif[tag]
-    if not exif:
+def _exif(image: Image.Image, size: Size) -> tuple[Image.Transpose | None, bytes | None]:
+    """How data.open_picture turned the picture, and the EXIF of a picture of this size."""
+    old, new = Image.Image.getexif(image), Image.Exif()  # as data.py reads it: see there
+    turn = TURNS.get(old.get(ExifTags.Base.Orientation))  # of a TIFF there is none left: Pillow turned it
+    for tag in KEPT & set(old):
+        new[tag] = old[tag]
+    if photo := {tag: value for tag, value in old.get_ifd(ExifTags.IFD.Exif).items() if tag not in DROPPED}:
+        width, height = ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight
+        new.get_ifd(ExifTags.IFD.Exif).update(photo | {width: size[0], height: size[1]})
+    if place := old.get_ifd(ExifTags.IFD.GPSInfo):
+        new.get_ifd(ExifTags.IFD.GPSInfo).update(place)
+    if not (new or photo or place):
         return turn, None
-    exif[ExifTags.Base.Orientation] = 1
-    return turn, exif.tobytes()
+    new[ExifTags.Base.Orientation] = 1
+    return turn, new.tobytes()
 
 
-def write(path: Path, rgb: Image.Image, file: File, quality: int) -> None:
+def _fit_into_jpeg(keep: dict[str, Any]) -> list[str]:
+    """Take from `keep` what is too large for a JPEG; returns what, in words."""
+    left_out = []
+    if len(keep.get("exif", b"")) > LARGEST_SEGMENT:
+        exif = Image.Exif()
+        exif.load(keep["exif"])
+        exif.get_ifd(ExifTags.IFD.Exif).pop(ExifTags.Base.MakerNote, None)
+        keep["exif"], what = exif.tobytes(), "the camera's own notes (MakerNote)"
+        if len(keep["exif"]) > LARGEST_SEGMENT:
+            del keep["exif"]
+            what = "its EXIF"
+        left_out.append(f"{what}: left out, too large for a JPEG")
+    if len(keep.get("xmp", b"")) > LARGEST_SEGMENT:
+        del keep["xmp"]
+        left_out.append("its XMP: left out, too large for a JPEG")
+    return left_out
+
+
+def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     """Save a restored picture with what its file held, aside and renamed.
 
     Args:
         path: its ending chooses the format; folders are made.
-        rgb: of the size of file.rgb; a sheet of another size gets no transparency.
-        file: whence EXIF and so on come.
-        quality: 1 to 100, of JPEG and WebP.
+        rgb: of the size of file.rgb, in the colours of its profile.
+        file: whence EXIF and so on come; None for a sheet of several pictures, in sRGB.
 
     Raises:
         OSError, ValueError: it can't be written; an older file is still there.
     """
     kind = KINDS[path.suffix.lower()]
-    if file.alpha and rgb.size == file.alpha.size:
+    options: dict[str, Any] = dict(file.keep) if file else {}
+    if file and file.alpha:
         if kind == "JPEG":
             rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), file.alpha)
         else:
             rgb = rgb.copy()
             rgb.putalpha(file.alpha)
-    options = {"quality": quality} if kind in ("JPEG", "WEBP") else {}
-    if kind == "JPEG" and quality >= 90:
+    if kind in ("JPEG", "WEBP"):
+        options["quality"] = QUALITY
+    if kind == "JPEG":
         options["subsampling"] = 0  # colour at full resolution: halved, it shows on red edges
+    if "xmp" in options and kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode("utf-8", "replace"))
+    if "xmp" in options and kind == "TIFF":
+        exif = Image.Exif()
+        exif.load(options.get("exif", b""))
+        exif[700] = options.pop("xmp")
+        options["exif"] = exif.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A short name: one made of path.name could be longer than file systems take.
+    aside = path.with_name(f".{secrets.token_hex(4)}.tmp")
     try:
-        rgb.save(aside, kind, **options, **file.keep)
+        rgb.save(aside, kind, **options)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- colours
+
+DILATIONS = (1, 2, 4, 8, 16)
+HALO = sum(DILATIONS)  # pixels that the five kernels together reach
+BAND = 256  # rows that are filtered at once, so that memory does not grow with the picture
+
+
+def wavelet(restored: Image.Image, degraded: Image.Image) -> Image.Image:
+    """The low frequencies of `degraded` under the high ones of `restored`."""
+    width, height = restored.size
+    out = Image.new("RGB", restored.size)
+    for top in range(0, height, BAND):
+        first, last = max(top - HALO, 0), min(top + BAND + HALO, height)
+        x, y = (np.asarray(p.crop((0, first, width, last)), dtype=np.float32) for p in (restored, degraded))
+        x = (x + _low(y - x))[top - first : top - first + BAND]
+        out.paste(Image.fromarray(np.rint(x.clip(0, 255)).astype(np.uint8)), (0, top))
+    return out
+
+
+def _low(x: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> the same size: (1 2 1) / 4 down and across, five times, ever wider."""
+    for d in DILATIONS:
+        for axis in (0, 1):
+            n = x.shape[axis]
+            p = np.pad(x, [(d, d) if a == axis else (0, 0) for a in range(3)], mode="edge")
+            before, after = (p.take(range(k, k + n), axis=axis) for k in (0, 2 * d))
+            x = (before + 2 * x + after) / 4
+    return x
+
+
+def adain(restored: Image.Image, degraded: Image.Image) -> Image.Image:
+    """Mean and deviation of each channel of `degraded`. A byte goes to a byte, so a table of 256 does it."""
+    values, tables = np.arange(256), []
+    histograms = (np.reshape(p.histogram(), (3, 256)) for p in (restored, degraded))
+    for of_restored, of_degraded in zip(*histograms, strict=True):
+        (mean, std), (wanted_mean, wanted_std) = (_moments(values, h) for h in (of_restored, of_degraded))
+        table = (values - mean) * (wanted_std / max(std, 1e-3)) + wanted_mean
+        tables += np.rint(table.clip(0, 255)).astype(int).tolist()
+    return restored.point(tables)
+
+
+def _moments(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    mean = np.average(values, weights=counts)
+    return float(mean), float(np.sqrt(np.average((values - mean) ** 2, weights=counts)))
+
+
+COLOUR_FIXES = {"none": lambda restored, degraded: restored, "wavelet": wavelet, "adain": adain}

@@ -1,4 +1,4 @@
-"""How much memory and arithmetic a run will take, from the real code on fake tensors: nothing is loaded or computed.
+"""How much memory and arithmetic a run takes, from the real code on fake tensors: no weights, no computation.
 
     peak on the device = max over the phases of a run (what is resident + the most that is alive at once in the phase)
 
@@ -7,19 +7,20 @@
     pictures   transformer, LoRA, optimizer, autoencoder       encoding, and decoding of results
     network    the same                                        forward and backward pass, gradients
 
-The networks are built with shapes and no data (FakeTensorMode), then the loss of flow.py runs forward and backward
-while `Tally` sees every operation: which storages it makes, when they are gone, how many FLOPs it counts. Attention
-runs as the fused kernel that CUDA and CPUs have: q, k, v, the result and one number a query are kept, no L x L matrix.
+The networks have shapes and no data (FakeTensorMode). The loss of flow.py runs forward and backward, and `Tally` sees
+every operation: which storages it makes, when they are freed, how many FLOPs it takes. Attention runs as the fused
+kernel of CUDA and CPUs, which keeps q, k, v, the result and one number per query, and no L x L matrix.
 
-All blocks of a kind are alike, so two of each are run, and the rest is multiplication: the first double block (whose
-inputs need no gradient) and the last single block (which computes only what is read) stand for themselves, the other
-two for all blocks between. What kernels allocate for themselves is not seen, nor are gaps between allocations.
+All blocks of a kind are alike, so only two of each run, and the rest is multiplication: the first double block (whose
+inputs need no gradient) and the last single block count once, the other two stand for all blocks between. The plan does
+not see what kernels allocate for themselves, nor gaps between allocations.
 
     python -m kontext_min.extras.plan     memory and FLOPs of the full model in all 17 shapes: docs/memory.md
 
 Sources: torch._subclasses.FakeTensorMode, torch.utils._python_dispatch.TorchDispatchMode, torch.utils.flop_counter.
 """
 
+import math
 import os
 import sys
 import weakref
@@ -37,19 +38,29 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from kontext_min import data, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
-from kontext_min.checkpoints import DTYPES, Weights, outline
-from kontext_min.extras import prompts
+from kontext_min.checkpoints import DTYPES, outline
+from kontext_min.extras import held_out, prompts
+from kontext_min.extras.base import Weights
+from kontext_min.extras.checkpointing import checkpoint_blocks
 from kontext_min.extras.quantize import QuantizedLinear, quantize_
-from kontext_min.extras.stream import checkpoint_blocks
 from kontext_min.flow import Objective, Prompt
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
 from kontext_min.t5 import T5Encoder, T5Params
 
 GB = 2.0**30  # a card of 16 GB has 16 times this
-SMALL = 0.05  # width of the model times pixels of the batch, over bytes: what is below is not planned before a run
+CARDS = (8, 12, 16, 24, 48, 80)  # GB of common GPUs
+# A tenth of a card stays free for gaps between allocations (docs/memory.md).
+FULL = 0.9
+# Kernels and workspaces of CUDA and cuBLAS, about.
+CUDA_CONTEXT = 0.5 * GB
+# A run is planned before its start if width of the model * pixels of the batch is at least this part of the free bytes.
+PICTURE = 40  # bytes per pixel of a picture on its way: bytes of it and of its resized form, latents, one row of tiles
+SMALL = 0.05
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 ATEN = torch.ops.aten
-FLOPS = flop_registry | {  # which lacks the fused attention of CPUs
+# torch's table lacks the fused attention of CPUs.
+FLOPS = flop_registry | {
     ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
@@ -57,8 +68,6 @@ FLOPS = flop_registry | {  # which lacks the fused attention of CPUs
         g.shape, q.shape, k.shape, v.shape
     ),
 }
-CUDA_CONTEXT = 0.5 * GB  # kernels and workspaces of CUDA and cuBLAS, about
-FULL = 0.9  # of a budget: the rest is for gaps between allocations (docs/memory.md)
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,8 @@ class Sizes:
     @classmethod
     def of(cls, weights: Weights) -> "Sizes":
         """Read from the headers of the weight files."""
-        flux, headers, _ = outline("transformer", weights.path("transformer"))
-        largest = max(headers.values(), key=lambda stored: stored.nbytes)
+        flux, sources = outline("transformer", weights.path("transformer"))
+        largest = max((s for stored in sources.values() for s in stored), key=lambda stored: stored.nbytes)
         autoencoder, t5 = (outline(part, weights.path(part))[0] for part in ("vae", "t5"))
         length = prompts.max_length(weights)
         return cls(flux.params, autoencoder.params, t5.encoder.params, length, DTYPES[largest.dtype])
@@ -95,8 +104,7 @@ class Setting:
     averages: int = 0  # copies of the trained weights for an EMA
     kind: str | None = None  # int8, fp8, nf4, or None: as stored
     stream: bool = False
-    checkpointing: bool = False
-    offload: bool = False  # block inputs wait in the host's memory
+    checkpointing: str = "none"  # all, half or none of the blocks
     dtype: torch.dtype = torch.bfloat16  # of the computation
     cuda: bool = True
     held: int = 0  # pictures of the largest size that stay on the device, for validation
@@ -182,6 +190,14 @@ def keep_narrow(blocks: Iterable[nn.Module], stored: torch.dtype) -> None:
                 m.weight = nn.Parameter(torch.empty(m.weight.shape, dtype=stored), requires_grad=False)
 
 
+def keep_stored(model: nn.Module, blocks: Iterable[nn.Module], stored: torch.dtype) -> None:
+    """The Linears of the blocks as stream.py makes them of what the file holds."""
+    keep_narrow(blocks, stored)
+    names = {module: name for name, module in model.named_modules()}
+    for linear in [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]:
+        model.set_submodule(names[linear], QuantizedLinear(linear, linear.weight, None))
+
+
 def size_of(model: nn.Module, choose: Callable[[Tensor], bool] = lambda _: True) -> int:
     """Bytes of parameters and buffers."""
     return sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()) if choose(x))
@@ -195,6 +211,10 @@ def streamed(block: nn.Module) -> int:
 
 def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, float]:
     """The transformer: bytes by part, the most that is alive besides them in a pass, FLOPs."""
+    if setting.checkpointing == "half":
+        # Halfway between the other two; 0.1 % off for the full model, which has an odd number of blocks.
+        ends = [network(replace(setting, checkpointing=which), sizes) for which in ("all", "none")]
+        return ends[0][0], *(sum(numbers) / 2 for numbers in zip(*(end[1:] for end in ends), strict=True))
     params = sizes.flux
     depth, singles = min(params.depth, 2), min(params.depth_single_blocks, 2)
     more = params.depth - depth, params.depth_single_blocks - singles  # blocks that multiplication stands for
@@ -205,8 +225,11 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
         if setting.full:
             flux.requires_grad_(True)
         else:
-            keep_narrow(flux.blocks, sizes.stored)
-            quantize_(flux, setting.kind or "stored")
+            if setting.kind:
+                keep_narrow(flux.blocks, sizes.stored)
+                quantize_(flux, setting.kind)
+            elif setting.stream:
+                keep_stored(flux, flux.blocks, sizes.stored)
             if setting.rank:
                 add_lora(flux, setting.rank, targets=setting.targets)
         blocks = [flux.double_blocks[-1], flux.single_blocks[0]]
@@ -226,8 +249,7 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
         parts["optimizer" if setting.full else "LoRA, optimizer"] = copies * trained
 
         objective = Objective(context=setting.reference)
-        if setting.checkpointing:
-            checkpoint_blocks(flux)
+        checkpoint_blocks(flux, setting.checkpointing)
         factor = 2 ** (len(sizes.autoencoder.ch_mult) - 1)
         width, height = (side // factor for side in setting.size)
         z = torch.empty(setting.batch, sizes.autoencoder.z_channels, height, width)
@@ -243,13 +265,11 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
             follow(tally, name, block)
         with tally, torch.set_grad_enabled(setting.train):
             if setting.train:
-                flow.losses(flux, z, z, z, sigma, prompt, objective).mean().backward()
+                flow.loss(flux, z, z, z, sigma, prompt, objective).mean().backward()
             else:
                 flow.velocity(flux, z, sigma, z, prompt, objective)
     gradients = [size_of(b, lambda x: x.requires_grad) for b in blocks]
-    peak, kept, flops = extrapolate(tally.segments, more, gradients, depth, setting.offload)
-    parts["host"] = parts.get("host", 0.0) + kept
-    return parts, peak, flops
+    return parts, *extrapolate(tally.segments, more, gradients, depth)
 
 
 def follow(tally: Tally, name: str, block: nn.Module) -> None:
@@ -266,13 +286,12 @@ def follow(tally: Tally, name: str, block: nn.Module) -> None:
 
 
 def extrapolate(
-    segments: dict[str, Segment], more: tuple[int, int], gradients: Sequence[int], depth: int, offload: bool
-) -> tuple[float, float, float]:
-    """Peak on the device, bytes kept on the host, and FLOPs, with `more` double and single blocks than were run.
+    segments: dict[str, Segment], more: tuple[int, int], gradients: Sequence[int], depth: int
+) -> tuple[float, float]:
+    """Peak on the device and FLOPs, with `more` double and single blocks than were run.
 
-    A block that is repeated leaves `kept` bytes for the backward pass, which stand under all that comes until its own
-    backward pass; its gradients stand under all that comes after it. With `offload` what is kept is on the host, but
-    for that of the few blocks that were run, which are counted here.
+    A repeated block leaves `kept` bytes for the backward pass. They add to all that comes until its own backward pass;
+    its gradients add to all that comes after it.
     """
     typical = f"double {depth - 1}", "single -2"
     trains = any(name.startswith("backward") for name in segments)
@@ -280,8 +299,6 @@ def extrapolate(
         n * (segments[f"after {name}"].start - segments[name].start) if n and trains else 0.0
         for n, name in zip(more, typical, strict=True)
     ]
-    on_host = sum(kept) if offload else 0.0
-    kept = [0.0, 0.0] if offload else kept
     grads = [n * g for n, g in zip(more, gradients, strict=True)]
     peak = flops = 0.0
     for name, s in segments.items():
@@ -299,7 +316,7 @@ def extrapolate(
         peak = max(peak, s.peak + below)
         times = 1 + sum(n for n, kind in zip(more, typical, strict=True) if name in (kind, f"backward {kind}"))
         flops += times * s.flops
-    return peak, on_host, flops
+    return peak, flops
 
 
 def pictures(setting: Setting, sizes: Sizes) -> tuple[float, float]:
@@ -309,6 +326,10 @@ def pictures(setting: Setting, sizes: Sizes) -> tuple[float, float]:
     with FakeTensorMode():
         hollow(autoencoder, torch.float32)
         width, height = setting.size
+        if not setting.cuda:
+            # On a CPU a convolution first copies its input into an order of its own.
+            for conv in (module for module in autoencoder.modules() if isinstance(module, nn.Conv2d)):
+                conv.forward = lambda x, forward=conv.forward: (x.clone(), forward(x))[1]
         latent = [1, sizes.autoencoder.z_channels, height // autoencoder.factor, width // autoencoder.factor]
         peaks = []
         for f, shape in ((autoencoder.encode, [1, 3, height, width]), (autoencoder.decode, latent)):  # one at a time
@@ -327,8 +348,7 @@ def text(setting: Setting, sizes: Sizes) -> tuple[float, float]:
     with FakeTensorMode():
         hollow(t5, setting.dtype)
         if setting.stream:
-            keep_narrow(t5.encoder.block, sizes.stored)
-            quantize_(t5, "stored")
+            keep_stored(t5, t5.encoder.block, sizes.stored)
         block, tally = t5.encoder.block[-1], Tally([*t5.parameters(), *t5.buffers()])
         with tally, torch.no_grad():
             t5(torch.zeros(1, sizes.text_tokens, dtype=torch.long))
@@ -377,11 +397,10 @@ def for_training(settings: Any, sizes: Sizes, dtype: torch.dtype, device: torch.
         averages=int(settings.ema > 0),
         kind=settings.quantize,
         stream=settings.stream,
-        checkpointing=settings.gradient_checkpointing or settings.stream,
-        offload=settings.offload_activations,
+        checkpointing=settings.gradient_checkpointing,
         dtype=dtype,
         cuda=device.type == "cuda",
-        held=2 * settings.val_count,
+        held=2 * held_out.MOST,
     ), small
 
 
@@ -393,7 +412,6 @@ def for_sampling(
     tile = max((settings.tile or trained or 128 * factor) // (2 * factor), 1) * 2 * factor
     return Setting(
         size=(tile, tile),
-        batch=settings.batch_size,
         reference=reference,
         train=False,
         rank=0,  # of a LoRA nothing but its file is known, and that is small
@@ -405,114 +423,111 @@ def for_sampling(
 
 
 def free_bytes(device: torch.device) -> float:
-    """What a run may take: the free memory of the device."""
+    """The free memory of a GPU, or of the host: of its container, if that has a limit. Infinite where nobody says."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
-    return 1024.0 * int(available.split()[1])
+    free = math.inf
+    if MEMINFO.exists():
+        available = next(line for line in MEMINFO.read_text().splitlines() if "MemAvailable" in line)
+        free = 1024.0 * int(available.split()[1])
+    # cgroup version 2, then 1. What is used includes file pages that the kernel drops when memory is needed.
+    for limit, used, dropped in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, now = (CGROUP / limit).read_text().strip(), int((CGROUP / used).read_text())
+            stat = dict(line.split() for line in (CGROUP / limit).with_name("memory.stat").read_text().splitlines())
+        except OSError:
+            continue
+        if most != "max":
+            free = min(free, max(int(most) - now + int(stat.get(dropped, 0)), 0))
+    return free
 
 
 # --------------------------------------------------------------------------------------------------- what is printed
 
 
-def budget_bytes(text: str) -> float:
-    """A size such as 16G, in bytes.
-
-    Raises:
-        ValueError: not a number with an optional M, G or T behind it.
-    """
-    number, factor = text.strip().upper().removesuffix("B"), 1.0
-    if number[-1:] in ("M", "G", "T"):
-        number, factor = number[:-1], {"M": 2.0**20, "G": GB, "T": 2.0**40}[number[-1]]
-    try:
-        value = float(number) * factor
-    except ValueError:
-        value = 0.0
-    if value <= 0:
-        raise ValueError(f"--budget: got {text!r}, expected a size such as 16G.")
-    return value
-
-
 def choices(asked: Setting, small: tuple[int, int]) -> dict[str, Setting]:
     """Settings by the flags that make them, from the fastest to the smallest."""
-    c = {"checkpointing": True} if asked.train else {}
-    flag = " --gradient-checkpointing" if asked.train else ""
-    plain = replace(asked, kind=None, stream=False, checkpointing=False, offload=False)
-    found = {"": plain, flag: replace(plain, **c)}
-    for kind in ("int8", "nf4"):
-        found[f"--quantize {kind}{flag}"] = replace(plain, kind=kind, **c)
+    plain = replace(asked, kind=None, stream=False, checkpointing="none")
+    found, flag = {"everything resident": plain}, ""
     if asked.train:
-        offload = {"checkpointing": True, "offload": True}
-        found[f"--quantize nf4{flag} --offload-activations"] = replace(plain, kind="nf4", **offload)
+        found["--gradient-checkpointing half"] = replace(plain, checkpointing="half")
+        flag, plain = " --gradient-checkpointing all", replace(plain, checkpointing="all")
+        found[flag.strip()] = plain
+    for kind in ("int8", "nf4"):
+        found[f"--quantize {kind}{flag}"] = replace(plain, kind=kind)
     smaller = f"{'--resolution' if asked.train else '--tile'} 512"
     for kind in ("int8", "nf4"):
-        found[f"--quantize {kind}{flag} {smaller}"] = replace(plain, kind=kind, size=small, **c)
-    found["--stream"] = replace(plain, stream=True, **c)
-    found[f"--stream {smaller}"] = replace(plain, stream=True, size=small, **c)
-    return {name.strip(): setting for name, setting in found.items()}
+        found[f"--quantize {kind}{flag} {smaller}"] = replace(plain, kind=kind, size=small)
+    found["--stream"] = replace(plain, stream=True)
+    found[f"--stream {smaller}"] = replace(plain, stream=True, size=small)
+    return found
 
 
-def show(asked: Setting, sizes: Sizes, budget: float, small: tuple[int, int]) -> str:
-    """The plan as text: the setting that was asked for by part, then what fits, then the flags that do."""
+def card(peak: float) -> str:
+    """The smallest common GPU that holds so many bytes with a tenth to spare."""
+    return next((f"{gb} GB" for gb in CARDS if peak <= FULL * gb * GB), f"more than {CARDS[-1]} GB")
+
+
+def show(asked: Setting, sizes: Sizes, small: tuple[int, int]) -> str:
+    """The plan as text: the run by part and by phase, then peak and smallest card of other flags."""
     plan, device = measure(asked, sizes), "device" if asked.cuda else "memory"
     lines = [f"{asked.size[0]}x{asked.size[1]} pixels, batch {asked.batch}, in GB:"]
     lines += [f"  {name:24} {value / GB:8.2f}" for name, value in plan.parts.items()]
     lines += [f"  peak, {name:18} {value / GB:8.2f}" for name, value in plan.phases.items()]
     lines += [
-        f"  {device + ', peak':24} {plan.device / GB:8.2f}",
+        f"  {device + ', peak':24} {plan.device / GB:8.2f}  fits {card(plan.device)}",
         f"  {'host, streamed from':24} {plan.host / GB:8.2f}",
+        f"  {plan.flops / 1e12:.2f} TFLOP for a {'batch, forward and backward' if asked.train else 'step'}",
+        "",
+        f"{'with these flags':60} {'peak, GB':>10}  smallest card, a tenth to spare",
     ]
-    lines += [f"  {plan.flops / 1e12:.2f} TFLOP for a {'batch, forward and backward' if asked.train else 'step'}", ""]
-    best = None
     for flags, setting in choices(asked, small).items():
         peak = measure(setting, sizes).device
-        fits = peak <= FULL * budget
-        best = flags if fits and best is None else best
-        lines.append(f"  {flags or 'everything resident':60} {peak / GB:8.2f}  {'fits' if fits else 'too large'}")
-    if best is None:
-        lines.append(f"\nnothing fits {budget / GB:g} GB: lower --resolution or --batch-size")
-    else:
-        lines.append(f"\nfits {budget / GB:g} GB, a tenth of it to spare: {best or 'no flag is needed'}")
+        lines.append(f"  {flags:60} {peak / GB:8.2f}  {card(peak)}")
     return "\n".join(lines)
 
 
-def fit(setting: Setting, sizes: Sizes, device: torch.device) -> Setting:
-    """The setting, with checkpointing if it trains and is too large without; nothing has been loaded yet.
+def fit(setting: Setting, sizes: Sizes, device: torch.device, pixels: int = 0) -> None:
+    """Stop a run that is too large for the free memory, before anything is loaded.
 
-    A model that is small beside the memory is not looked at.
+    A model that is small beside the memory is not measured. `pixels` are those of the largest picture to restore, which
+    stays in the host's memory as bytes and as a latent, a few times each.
 
     Raises:
-        ValueError: it does not fit; with what it needs, what there is, and what to do.
+        ValueError: it does not fit; with what it needs, what is free, and what to do.
     """
-    if device.type != "cuda" and not Path("/proc/meminfo").exists():
-        return setting
+    free = free_bytes(torch.device("cpu"))
+    if PICTURE * pixels > free:
+        raise ValueError(
+            f"a picture of {pixels / 1e6:.0f} megapixels needs {PICTURE * pixels / GB:.1f} GB of memory, and "
+            f"{free / GB:.1f} GB are free; give a smaller --resolution."
+        )
     free = free_bytes(device)
     if sizes.flux.hidden_size * max(setting.size) * max(setting.size) * setting.batch < SMALL * free:
-        return setting
+        return
     need = measure(setting, sizes).device
-    if need > FULL * free and setting.train and not setting.checkpointing:
-        setting = replace(setting, checkpointing=True)
-        need = measure(setting, sizes).device
     if need > free:
         raise ValueError(
             f"this run needs {need / GB:.1f} GB of memory at its peak and {free / GB:.1f} GB are free on {device}; "
             "--plan shows the flags that make it fit."
         )
-    return setting
 
 
 def table() -> str:
     """Markdown for docs/memory.md: the full model in all 17 shapes, and what fits at 1024x1024."""
-    sizes, c = Sizes(), {"checkpointing": True}
+    sizes, c = Sizes(), {"checkpointing": "all"}
     lines = ["| setting, 1024x1024, batch 1, rank 16 | bridge, GB | with context, GB |", "|---|--:|--:|"]
     rows = {
         "bf16 resident": {},
+        "bf16 resident, checkpointing half": {"checkpointing": "half"},
         "bf16 resident, checkpointing": c,
+        "int8 resident, checkpointing half": {"checkpointing": "half", "kind": "int8"},
         "int8 resident, checkpointing": c | {"kind": "int8"},
-        "int8 resident, checkpointing, inputs on the host": c | {"kind": "int8", "offload": True},
-        "fp8 resident, checkpointing, inputs on the host": c | {"kind": "fp8", "offload": True},
+        "fp8 resident, checkpointing": c | {"kind": "fp8"},
         "nf4 resident, checkpointing": c | {"kind": "nf4"},
-        "nf4 resident, checkpointing, inputs on the host": c | {"kind": "nf4", "offload": True},
         "bf16 streamed, checkpointing": c | {"stream": True},
         "int8 streamed, checkpointing": c | {"stream": True, "kind": "int8"},
         "bf16 streamed, checkpointing, --resolution 512": c | {"stream": True, "size": (512, 512)},

@@ -1,8 +1,8 @@
 """Prompt -> what the transformer reads of it: T5 states for `txt`, the pooled CLIP vector for `y`.
 
-Encoded prompts are kept on disk, keyed by their content (text, both encoders, both vocabularies, length), so T5, twice
-the size of anything else on the way, is not even loaded when all prompts are known. The encoders are loaded one after
-the other and are gone when this returns.
+Encoded prompts are kept on disk, keyed by their content (text, both encoders, both vocabularies, length). If all
+prompts are known, T5, the largest network but for the transformer, is not loaded at all. The encoders are loaded one
+after the other and are freed before this returns.
 
 Source: black-forest-labs/flux at 802fb47, src/flux/modules/conditioner.py: the prompt is padded to the full length and
 NO attention mask is used, neither here nor in the transformer; the pooled vector alone is taken from CLIP.
@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.checkpoints import Device, Weights, fingerprint, load_clip, save_file
-from kontext_min.clip import ClipTokenizer
-from kontext_min.extras.stream import load_network
+from kontext_min.checkpoints import Device, load_clip, load_t5, read_headers, read_json
+from kontext_min.clip import LENGTH, ClipTokenizer
+from kontext_min.extras.base import Weights
+from kontext_min.extras.fingerprint import fingerprint
+from kontext_min.extras.saving import save_file
 from kontext_min.flow import Prompt
 from kontext_min.t5 import T5Tokenizer
 
@@ -30,22 +32,23 @@ VOCABULARIES = (("tokenizer", ("vocab.json", "merges.txt")), ("tokenizer_2", ("s
 
 
 def max_length(weights: Weights) -> int:
-    """Tokens that a prompt is padded to: what the T5 tokenizer's config says, officially 512."""
-    config = weights.tokenizer("tokenizer_2") / "tokenizer_config.json"
-    return int(json.loads(config.read_text(encoding="utf-8")).get("model_max_length", 512)) if config.exists() else 512
+    """Tokens that a prompt is padded to: what the T5 tokenizer's config says, at most the official 512."""
+    file = weights.root / "tokenizer_2" / "tokenizer_config.json"
+    length = read_json(file).get("model_max_length") if file.exists() else None
+    return length if type(length) is int and 2 <= length <= 512 else 512  # 1e30 stands for "not set"
 
 
 def _keys(texts: Iterable[str], weights: Weights, dtype: torch.dtype) -> dict[str, str]:
-    """Each text once, and the name that it is kept under: a hash of all that its encoding depends on."""
+    """Each text once, and the name of its file: a hash of all that its encoding depends on."""
     common = hashlib.sha256()
     for part in ("clip", "t5"):
         common.update(fingerprint(weights.path(part), part).encode())
     for folder, names in VOCABULARIES:
         for name in names:
-            file = weights.tokenizer(folder) / name
+            file = weights.root / folder / name
             if not file.is_file():
                 raise FileNotFoundError(
-                    f"{file}: no such vocabulary; single weight files carry none, so --weights has to name a folder "
+                    f"{file}: no such vocabulary; weight files hold none, so --weights has to name a folder "
                     "with tokenizer/ and tokenizer_2/. See weights/README.md."
                 )
             common.update(file.read_bytes())
@@ -67,52 +70,67 @@ def encode(
     Args:
         texts: prompts; repeated ones are encoded once.
         weights: where the encoders and tokenizers are.
-        cache: folder of encoded prompts, or None for no cache. What is in it is read when a batch asks for it, so ten
-            thousand captions of 4 MB each cost no memory.
+        cache: folder of encoded prompts, or None for no cache. Its files are read when a batch asks for them, so ten
+            thousand captions of 4 MB each cost no memory. A file that is cut is written again.
         dtype: to compute and to keep the results in.
         device: to compute on; the results are on the CPU.
-        stream: leave the blocks of T5 in their files and bring them one by one (stream.py).
+        stream: leave the blocks of T5 in their files and fetch them one by one (stream.py).
     """
     keys = _keys(texts, weights, dtype)
-    done: Encoded = {}
-    for text, key in keys.items():
-        if cache and (file := cache / f"{key}.safetensors").exists():
-            done[text] = file
+    files = {text: cache / f"{key}.safetensors" for text, key in keys.items()} if cache else {}
+    done: Encoded = {text: file for text, file in files.items() if _whole(file)}
     new = [text for text in keys if text not in done]
     if not new:
         return done
 
     # Tokenizers first: they fail fast. Then one encoder at a time, one prompt at a time.
-    clip_ids = ClipTokenizer(weights.tokenizer("tokenizer"))(new)  # (N, 77)
-    t5_ids = T5Tokenizer(weights.tokenizer("tokenizer_2"))(new, max_length(weights))  # (N, L_txt)
+    clip_tokenizer = ClipTokenizer(weights.root / "tokenizer")
+    t5_tokenizer = T5Tokenizer(weights.root / "tokenizer_2")
+    length = max_length(weights)
+    for name, limit, tokenizer in (("CLIP", LENGTH - 2, clip_tokenizer), ("T5", length - 1, t5_tokenizer)):
+        long = [n for n in (len(tokenizer.encode(text)) for text in new) if n > limit]
+        if long:
+            count = f"{len(long)} of {len(new)} prompts are longer, up to {max(long)} tokens"
+            print(f"note: {name} reads {limit} tokens of a prompt: {count}; the rest has no effect there")
     clip = load_clip(weights.path("clip"), dtype=dtype, device=device)
-    y = [clip(ids[None].to(device))[1][0].cpu() for ids in clip_ids]
+    y = [clip(ids[None].to(device))[1][0].cpu() for ids in clip_tokenizer(new)]  # ids (N, 77)
     del clip
-    t5, blocks = load_network("t5", weights.path("t5"), dtype, device, "stored", stream)
-    if blocks:
+    if stream:  # T5 larger than the memory
+        from kontext_min.extras.stream import load_streamed
+
+        t5, blocks = load_streamed("t5", weights.path("t5"), dtype, device)
         blocks.wrap()
-    for text, ids, pooled in zip(new, t5_ids, y, strict=True):
+    else:
+        t5, blocks = load_t5(weights.path("t5"), dtype=dtype, device=device), None
+    for text, ids, pooled in zip(new, t5_tokenizer(new, length), y, strict=True):  # ids (N, L_txt)
         txt = t5(ids[None].to(device))[0].cpu()
         done[text] = txt, pooled
         if cache:
             cache.mkdir(parents=True, exist_ok=True)
-            done[text] = cache / f"{keys[text]}.safetensors"
-            save_file({"txt": txt, "y": pooled}, done[text])
+            done[text] = files[text]
+            save_file({"txt": txt, "y": pooled}, files[text])
     if blocks:
         print(f"T5 {blocks.report()}")
         del t5, blocks
-        gc.collect()  # blocks and their stream know each other, so nothing less frees the slots now
+        gc.collect()  # blocks and their stream refer to each other, so only this frees the slots now
     return done
 
 
-@lru_cache(maxsize=64)  # files that stay open, memory-mapped: one, most of the time
+def _whole(file: Path) -> bool:
+    try:
+        return read_headers([file]).keys() == {"txt", "y"}
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+@lru_cache(maxsize=64)  # files that stay open, mapped into memory: mostly one
 def _read(file: Path) -> tuple[Tensor, Tensor]:
     tensors = load_file(file)
     return tensors["txt"], tensors["y"]
 
 
 def batch(encoded: Encoded, texts: Sequence[str], guidance: float, dtype: torch.dtype, device: Device) -> Prompt:
-    """The rows of some pictures: txt (B, L_txt, D) and y (B, V) in `dtype`, guidance (B,) float32."""
+    """The conditioning of some pictures: txt (B, L_txt, D) and y (B, V) in `dtype`, guidance (B,) float32."""
     rows = [_read(x) if isinstance(x := encoded[t], Path) else x for t in texts]
     return Prompt(
         torch.stack([txt for txt, _ in rows]).to(device, dtype),

@@ -1,42 +1,45 @@
-"""Frozen weights kept narrow and widened one Linear at a time: int8, fp8, nf4, or as the file has them.
+"""Frozen weights kept in 8 or 4 bits and widened one Linear at a time.
 
-    y = W x + b          W = codes * scales, made when it is used and gone right after, in forward and in backward
+    y = W x + b          W = codes * scales, made when it is used and freed right after, in forward and in backward
 
 | kind | bits a weight | codes | scales |
 |---|---|---|---|
 | int8 | 8.01 | round(w / s), -128..127 | float32, one a row: max|w| / 127.5, so that half a step is the largest error |
 | fp8 | 8.01 | float8 e4m3 of w / s | float32, one a row: max|w| / 448, the largest e4m3 number |
 | nf4 | 4.25 | nearest of 16 quantiles of a normal, two to a byte | bfloat16, one for every 64 weights: max|w| |
-| stored | as in the file | the weight itself: bfloat16, float16, fp8 | none, or those of the fp8 file |
 
-fp8 has a scale for a row and not for every 64 inputs: a floating-point code is about as precise for small numbers as
-for large ones, so finer scales take 5 percent off an error that is three times that of int8 (docs/memory.md), for six
+fp8 has one scale a row, not one for every 64 inputs: a floating-point code is about as precise for small numbers as for
+large ones, so finer scales take 5 percent off an error that is three times that of int8 (docs/memory.md), for six
 percent more memory. The bfloat16 scales of nf4 take a quarter of a bit and add 0.02 percent to its error; QLoRA's
 double quantisation takes an eighth, 0.13 GB less over the whole model, for a second level of blocks.
 
-Attention and MLP, 8.6 of Flux's 11.9 billion weights, are narrowed to the kind that is asked for. The modulations are
-3.2 billion more, 6.5 GB in bfloat16: an int8 model would not fit 16 GB, nor an nf4 model 11 GB. They scale all
-channels, so they are int8 whatever the kind, which leaves the error of fp8 and nf4. Norms, embedders and the last layer
-stay as they are. No gradient goes to a frozen weight; the backward pass widens W again, so the graph keeps codes alone.
+Attention and MLP, 8.6 of Flux's 11.9 billion weights, get the kind that you ask for. The modulations are 3.2 billion
+more, 6.5 GB in bfloat16: with them an int8 model would not fit 16 GB, nor an nf4 model 11 GB. They scale all channels,
+so they are int8 whatever the kind, which leaves the error of fp8 and nf4 as it is. Norms, embedders and the last layer
+keep their dtype. No gradient goes to a frozen weight; the backward pass widens W again, so the graph keeps codes alone.
 
 Sources: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3, and appendix E for the code
 book; Micikevicius et al. 2022, "FP8 Formats for Deep Learning"; scales per row: Dettmers et al. 2022, "LLM.int8()".
 """
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kontext_min.checkpoints import WIDENED, Device, Stored, fill, mapped, outline, widened
+from kontext_min.flux import Flux
+
 QUANTIZED = ("int8", "fp8", "nf4")
 BLOCK = 64  # weights that share a scale in nf4
 ROWS = 256  # quantised at a time: what lies between stays in the processor's cache, 7 times as fast for int8
 MODULATION = re.compile(r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modulation\.lin")
-MASS = re.compile(  # of Flux: what lora.TARGETS calls attention-mlp
-    r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]"  # Flux
-    r"|encoder\.block\.\d+\.layer\.\d\.\w+\.(q|k|v|o|wi_0|wi_1|wo)"  # T5
+MASS = re.compile(  # what lora.TARGETS calls attention-mlp
+    r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]"
 )
 # fmt: off
 NF4 = (  # QLoRA, appendix E; exactly 0 is one of them
@@ -48,10 +51,10 @@ NF4 = (  # QLoRA, appendix E; exactly 0 is one of them
 
 
 def storage(module: str, kind: str) -> str | None:
-    """How the Linear of this name is stored when `kind` is asked for; None if it is kept."""
-    if MODULATION.fullmatch(module) and kind in QUANTIZED:
+    """The kind that a Linear of this name gets when `kind` is asked for; None if it keeps its dtype."""
+    if MODULATION.fullmatch(module):
         return "int8"
-    return kind if MASS.fullmatch(module) or MODULATION.fullmatch(module) else None
+    return kind if MASS.fullmatch(module) else None
 
 
 def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -86,9 +89,9 @@ def _quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Codes and scales from `quantize` -> the weight (out, in) = `shape`, made in float32, rounded once to dtype.
+    """Codes and scales from `quantize` -> the weight (out, in) = `shape`, computed in float32, rounded once to dtype.
 
-    The dtype of the codes tells their kind.
+    The dtype of the codes tells their kind; without scales the codes are the weight itself.
     """
     if codes.dtype == torch.uint8:  # nf4: one look-up gives both weights of a byte
         levels = torch.tensor(NF4, device=codes.device)
@@ -117,7 +120,7 @@ class _WidenedLinear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen Linear whose weight is stored narrow: `codes`, `scales` and `bias` are buffers, nothing can train."""
+    """A frozen Linear with a narrow weight: `codes`, `scales` and `bias` are buffers, so nothing in it can train."""
 
     def __init__(self, linear: nn.Linear, codes: Tensor | None, scales: Tensor | None) -> None:
         super().__init__()
@@ -128,9 +131,8 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, kind: str) -> "QuantizedLinear":
-        """int8, fp8 or nf4 of a Linear; with "stored" its own weight, whatever dtype the input will have."""
-        weight = linear.weight.detach()
-        return cls(linear, *((weight, None) if kind == "stored" else quantize(weight, kind)))
+        """int8, fp8 or nf4 of a Linear."""
+        return cls(linear, *quantize(linear.weight.detach(), kind))
 
     def dequantize(self) -> Tensor:
         """The weight, (out, in) float32."""
@@ -141,17 +143,67 @@ class QuantizedLinear(nn.Module):
         return _WidenedLinear.apply(x, self.codes, self.scales, self.bias, (self.out_features, self.in_features))
 
 
+def _chosen(model: nn.Module, kind: str) -> dict[str, str]:
+    """The Linears that become narrow -> the kind of each."""
+    if kind not in QUANTIZED:
+        raise ValueError(f"--quantize: got {kind!r}, expected {', '.join(QUANTIZED)}.")
+    kinds = {name: storage(name, kind) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {name: own for name, own in kinds.items() if own}
+
+
 def quantize_(model: nn.Module, kind: str) -> nn.Module:
-    """Replace the Linears in the blocks of a Flux or T5 in place, one at a time; everything else is kept.
+    """Replace the Linears in the blocks of a Flux in place, one at a time; everything else stays.
+
+    Args:
+        model: a Flux, or a module with its blocks.
+        kind: int8, fp8 or nf4.
 
     Raises:
         ValueError: an unknown kind, or a model without such Linears.
     """
-    if kind not in (*QUANTIZED, "stored"):
-        raise ValueError(f"--quantize: got {kind!r}, expected {', '.join(QUANTIZED)}.")
-    chosen = {name: storage(name, kind) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if not any(chosen.values()):
+    chosen = _chosen(model, kind)
+    if not chosen:
         raise ValueError(f"quantize_: {type(model).__name__} has no Linear in attention or MLP of a block.")
-    for name in filter(chosen.get, chosen):
-        model.set_submodule(name, QuantizedLinear.from_linear(model.get_submodule(name), chosen[name]))
+    for name, own in chosen.items():
+        model.set_submodule(name, QuantizedLinear.from_linear(model.get_submodule(name), own))
     return model
+
+
+def load_quantized(path: str | Path, kind: str, dtype: torch.dtype, device: Device = "cpu") -> Flux:
+    """A Flux with narrow blocks, frozen, straight from its files: one weight at a time is wide.
+
+    Args:
+        path: file or folder in any official layout, see checkpoints.find.
+        kind: int8, fp8 or nf4.
+        dtype: of everything that is not quantised.
+        device: where to quantise and to keep the model.
+
+    Raises:
+        ValueError: an unknown kind, or as checkpoints.load_flux.
+    """
+    model, sources = outline("transformer", path)
+    chosen = _chosen(model, kind)
+    weights = {name: sources.pop(f"{name}.weight") for name in chosen}
+    fill(model, sources, dtype, device)
+    for name, own in chosen.items():
+        model.set_submodule(name, QuantizedLinear(model.get_submodule(name), *narrow(weights[name], own, device)))
+    return model
+
+
+def narrow(weight: Sequence[Stored], kind: str, device: Device) -> tuple[Tensor, Tensor | None]:
+    """Codes and scales of the weight (out, in) that some stored tensors make, joined along the rows.
+
+    What a file holds in 8 bits stays so unless you ask for 4: a second rounding adds its error and saves nothing.
+    """
+    if kind != "nf4" and all(s.dtype in WIDENED for s in weight) and len({s.dtype for s in weight}) == 1:
+        codes, scales = torch.cat([mapped(s) for s in weight]), scales_of(weight)
+        return codes.to(device), None if scales is None else scales.to(device)
+    return quantize(torch.cat([widened(s).to(device) for s in weight]), kind)
+
+
+def scales_of(weight: Sequence[Stored]) -> Tensor | None:
+    """Scales of the rows of a stored weight, (out, 1) float32, or None if it has none."""
+    if not any(s.scale for s in weight):
+        return None
+    scales = [mapped(s.scale).float() if s.scale else torch.ones(1) for s in weight]
+    return torch.cat([x.reshape(-1, 1).expand(s.shape[0], 1) for x, s in zip(scales, weight, strict=True)])

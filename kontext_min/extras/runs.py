@@ -1,25 +1,28 @@
-"""The run folder: what a run writes, whole or not at all, and how it goes on after a stop.
+"""The run folder: what a run writes, whole or not at all, and how it continues after a stop.
 
     settings.json          every flag, versions, fingerprint of the weights and of the list of pictures
-    left-out.txt           the picture files that can't be used, and why
-    metrics.jsonl          one object a line; a resumed run first drops the rows behind its checkpoint
+    left-out.txt           picture files that are not used, and why
+    metrics.jsonl          one object a line; a resumed run first drops the rows after its checkpoint
     validation/            step-000500.png: degraded | restored | clean
-    checkpoints/step-000500/   lora.safetensors for use; trained, optimizer (and ema) and state.json to go on from
+    checkpoints/step-000500/   lora.safetensors to use; trained, optimizer (and ema) and state.json to continue from
     lora.safetensors       the result
 
 A checkpoint is written into a folder aside, flushed to the disk and renamed, so a kill at any moment leaves either the
-old state or the new one. Only the first of several processes writes.
+old state or the new one. Only the first of several processes writes, and only one run at a time uses a folder.
 """
 
 import atexit
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,90 +34,109 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.checkpoints import save_file
+from kontext_min.extras.saving import save_file
+
+FOLDERS = ("checkpoints", "validation", "tensorboard", "transformer")
+FILES = ("settings.json", "metrics.jsonl", "report.html", "lora.safetensors", "left-out.txt")
+KEEP = 3  # checkpoints besides the best one
+MAY_CHANGE = (  # settings that change no result, apart from rounding
+    *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions", "defaults"),
+    *("checkpoint_every", "tensorboard", "validate_every_epochs", "device", "shard", "stream"),
+    *("gradient_checkpointing", "compile", "plan"),
+    "batch_size",  # its product with the number of processes counts: pictures_a_batch
+)
 
 # --------------------------------------------------------------------------------------------------------- the folder
 
 
 def open_run(
-    folder: Path,
-    settings: Mapping[str, Any],
-    resume: bool,
-    accept: bool,
-    write: bool = True,
-    overwrite: bool = False,
+    folder: Path, settings: Mapping[str, Any], resume: bool, accept: bool, overwrite: bool, write: bool
 ) -> Path | None:
     """Make a run folder, or return to one: the last whole checkpoint in it, or None for a fresh start.
 
     Args:
         folder: of the run.
         settings: plain JSON values, compared with those of the stopped run.
-        resume: go on if the folder holds a checkpoint; if not wanted, a folder with checkpoints is an error.
-        accept: go on even though settings changed.
+        resume: continue if the folder holds a checkpoint; otherwise a folder with checkpoints is an error.
+        accept: continue although settings changed.
+        overwrite: start afresh; the old run is deleted later, when everything else is known to be right (`delete_run`).
         write: whether this process is the one that writes.
-        overwrite: start afresh; what is there is deleted later, when all else has proved right (`delete_run`).
 
     Raises:
-        ValueError: settings changed and that was not accepted, or a finished run would be overwritten.
+        ValueError: another run uses the folder, holds files that this run did not write, or settings changed.
         OSError: the folder can't be written.
     """
-    last = None if overwrite else latest_checkpoint(folder)
-    if last and not resume:
-        raise ValueError(f"{folder}: holds a run already ({last.name}); leave out --no-resume, or --overwrite it.")
-    stored = folder / "settings.json"
-    if last and not accept:
-        try:
-            before = json.loads(stored.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ValueError(
-                f"{stored}: gone or broken, so nobody can say whether settings changed since {last.name}; go on with "
-                "--accept-changes, or start again with --overwrite or another --output-dir."
-            ) from None
-        changed = [k for k in settings if k in before and before[k] != settings[k] and k not in MAY_CHANGE]
-        if changed:
-            what = "; ".join(f"{k} was {before[k]}, is {settings[k]}" for k in changed)
-            raise ValueError(
-                f"{folder}: settings changed since {last.name}: {what}. Go on with --accept-changes, or start again "
-                "with --overwrite or another --output-dir."
-            )
     if write:
-        make_folders(folder)
+        for name in FOLDERS[:2]:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        _lock(folder)
         for leftover in (folder / "checkpoints").glob(".*"):  # of a process that was killed while writing
             shutil.rmtree(leftover, ignore_errors=True)
+    if overwrite:
+        return None
+    last = latest_checkpoint(folder)
+    there = [name for name in (*FOLDERS[2:], *FILES) if (folder / name).exists()]
+    instead = "start again with --overwrite or another --output-dir"
+    if last and not resume:
+        raise ValueError(f"{folder}: holds a run already ({last.name}); leave out --no-resume, or {instead}.")
+    if not last and ({"lora.safetensors", "transformer"} & set(there) or (there and "settings.json" not in there)):
+        raise ValueError(f"{folder}: holds {', '.join(there)}, but no checkpoint to continue from; {instead}.")
+    if there and not accept:
+        try:
+            before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
+        except (OSError, ValueError, TypeError):
+            raise ValueError(
+                f"{folder}/settings.json: missing or broken, so changed settings can't be seen; continue with "
+                f"--accept-changes, or {instead}."
+            ) from None
+        what = "; ".join(f"{k} was {v}, is {settings[k]}" for k, v in changed.items() if k not in MAY_CHANGE)
+        if what:
+            raise ValueError(f"{folder}: settings changed: {what}. Continue with --accept-changes, or {instead}.")
     return last
 
 
-MAY_CHANGE = (  # settings that change no result, but for rounding
-    *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions"),
-    *("checkpoint_every", "keep", "max_skips", "tensorboard", "validate_every_epochs", "validate_every_steps"),
-    *("device", "shard", "stream", "gradient_checkpointing", "offload_activations", "compile"),
-    *("lora_format", "plan", "budget"),
-    "batch_size",  # what counts is its product with the number of processes
-)
+def _lock(folder: Path) -> None:
+    """Hold the folder until this process ends; the system lets go of it even after a kill."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    file = (folder / ".lock").open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader processes
+    except OSError:
+        file.close()
+        raise ValueError(f"--output-dir {folder}: another run is using it; wait for it, or choose another.") from None
+    _held.append(file)
 
 
-def make_folders(folder: Path) -> None:
-    """The run folder and those in it."""
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "validation").mkdir(exist_ok=True)
+_held: list[Any] = []
+
+
+def close_run() -> None:
+    """Let another run use the folder."""
+    while _held:
+        _held.pop().close()
 
 
 def delete_run(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else that lies there."""
-    for name in ("checkpoints", "validation", "tensorboard", "transformer"):
+    for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("settings.json", "metrics.jsonl", "report.html", "lora.safetensors", "left-out.txt"):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    make_folders(folder)
+    for name in FOLDERS[:2]:
+        (folder / name).mkdir()
 
 
 class Stopped(Exception):
-    """A run that could not go on, for a reason outside the program; the message is one line for its owner."""
+    """A run that cannot continue, for a reason outside the program; the message is one line for its owner."""
 
 
 @contextmanager
 def under_way(folder: Path) -> Iterator[None]:
-    """Errors from here on are not those of the command line: the disk's end the run, any other is a bug and is shown.
+    """From here on errors are no longer about the command line: a failing disk stops the run, any other is a bug.
 
     Raises:
         Stopped: disk full, folder not writable, or pictures gone.
@@ -122,82 +144,92 @@ def under_way(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[-1]  # that of a loader process ends a whole traceback
+        reason = str(error).strip().splitlines()[-1]  # that of a loader process is the last line of a traceback
         last = latest_checkpoint(folder)
-        kept = f"{last} is whole and the same command goes on from it" if last else "there is no checkpoint yet"
+        kept = f"{last} is whole, and the same command continues from it" if last else "there is no checkpoint yet"
         raise Stopped(f"{folder}: the run had to stop, {reason}; {kept}.") from error
     except ValueError as error:
         raise RuntimeError("this is a bug in the program, please report it") from error
 
 
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
+def write_json(file: Path, values: Any) -> None:
     """Write a JSON file aside and rename it."""
     write_text(file, json.dumps(values, indent=1) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
     """Write a text file aside and rename it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
+    aside = file.with_name(f".{os.getpid()}.{file.suffix}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def hash_of(values: Any) -> str:
+    """16 hex digits that name some JSON values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The whole checkpoints, by step. A copy with another name, such as step-000020-good, is yours and not touched."""
+    found = {int(p.name[5:]): p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)}
+    return [found[step] for step in sorted(found) if (found[step] / "state.json").exists()]
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step that is whole."""
-    found = sorted((folder / "checkpoints").glob("step-*/state.json"), key=lambda p: int(p.parent.name[5:]))
-    return found[-1].parent if found else None
+    """The whole checkpoint with the highest step."""
+    found = checkpoints_of(folder)
+    return found[-1] if found else None
 
 
 def save_checkpoint(
     folder: Path,
-    step: int,
     files: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     save_result: Callable[[Path], None],
-) -> Path:
-    """Write checkpoints/step-000500/: a safetensors file for each of `files`, state.json, and what is for use.
+) -> None:
+    """Write checkpoints/step-000500/: a safetensors file for each of `files`, state.json, and the result to use.
+
+    Then all but the last KEEP checkpoints and the best one (state["best_step"]) are deleted.
 
     Raises:
         OSError: disk full or folder not writable; the checkpoints before this one are untouched.
     """
-    target = folder / "checkpoints" / f"step-{step:06d}"
-    if target.exists():  # stopped right behind a regular checkpoint: the same step of the same run
-        return target
+    target = folder / "checkpoints" / f"step-{state['step']:06d}"
+    if (target / "state.json").exists():  # stopped right after a regular checkpoint: the same step of the same run
+        return
+    shutil.rmtree(target, ignore_errors=True)  # without state.json it was never whole
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
         for name, tensors in files.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, aside / f"{name}.safetensors")
         save_result(aside)
-        (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
+        (aside / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         for path in (*aside.rglob("*"), aside):  # the data must be on the disk before the name is
-            flush(path)
+            _flush(path)
         aside.rename(target)
-        flush(target.parent)
+        _flush(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return target
+    for old in checkpoints_of(folder)[:-KEEP]:
+        if int(old.name[5:]) != state["best_step"]:
+            # Renamed first: no longer a checkpoint, wherever the deletion is cut off.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
 
 
-def flush(path: Path) -> None:
-    """Until a file, or the list of a folder's files, is on the disk."""
+def _flush(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def prune_checkpoints(folder: Path, keep: int, best: int | None = None) -> None:
-    """Delete all but the last `keep` checkpoints and the best one; keep 0 keeps all."""
-    found = sorted((folder / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
-    for old in found[:-keep] if keep else []:
-        if int(old.name[5:]) != best:
-            gone = old.rename(old.with_name(f".{old.name}"))  # no longer a checkpoint, wherever the deletion is cut off
-            shutil.rmtree(gone)
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -210,7 +242,7 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         return {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}, state
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{checkpoint}: broken ({error}); delete it to go on from the one before.") from None
+        raise ValueError(f"{checkpoint}: broken ({error}); delete it to continue from the one before.") from None
 
 
 def put_back(params: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -223,7 +255,7 @@ def put_back(params: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Non
         raise ValueError("the checkpoint holds other parameters; --full, --rank and --lora-targets can't change.")
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(like(p, tensors[name]))
+            p.copy_(_like(p, tensors[name]))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -238,7 +270,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor if key == "step" else like(params[int(index)], tensor)
+        state.setdefault(int(index), {})[key] = tensor if key == "step" else _like(params[int(index)], tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -247,7 +279,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(parameter: Tensor, tensor: Tensor) -> Tensor:
+def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
     """A full tensor laid out like a parameter: on its device, and sharded if it is."""
     tensor = tensor.to(parameter.device)
     if hasattr(parameter, "device_mesh"):
@@ -261,7 +293,7 @@ def like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def append_metrics(folder: Path, row: Mapping[str, Any], board: Any = None) -> None:
-    """Add one line to metrics.jsonl, where what is not finite becomes null, and its numbers to tensorboard's board."""
+    """Add one line to metrics.jsonl, where a number that is not finite becomes null, and to tensorboard's board."""
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
         f.write(json.dumps(finite(row)) + "\n")
     if board:
@@ -272,7 +304,7 @@ def append_metrics(folder: Path, row: Mapping[str, Any], board: Any = None) -> N
 
 
 def finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: null, wherever in a value they are."""
+    """JSON has neither NaN nor infinity: null in their place, wherever in a value they are."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -288,7 +320,7 @@ def save_picture(folder: Path, step: int, picture: Image.Image, board: Any = Non
 
 
 def open_tensorboard(folder: Path, step: int) -> Any:
-    """A tensorboard writer whose curves go on behind a step; the package is optional, so it is imported here."""
+    """A tensorboard writer whose curves continue after a step; the package is optional, so it is imported here."""
     from torch.utils.tensorboard import SummaryWriter
 
     board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
@@ -300,36 +332,68 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All rows of metrics.jsonl; a last line that a kill cut short is left out."""
     file = folder / "metrics.jsonl"
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
 def rewind_metrics(folder: Path, step: int) -> None:
-    """Drop the rows behind a checkpoint, which the resumed run will write again."""
+    """Drop the rows after a checkpoint, which the resumed run writes again."""
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
     write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-# -------------------------------------------------------------------------------------------- signals and the terminal
+# ------------------------------------------------------------------------------------------------------------- signals
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask the loop to finish its step; a second one ends the process at once (143 or 130)."""
+    """A signal, a closed terminal or pipe asks the loop to finish its step; a second signal ends it at once."""
 
     def __init__(self) -> None:
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), self._handle)
+        sys.stdout = _Output(sys.stdout, self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             os._exit(128 + number)
         self.received = True
-        os.write(2, b"\nstopping after this step (once more: at once)\n")  # print may be what was interrupted
+        with suppress(OSError):  # the terminal may be gone, and print may be what was interrupted
+            os.write(2, b"\nstopping after this step (once more: at once)\n")
+
+
+class _Output:
+    """stdout until nobody reads it any more (`train.py | head`); then the run stops in order instead of failing."""
+
+    def __init__(self, stream: Any, stop: StopSignal) -> None:
+        self.stream, self.stop = stream, stop
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._give_up()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def _give_up(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes there
+        self.stop.received = True
 
 
 def outlive_signals(worker: int) -> None:
@@ -340,5 +404,7 @@ def outlive_signals(worker: int) -> None:
         timer.daemon = True
         timer.start()
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, leave_later)

@@ -1,19 +1,19 @@
-"""A network larger than the memory: the weights of a block are brought to the device just before the block runs.
+"""A network larger than the memory: the weights of a block reach the device just before the block runs.
 
-    slot 0   | block 0 runs          | block 2 is brought in | block 2 runs          |   ...
-    slot 1   | block 1 is brought in | block 1 runs          | block 3 is brought in |   ...   downwards in backward
+    slot 0   | block 0 runs       | block 2 is fetched | block 2 runs       |   ...
+    slot 1   | block 1 is fetched | block 1 runs       | block 3 is fetched |   ...   downwards in backward
 
-Two slots, each as large as the largest block, are all the memory that the blocks' Linears take. What travels are their
-codes (quantize.py): the bytes of the file as they are, bfloat16 or fp8, or those of int8, fp8 and nf4. They are read
-with read(2) into the slot, not through mapped pages, which would count as resident memory of the process. On CUDA they
-go through page-locked memory and a stream of their own, and blocks that fit half of the machine's memory stay there
-after the first pass. A thread does this while the block before computes. Biases, norms, scales and LoRA are resident.
+The weights of the blocks' Linears take two slots, each as large as the largest block. What travels are their codes
+(quantize.py): the bytes of the file as they are, bfloat16 or fp8, or those of int8, fp8 and nf4. They are read with
+read(2) into the slot, since mapped pages would count as resident memory of the process. On CUDA they go through
+page-locked memory and a stream of their own, and blocks that fit half of the machine's memory stay there after the
+first pass. A thread does this while the block before computes. Biases, norms, scales and LoRA are resident.
 
-In training `checkpoint_blocks` is needed too: the forward pass of each block is run again in the backward pass, and
-brings the block again. Without it, autograd finds that a saved weight was overwritten, and says so.
+Training needs checkpointing.py too: the forward pass of each block runs again in the backward pass, and fetches the
+block again. Without it, autograd finds that a saved weight was overwritten, and raises an error.
 
-int8, fp8 and nf4 of a wider file are made once, block by block, and kept in a cache folder: quantising anew at every
-pass would read the wide file each time, which is the slower half of the work.
+int8, fp8 and nf4 of a wider file are made once, block by block, and kept in a cache folder: quantising at every pass
+would read the wide file each time, which is the slower half of the work.
 
 Sources: the ring of two buffers with a permanent master copy is musubi-tuner's LoRAStreamOffloader; Pudipeddi et al.
 2020, "Training Large Neural Networks with Constant Memory using a New Execution Algorithm" (L2L).
@@ -26,40 +26,46 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from mmap import mmap
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
-from kontext_min import checkpoints
-from kontext_min.checkpoints import Device, Stored, TensorReader, load_flux, load_t5, save_file
-from kontext_min.extras.quantize import QuantizedLinear, storage
-from kontext_min.flux import Flux
+from kontext_min.checkpoints import (
+    DTYPES,
+    Device,
+    Headers,
+    Stored,
+    fill,
+    mapped,
+    outline,
+    read_headers,
+)  # fmt: skip
+from kontext_min.extras.fingerprint import fingerprint
+from kontext_min.extras.quantize import QUANTIZED, QuantizedLinear, narrow, scales_of, storage
+from kontext_min.extras.saving import save_file
 
 ALIGN = 64  # codes start at multiples of so many bytes in a slot
 
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes of one Linear: the stored tensors whose bytes they are, one after the other, and their place."""
+    """The codes of one Linear: the stored tensors that they are, one after the other, and their place in a slot."""
 
     layer: QuantizedLinear  # whose codes are None while the block does not run
     dtype: torch.dtype
     shape: torch.Size
     parts: tuple[Stored, ...]
-    start: int  # in the slot
+    start: int
     stop: int
 
 
 class Stream:
-    """The blocks of one network, and the two slots that they pass through."""
+    """The blocks of one network and the two slots that they pass through."""
 
     def __init__(self, blocks: Sequence[nn.Module], codes: Sequence[Sequence[Codes]], device: torch.device) -> None:
         self.blocks, self.codes, self.device = blocks, codes, device
@@ -70,7 +76,7 @@ class Stream:
         self.used = self.last = 0  # slot and block that ran last
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="stream")  # one, so that reads come in order
         self.files: dict[Path, BinaryIO] = {}
-        self.brought = self.bytes_read = 0
+        self.fetched = self.bytes_read = 0
         self.seconds_waited, self.began = 0.0, 0.0
         if device.type == "cuda":
             self.side = torch.cuda.Stream(device)
@@ -83,11 +89,11 @@ class Stream:
             _return_freed_memory()
 
     def wrap(self) -> None:
-        """Let each block bring its weights; goes outside of torch.compile and inside of checkpointing."""
+        """Let each block fetch its weights; goes outside of torch.compile and inside of checkpointing."""
         for i, block in enumerate(self.blocks):
-            block.forward = self._bringing(i, block.forward)
+            block.forward = self._fetching(i, block.forward)
 
-    def _bringing(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _fetching(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Tensor) -> Any:
             with self.at_hand(i):
                 return forward(*args)
@@ -96,7 +102,7 @@ class Stream:
 
     @contextmanager
     def at_hand(self, i: int) -> Iterator[None]:
-        """The weights of block i are in its layers, and those of the block that will follow are on their way."""
+        """Inside, the weights of block i are in its layers, and those of the block that follows are on their way."""
         began = time.perf_counter()
         self.began = self.began or began
         if i not in self.holds:
@@ -124,19 +130,19 @@ class Stream:
                 c.layer.codes = None
 
     def _ask(self, i: int) -> None:
-        """Start to bring block i into the slot whose block ran before the last one."""
+        """Start to fetch block i into the slot whose block ran before the last one."""
         slot = 1 - self.used
         self.holds[slot] = i
         done = None
         if self.device.type == "cuda":  # what was launched up to now may still read the slot
             done = torch.cuda.current_stream(self.device).record_event()
-        self.arrival[slot] = self.worker.submit(self._bring, i, slot, done)
+        self.arrival[slot] = self.worker.submit(self._fetch, i, slot, done)
 
-    def _bring(self, i: int, slot: int, done: Any) -> Any:
+    def _fetch(self, i: int, slot: int, done: Any) -> Any:
         """In the worker's thread: block i into a slot. Returns the event to wait for, on CUDA."""
-        self.brought += 1
+        self.fetched += 1
         data = self.slots[slot][: self.sizes[i]]
-        torch.autograd.graph.increment_version(data)  # what autograd saved of it is void
+        torch.autograd.graph.increment_version(data)  # autograd may not use what it saved of it
         if self.device.type != "cuda":
             self._read(i, data)
             return None
@@ -162,77 +168,56 @@ class Stream:
             for part in c.parts:
                 if part.file not in self.files:
                     self.files[part.file] = part.file.open("rb", buffering=0)
-                checkpoints.read_at(self.files[part.file], part.offset, data[start : start + part.nbytes])
+                _read_at(self.files[part.file], part.offset, data[start : start + part.nbytes])
                 start += part.nbytes
             self.bytes_read += c.stop - c.start
 
     def report(self) -> str:
-        """One line: blocks brought, time for each, bytes."""
+        """One line: blocks fetched, bytes, time for each block."""
         seconds = time.perf_counter() - self.began if self.began else 0.0
-        each = seconds / max(self.brought, 1)
-        waited, slot = self.seconds_waited / max(self.brought, 1), max(self.sizes) / 1e6
+        each = seconds / max(self.fetched, 1)
+        waited, slot = self.seconds_waited / max(self.fetched, 1), max(self.sizes) / 1e6
         return (
-            f"streamed: two slots of {slot:.0f} MB, {self.brought} blocks, {self.bytes_read / 1e9:.1f} GB"
+            f"streamed: two slots of {slot:.0f} MB, {self.fetched} blocks, {self.bytes_read / 1e9:.1f} GB"
             f" read, {each:.2f} s a block of which {waited:.2f} s waiting"
         )
 
 
-def checkpoint_blocks(flux: Flux, offload: bool = False) -> None:
-    """Keep only each block's input, with `offload` in the host's memory; its inside is computed again in the backward
-    pass (Chen et al. 2016).
-    """
-
-    def run(*args: Tensor, forward: Callable[..., Any]) -> Any:
-        with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
-            return checkpoint(forward, *args, use_reentrant=False)
-
-    for block in flux.blocks:
-        block.forward = partial(run, forward=block.forward)
+def _read_at(file: BinaryIO, offset: int, data: Tensor) -> None:
+    """Fill a flat uint8 CPU tensor from a place in a file, which is opened without a buffer."""
+    file.seek(offset)
+    view = memoryview(data.numpy())
+    while view:  # one read gives 2 GB at most
+        got = file.readinto(view)
+        if not got:
+            raise ValueError(f"{file.name}: ends too early; did another program write it?")
+        view = view[got:]
 
 
 def _page_locked(nbytes: int) -> Tensor:
-    """Host memory that a GPU reads by itself, of this size: pin_memory=True rounds up to a power of two.
+    """Host memory of this size that a GPU reads by itself: pin_memory=True would round it up to a power of two.
 
-    In pages of its own, since none can be locked twice.
+    It has pages of its own, since no page can be locked twice.
     """
     data = torch.frombuffer(mmap(-1, nbytes), dtype=torch.uint8)
     runtime = torch.cuda.cudart()
     if code := int(runtime.cudaHostRegister(data.data_ptr(), nbytes, 0)):
         raise ValueError(
             f"--stream: {nbytes / 1e6:.0f} MB of memory can't be locked for the GPU (cudaHostRegister: {code}); "
-            "look at `ulimit -l` and at the memory that is free."
+            "check `ulimit -l` and the free memory."
         )
     weakref.finalize(data, runtime.cudaHostUnregister, data.data_ptr())
     return data
 
 
 def _return_freed_memory() -> None:
-    """Memory of the CPU goes back to the system as soon as it is freed, from 1 MB on.
+    """Give memory of 1 MB and more back to the system as soon as it is freed.
 
-    glibc keeps freed activations for the next ones, and the block inputs that lie between them spoil the gaps: with
+    glibc keeps freed activations for the next ones, and block inputs that lie between them spoil the gaps: with
     checkpointing that is half of the memory of a step.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
-
-
-def load_network(
-    part: str,
-    path: str | Path,
-    dtype: torch.dtype,
-    device: Device,
-    kind: str | None,
-    streamed: bool,
-    cache: Path | None = None,
-) -> tuple[Any, Stream | None]:
-    """A Flux or T5, whole, or (`streamed`) with its blocks left in their files; arguments as for load_streamed.
-
-    `kind` may also be "stored": as the files hold the weights, which None widens to dtype unless they are streamed.
-    """
-    if streamed:
-        return load_streamed(part, path, dtype, device, None if kind == "stored" else kind, cache)
-    load = load_flux if part == "transformer" else load_t5
-    return load(path, dtype=dtype, device=device, kind=kind), None
 
 
 def load_streamed(
@@ -251,65 +236,66 @@ def load_streamed(
         path: file or folder, in any official layout.
         dtype: of the computation.
         device: where it runs.
-        kind: int8, fp8, nf4, or None for what the files hold.
-        cache: folder for what `kind` makes; needed with it.
-        params: sizes; else found as load_flux finds them.
+        kind: int8, fp8 or nf4 of a Flux, or None for what the files hold.
+        cache: folder for the quantised blocks; needed with `kind`.
+        params: sizes; None reads them from the files.
 
     Returns:
-        The network, frozen, all but the weights of its blocks in place, and its stream.
+        The network, frozen, complete but for the weights of its blocks, and its stream.
 
     Raises:
-        ValueError: files of another network, or parts of a weight that are stored in several dtypes.
+        ValueError: an unknown kind, files of another network, or parts of a weight that are stored in several dtypes.
     """
+    if kind not in (None, *QUANTIZED):
+        raise ValueError(f"--quantize: got {kind!r}, expected {', '.join(QUANTIZED)}.")
     device = torch.device(device)
-    model, headers, sources = checkpoints.outline(part, path, params)
+    model, sources = outline(part, path, params)
     blocks = model.blocks if part == "transformer" else tuple(model.encoder.block)
     names = {module: name for name, module in model.named_modules()}
-    linears = [[m for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
-    checkpoints.assemble(
-        model, headers, sources, dtype, device, leave={f"{names[m]}.weight" for block in linears for m in block}
-    )
+    weights = [  # of each block: Linear -> the stored tensors of its weight
+        {names[m]: sources.pop(f"{names[m]}.weight") for m in block.modules() if isinstance(m, nn.Linear)}
+        for block in blocks
+    ]
+    fill(model, sources, dtype, device)
     if kind:
-        cache = cache / f"{checkpoints.fingerprint(path, part)}-{kind}"
+        cache = cache / f"{fingerprint(path, part)}-{kind}"
         cache.mkdir(parents=True, exist_ok=True)
 
     placed = []
-    read = TensorReader(headers, mapped=False)
-    for block, chosen in zip(blocks, linears, strict=True):
-        if kind:
-            file = cache / f"{names[block]}.safetensors"
-            if not file.exists():
-                _write_quantized(file, read, {names[m]: sources[f"{names[m]}.weight"] for m in chosen}, kind, device)
-            made = checkpoints.read_headers([file])
+    for block, linears in zip(blocks, weights, strict=True):
+        made = _quantized(cache / f"{names[block]}.safetensors", linears, kind, device) if kind else {}
         start, codes = 0, []
-        for linear in chosen:
-            name = names[linear]
+        for name, stored in linears.items():
+            linear = model.get_submodule(name)
             if kind:
-                parts = (made[f"{name}.codes"],)
-                scales = TensorReader(made, mapped=False).raw(f"{name}.scales") if f"{name}.scales" in made else None
-                shape = parts[0].shape
+                stored, scales = [made[f"{name}.codes"]], made.get(f"{name}.scales")
+                shape, scales = stored[0].shape, None if scales is None else mapped(scales)
             else:
-                parts = tuple(headers[s] for s in sources[f"{name}.weight"])
-                scales, shape = checkpoints.scales_of(read, sources[f"{name}.weight"]), linear.weight.shape
-            if len({p.dtype for p in parts}) > 1:
-                raise ValueError(f"{parts[0].file}: {name} is stored in several dtypes, which --stream can't join.")
-            layer = QuantizedLinear(linear, None, None if scales is None else scales.to(device))
+                shape, scales = linear.weight.shape, scales_of(stored)
+            if len({s.dtype for s in stored}) > 1:
+                raise ValueError(f"{stored[0].file}: {name} is stored in several dtypes, which --stream can't join.")
+            layer = QuantizedLinear(linear, None, None if scales is None else scales.to(device, copy=True))
             model.set_submodule(name, layer)
-            stop = start + sum(p.nbytes for p in parts)
-            codes.append(Codes(layer, checkpoints.DTYPES[parts[0].dtype], torch.Size(shape), parts, start, stop))
+            stop = start + sum(s.nbytes for s in stored)
+            codes.append(Codes(layer, DTYPES[stored[0].dtype], torch.Size(shape), tuple(stored), start, stop))
             start = -(-stop // ALIGN) * ALIGN
         placed.append(codes)
     return model, Stream(blocks, placed, device)
 
 
-def _write_quantized(
-    file: Path, read: TensorReader, sources: dict[str, list[str]], kind: str, device: torch.device
-) -> None:
-    """Codes and scales of a block's Linears, made on the device."""
+def _quantized(file: Path, linears: dict[str, list[Stored]], kind: str, device: torch.device) -> Headers:
+    """Codes and scales of a block's Linears, from the cache, or made on the device if the file there is not whole."""
+    try:
+        made = read_headers([file])
+        if all(f"{name}.codes" in made for name in linears):
+            return made
+    except (FileNotFoundError, ValueError):
+        pass
     tensors = {}
-    for name, stored in sources.items():
-        codes, scales = checkpoints.narrow(read, stored, storage(name, kind), device)
+    for name, stored in linears.items():
+        codes, scales = narrow(stored, storage(name, kind), device)
         tensors[f"{name}.codes"] = codes.cpu()
         if scales is not None:
             tensors[f"{name}.scales"] = scales.cpu()
     save_file(tensors, file)
+    return read_headers([file])

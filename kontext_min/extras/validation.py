@@ -2,11 +2,13 @@
 
 loss at sigma 0.1 ... 0.9      error of the velocity, comparable between runs
 PSNR, SSIM                     of the restored picture, beside those of the degraded one
+shift                          of the restored picture against the clean one, in pixels: 0 unless the model re-frames
 grid                           degraded | restored | clean, one picture a row
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from kontext_min import flow
 from kontext_min.autoencoder import Autoencoder
-from kontext_min.extras.metrics import psnr, ssim
+from kontext_min.extras.metrics import psnr, shift, ssim
 from kontext_min.flow import Network, Objective, Prompt
 from kontext_min.restore import restore, to_image
 
@@ -29,8 +31,8 @@ def validate(
     pairs: Sequence[tuple[Tensor, Tensor]],
     prompt: Prompt,
     objective: Objective,
-    steps: int,
     seed: int,
+    steps: int = 4,
 ) -> tuple[dict[str, Any], Image.Image]:
     """Measure a model on some pairs of pictures.
 
@@ -40,25 +42,31 @@ def validate(
         pairs: (control, target), (1, 3, H, W) in [-1, 1] on the device each.
         prompt: one row.
         objective: what is trained.
-        steps: Euler steps of the restoration.
         seed: of the noise; the same every time.
+        steps: network evaluations of the restoration, by Euler's rule.
 
     Returns:
-        The row for metrics.jsonl (means over the pairs; `loss_at` holds one loss for each of SIGMAS) and the grid.
+        The row for metrics.jsonl and the grid. The row holds means over the pairs; `loss_at` one loss for each of
+        SIGMAS; `shift` the largest of all pictures and both axes.
+
+    Raises:
+        ValueError: a restored picture is not finite.
     """
-    losses, scores, rows = [], [], []
+    losses, scores, shifts, rows = [], [], [], []
     for i, (control, target) in enumerate(pairs):
         z_control, z_target = autoencoder.encode(control), autoencoder.encode(target)
-        eps, _ = flow.draw(seed, 0, [i], z_target.shape[1:])
+        eps, _ = flow.draw(seed, 0, [i], z_target.shape[1:], len(pairs))
         eps = eps.to(z_target)
         sigmas = [torch.tensor([s]) for s in SIGMAS]
-        losses.append([flow.losses(flux, z_control, z_target, eps, s, prompt, objective).item() for s in sigmas])
+        losses.append([flow.loss(flux, z_control, z_target, eps, s, prompt, objective).item() for s in sigmas])
         restored = restore(control, flux, autoencoder, prompt, objective, steps, noise=eps)
         row = [to_image(x[0]) for x in (control, restored, target)]
+        shifts += map(abs, shift(row[1], row[2]))
         scores.append([f(image, row[2]) for image in row[:2] for f in (psnr, ssim)])
         rows.append(row)
     names = ("psnr_degraded", "ssim_degraded", "psnr", "ssim")
     result: dict[str, Any] = {n: statistics.fmean(s[k] for s in scores) for k, n in enumerate(names)}
+    result["shift"] = max(shifts)
     result["loss_at"] = [statistics.fmean(loss[k] for loss in losses) for k in range(len(SIGMAS))]
     result["loss"] = statistics.fmean(result["loss_at"])
     result["pictures"] = [  # the report cuts the grid by these sizes
@@ -80,3 +88,24 @@ def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
             left += picture.width + gap
         top += row[0].height + gap
     return sheet
+
+
+@contextmanager
+def averaged(params: Sequence[Tensor], ema: Sequence[Tensor]) -> Iterator[None]:
+    """The average of the weights in place of the weights, any shape; nothing happens without an average."""
+    params = params[: len(ema)]
+    kept = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p, average in zip(params, ema, strict=True):
+            p.copy_(average)
+        yield
+        for p, value in zip(params, kept, strict=True):
+            p.copy_(value)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row of `validate` in one line, with what you should not overlook."""
+    line = f"PSNR {row['psnr_degraded']:.2f} -> {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}"
+    if row["psnr"] < row["psnr_degraded"]:
+        line += ", worse than its input"
+    return line + (f", shifted by {row['shift']} pixels" if row.get("shift") else "")

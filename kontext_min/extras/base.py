@@ -1,0 +1,49 @@
+"""The base model as the flags ask for it: which files, and the transformer whole, in 8 or 4 bits, or streamed.
+
+Both programs load it so; each extra is imported in the branch of its flag.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kontext_min.checkpoints import load_flux
+from kontext_min.extras.last_block import skip_unread
+from kontext_min.flux import Flux
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the networks are: one folder, which holds the vocabularies too, and paths that override it by network."""
+
+    root: Path
+    transformer: Path | None = None
+    vae: Path | None = None
+    clip: Path | None = None
+    t5: Path | None = None
+
+    def path(self, part: str) -> Path:
+        """File or folder of one network, for `find` and the load functions."""
+        return getattr(self, part) or self.root
+
+
+def load_base(settings: Any, path: Path, dtype: torch.dtype, device: torch.device, cache_dir: Path) -> tuple[Flux, Any]:
+    """The transformer, and its stream if the weights are streamed (call `wrap` of it before it runs)."""
+    flux, stream = _load(settings, path, dtype, device, cache_dir)
+    if not getattr(settings, "compile", False):  # a graph would be made anew for each number of tokens
+        skip_unread(flux)
+    return flux, stream
+
+
+def _load(settings: Any, path: Path, dtype: torch.dtype, device: torch.device, cache_dir: Path) -> tuple[Flux, Any]:
+    if settings.stream:  # two blocks in memory
+        from kontext_min.extras.stream import load_streamed
+
+        return load_streamed("transformer", path, dtype, device, settings.quantize, cache_dir / "quantized")
+    if settings.quantize:  # 8 or 4 bits
+        from kontext_min.extras.quantize import load_quantized
+
+        return load_quantized(path, settings.quantize, dtype, device), None
+    return load_flux(path, dtype=dtype, device=device), None

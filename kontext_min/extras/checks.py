@@ -1,0 +1,166 @@
+"""One pass over the flags before anything is loaded: what contradicts itself or can't end well is one clear line.
+
+Each row of a table is a condition and the line to print where it holds: the flag, what was given, what to do. Ranges of
+single numbers stand beside the flags themselves (flags.py).
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kontext_min import degrade
+from kontext_min.data import Size
+from kontext_min.extras.flags import check_ranges
+from kontext_min.extras.lora_files import strength_of
+
+
+def refuse(*rows: tuple[Any, str]) -> None:
+    """Print the line of the first row whose condition holds.
+
+    Raises:
+        ValueError: a condition holds.
+    """
+    for holds, line in rows:
+        if holds:
+            raise ValueError(f"{line}.")
+
+
+def same(a: Path | None, b: Path | None) -> bool:
+    """Whether two paths lead to the same place."""
+    return bool(a and b) and a.resolve() == b.resolve()
+
+
+def number(text: str) -> float:
+    """The number in a text, NaN if there is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def check_training(s: Any) -> None:
+    """The settings of train.py.
+
+    Raises:
+        ValueError: a value outside its range, or flags that contradict each other.
+    """
+    check_ranges(s)
+    most, out = 4 * (os.cpu_count() or 1), s.output_dir or Path("runs")
+    whole = "so it excludes --quantize and --stream; leave them out"
+    auto = s.start_time == "auto"
+    refuse(
+        (s.full and (s.quantize or s.stream), f"--full trains all weights, {whole}"),
+        (s.shard and (s.quantize or s.stream), f"--shard spreads the weights themselves, {whole}"),
+        (
+            s.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2,
+            "--shard spreads the weights over processes; start them with torchrun --nproc-per-node N",
+        ),
+        (s.full and s.dtype == "bfloat16", "--full trains in float32; leave --dtype out"),
+        (
+            s.full and s.init_lora,
+            f"--init-lora {s.init_lora}: --full trains no LoRA; merge it into the base first: "
+            "python -m kontext_min.extras.export merge",
+        ),
+        (
+            not auto and not 0 < number(s.start_time) <= 1,
+            f"--start-time: got {s.start_time}, expected auto or a number above 0 and at most 1",
+        ),
+        (
+            s.objective == "kontext" and (s.source_noise or auto or number(s.start_time) != 1),
+            "--objective kontext starts from pure noise; leave out --source-noise and --start-time",
+        ),
+        (s.workers > most, f"--workers: got {s.workers}, expected at most {most}, four per CPU core"),
+        (
+            s.tensorboard and not find_spec("tensorboard"),
+            "--tensorboard: the package is not installed; pip install tensorboard, or leave the flag out",
+        ),
+        (s.degrade and s.lr_root, "--degrade: the pictures in --lr-root are degraded already; leave one of them out"),
+        (same(s.lr_root, s.hr_root), f"--lr-root {s.lr_root}: is --hr-root, so the LoRA would learn to change nothing"),
+        (
+            same(s.val_root, s.hr_root),
+            f"--val-root {s.val_root}: is --hr-root; leave it out, and a few pictures are held out",
+        ),
+        (
+            s.hr_root.is_dir() and out.resolve().is_relative_to(s.hr_root.resolve()),
+            f"--output-dir {out}: lies in --hr-root, so its pictures would be trained on; move it",
+        ),
+    )
+
+
+def check_lengths(s: Any) -> None:
+    """The numbers of train.py once the base has filled in its defaults.
+
+    Raises:
+        ValueError: a number is outside its range, or the warm-up is longer than the run.
+    """
+    check_ranges(s)
+    longer = s.warmup and s.warmup > s.steps
+    refuse((longer, f"--warmup: got {s.warmup}, but the run has {s.steps} steps and would never reach --lr; give less"))
+
+
+def check_sampling(s: Any) -> None:
+    """The settings of sample.py.
+
+    Raises:
+        ValueError: a value outside its range, or flags that contradict each other.
+    """
+    check_ranges(s)
+    if s.degrade:
+        degrade.parse(s.degrade)
+    folder, loras = s.input.is_dir(), [strength_of(text)[0].resolve() for text in s.lora]
+    refuse(
+        (len(set(loras)) < len(loras), "--lora: the same file is given twice; set its strength with FILE=2 instead"),
+        (
+            s.degrade and s.reference,
+            "--reference: with --degrade the input is the clean picture; leave one of the two out",
+        ),
+        (s.reference and not s.reference.exists(), f"--reference {s.reference}: no such file or folder"),
+        (
+            s.reference and folder and not s.reference.is_dir(),
+            f"--reference {s.reference}: is a file, but --input is a folder; name a folder",
+        ),
+        (
+            s.json and not (s.degrade or s.reference),
+            "--json: scores need a clean picture; add --reference, or --degrade on a clean input",
+        ),
+        (s.json and s.json.is_dir(), f"--json {s.json}: is a folder; name a file"),
+        (s.json and not s.json.parent.is_dir(), f"--json {s.json}: no such folder; make it first"),
+        (
+            s.json and s.json.exists() and not s.overwrite and not is_json(s.json),
+            f"--json {s.json}: exists and is no JSON file; name another file",
+        ),
+        (s.report and not folder, "--report: is for folders; of one picture, --compare shows before and after"),
+    )
+
+
+def check_shared_memory(buckets: Sequence[Size], batch_size: int, workers: int) -> None:
+    """That /dev/shm holds the batches that loader workers prepare: a worker that finds it full hangs.
+
+    Containers often have 64 MB there.
+
+    Raises:
+        ValueError: it is too small.
+    """
+    if not (workers and os.path.isdir("/dev/shm")):
+        return
+    # Two batches a worker are on their way, one is in use; each has a control and a target, in bytes.
+    needed = (2 * workers + 1) * batch_size * 2 * max(3 * w * h for w, h in buckets)
+    free = shutil.disk_usage("/dev/shm").free
+    if free < needed:
+        raise ValueError(
+            f"/dev/shm: {free / 1e6:.0f} MB free, but {workers} workers need {needed / 1e6:.0f} MB for their "
+            "batches; use --workers 0 or fewer workers, or give the container more (docker run --shm-size=2g)."
+        )
+
+
+def is_json(file: Path) -> bool:
+    """Whether a file may be replaced by scores: it is empty, or JSON."""
+    try:
+        return not file.stat().st_size or bool(json.loads(file.read_bytes()) or True)
+    except (OSError, ValueError, RecursionError):
+        return False

@@ -1,0 +1,70 @@
+"""A folder of restored pictures: what is there already, how it was made, and files that fail without stopping the rest.
+
+`.restored-with.json` in the output folder says how its pictures were made, so that a folder that was stopped continues
+with the same method, and pictures of another LoRA are not taken for finished ones.
+"""
+
+import errno
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kontext_min.extras.pictures import Job
+from kontext_min.extras.runs import write_json
+
+RECORD = ".restored-with.json"
+
+
+def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], overwrite: bool) -> list[Job]:
+    """The jobs whose pictures are not there yet, or all of them with `overwrite`.
+
+    Args:
+        jobs: from pictures.find.
+        source: --input.
+        target: --output.
+        how: what the pictures are made with, as plain JSON values; written into the folder.
+        overwrite: replace what is there.
+
+    Raises:
+        ValueError: there is nothing to restore, or the output holds files that would be replaced, or pictures that were
+            made in another way.
+    """
+    if not jobs:
+        raise ValueError(f"--input {source}: none of its pictures can be read.")
+    there = [] if overwrite else [job for job in jobs if job.output.exists()]
+    if not source.is_dir():
+        if there:
+            raise ValueError(f"--output {there[0].output}: exists; --overwrite replaces it, or choose another.")
+        return list(jobs)
+    record = target / RECORD
+    if there:
+        try:
+            before = json.loads(record.read_text(encoding="utf-8"))
+            changed = [f"{k} was {before[k]}, is {how[k]}" for k in how if before[k] != how[k]]
+        except (OSError, ValueError, KeyError, TypeError):
+            changed = [f"no {RECORD} says how they were made"]
+        if changed:
+            raise ValueError(
+                f"--output {target}: holds {len(there)} of these pictures, but {'; '.join(changed)}; --overwrite "
+                "restores them again, or choose another folder."
+            )
+    todo = [job for job in jobs if job not in there]
+    if todo:
+        target.mkdir(parents=True, exist_ok=True)
+        write_json(record, how)
+    return todo
+
+
+@contextmanager
+def spared(job: Job, failed: list[tuple[str, str]], stop: bool) -> Iterator[None]:
+    """A picture that fails is named and added to `failed`; with `stop`, and on a full disk, the error goes on."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if stop or getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        print(f"not restored: {job.name}: {error}", file=sys.stderr)
+        failed.append((job.name, str(error)))

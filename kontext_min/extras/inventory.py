@@ -1,0 +1,54 @@
+"""What a folder of pictures holds, in lines to print: pictures in each bucket, files that are left out and why.
+
+data.scan passes over files that are no pictures to Pillow. `unread` names those that you may have meant all the same.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from kontext_min.data import ENDINGS, Picture, Size, nearest_bucket, walk
+
+# Pictures that Pillow cannot read.
+UNREAD = {
+    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq",
+    ".jxl", ".nef", ".nrw", ".orf", ".pef", ".psb", ".raf", ".raw", ".rw2", ".srw", ".svg", ".wmf", ".x3f", ".xcf",
+}  # fmt: skip
+
+
+def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+    """(name, reason) of files below a folder that `scan` does not read.
+
+    These are pictures of formats that Pillow lacks, links that lead nowhere, and text files that other programs take
+    for captions of the pictures.
+    """
+    files, left_out = dict(walk(root)), []
+    for name, path in files.items():
+        ending = path.suffix.lower()
+        if ending in UNREAD - ENDINGS:
+            left_out.append((name, f"Pillow cannot read {ending} files; convert it to PNG or JPEG"))
+        elif path.is_symlink() and ending not in ENDINGS and not path.exists():
+            left_out.append((name, "a link that leads nowhere"))
+    # Some programs write .TXT.
+    lower = {name[: -len(path.suffix)] + path.suffix.lower(): name for name, path in files.items() if path.suffix}
+    for p in pictures:
+        stem = p.name.rpartition(".")[0]
+        others = [text for text in (f"{p.name}.txt", f"{stem}.caption", f"{p.name}.caption") if text in lower]
+        if others and not p.caption:
+            reason = f"not read as a caption; rename it to {PurePosixPath(stem).name}.txt"
+            left_out.append((lower[others[0]], reason))
+    return left_out
+
+
+def describe(pictures: Sequence[Picture], left_out: Sequence[tuple[str, str]], buckets: Sequence[Size]) -> str:
+    """Text to print: pictures in each bucket, files left out by ending, and the first ten of those with reasons."""
+    counts = Counter(nearest_bucket(p.width, p.height, buckets) for p in pictures)
+    lines = [f"{len(pictures)} pictures in {len(counts)} of {len(buckets)} buckets"]
+    lines += [f"  {w:5d} x {h:<5d} {counts[w, h]:8d}" for w, h in buckets if (w, h) in counts]
+    if left_out:
+        endings = Counter(PurePosixPath(name).suffix.lower() or "other" for name, _ in left_out)
+        kinds = ", ".join(f"{count} {ending}" for ending, count in endings.items())
+        lines.append(f"{len(left_out)} file{'s' * (len(left_out) > 1)} left out ({kinds})")
+        lines += [f"  {name}: {reason}" for name, reason in left_out[:10]]
+        lines += [f"  ... and {len(left_out) - 10} more"] * (len(left_out) > 10)
+    return "\n".join(lines)

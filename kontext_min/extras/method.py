@@ -1,0 +1,57 @@
+"""How pictures are restored: as the LoRA was trained for, unless a flag says otherwise.
+
+A LoRA file of this project holds what it was trained for in its header (lora_files.trained_with): objective, guidance,
+prompt, start time, source noise, resolution. train.py --full writes the same into the transformer's file.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from kontext_min import degrade
+from kontext_min.checkpoints import find, metadata
+from kontext_min.extras.base import Weights
+from kontext_min.extras.fingerprint import fingerprint
+from kontext_min.extras.lora_files import purpose, trained_with
+from kontext_min.flow import Objective
+from kontext_min.restore import STEPS
+
+
+@dataclass(frozen=True)
+class Method:
+    """What stays the same from picture to picture."""
+
+    prompt: str
+    guidance: float
+    objective: Objective
+    steps: int  # network evaluations
+    solver: str  # of flow.SOLVERS
+    resolution: int | None  # that the LoRA was trained at, in pixels
+
+
+def method_of(settings: Any, weights: Weights) -> Method:
+    """What the flags of sample.py ask for; without a flag, what the LoRAs or the base were trained for.
+
+    Raises:
+        ValueError: a flag does not fit what was trained.
+    """
+    base = find(weights.path("transformer"), "transformer")[0]
+    about = trained_with(metadata(base), base) | {"base": None}
+    about |= purpose(settings.lora)
+    name = settings.objective or about.get("objective", "bridge")
+    model = " + ".join(settings.lora) or str(settings.weights)
+    if name != about.get("objective", name):
+        raise ValueError(f"--objective {name}: {model} was trained for {about['objective']}; leave the flag out.")
+    if about["base"] not in (None, fingerprint(weights.path("transformer"), "transformer")):
+        print(f"note: {model} was trained on another base model than --weights", file=sys.stderr)
+    steps, solver = settings.steps or STEPS[name], settings.solver
+    if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)
+        solver = "midpoint" if name == "bridge" and steps > 1 else "euler"
+    return Method(
+        prompt=settings.prompt or about.get("prompt") or degrade.PROMPTS["guide"],
+        guidance=settings.guidance if settings.guidance is not None else about.get("guidance", 1.5),
+        objective=Objective(name, **{k: about[k] for k in ("context", "source_noise", "start_time") if k in about}),
+        steps=steps,
+        solver=solver,
+        resolution=about.get("resolution"),
+    )

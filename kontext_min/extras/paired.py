@@ -1,0 +1,77 @@
+"""Pairs of your own: the degraded partner of each picture comes from a folder instead of a degradation.
+
+A partner has the name of its picture (the ending may differ) and any size of the same shape. Both show the same window.
+Source: none, it is file handling.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from kontext_min.data import Pairs, Picture, Size, crop, open_picture, scan, to_tensor
+from kontext_min.utils import numpy_generator
+
+
+class PairedFolders(Pairs):
+    """Pairs whose control is the partner of the picture.
+
+    Args:
+        pairs: the clean pictures.
+        root: folder of their partners.
+
+    Raises:
+        ValueError: partners are missing or have another shape.
+    """
+
+    def __init__(self, pairs: Pairs, root: Path) -> None:
+        vars(self).update(vars(pairs))  # the same pictures, buckets, prompts, seed
+        self.partners = match(pairs.pictures, root)
+
+    def read(self, epoch: int, i: int, bucket: Size) -> tuple[Tensor, Tensor]:
+        """(control, target) of picture i in a bucket: bytes (3, H, W) each. Raises UnreadableError."""
+        shown = []
+        for file in (self.partners[i], self.pictures[i]):
+            # Decoding at reduced size rounds, which would shift a picture against its partner by part of a pixel.
+            image = open_picture(file.path, to_srgb=True)
+            # The same numbers for both, so that they show the same window.
+            rng = numpy_generator(self.seed, "crop", epoch, self.pictures[i].name) if self.train else None
+            shown.append(to_tensor(crop(image, self.pictures[i], bucket, rng)))
+        control, target = shown
+        return control, target
+
+
+def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
+    """The partner of each picture: the same name below `root`, or else the same name up to its ending.
+
+    Raises:
+        ValueError: some are missing, unreadable, shared, the picture itself, or differ in shape by over one pixel.
+    """
+    found, rejected = scan(root)
+    reasons = dict(rejected)
+    stems: dict[str, list[Picture]] = {}
+    for p in found:
+        stems.setdefault(p.name.rpartition(".")[0], []).append(p)
+    partners, problems, owners = [], [], {}
+    for p in pictures:
+        others = stems.get(p.name.rpartition(".")[0], [])
+        others = [other for other in others if other.name == p.name] or others
+        if len(others) != 1:
+            problems.append(f"{p.name} ({reasons.get(p.name, 'several' if others else 'missing')})")
+            continue
+        partner = others[0]
+        partners.append(partner)
+        if (owner := owners.setdefault(partner.name, p.name)) != p.name:
+            problems.append(f"{p.name} (shares {partner.name} with {owner})")
+        elif os.path.realpath(partner.path) == os.path.realpath(p.path):
+            problems.append(f"{p.name} (the clean picture itself)")
+        elif abs(partner.width - partner.height * p.width / p.height) > max(1.0, p.width / p.height):
+            problems.append(f"{p.name} ({partner.width} x {partner.height} for {p.width} x {p.height})")
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(
+            f"{root}: {len(problems)} of {len(pictures)} pictures have no degraded partner of the same name and shape: "
+            f"{', '.join(problems[:10])}{more}."
+        )
+    return partners

@@ -1,0 +1,42 @@
+"""How both programs end: one line and an exit code, never a traceback for what you can mend.
+
+0 done      1 stopped for a reason outside the program, or a bug      2 bad input      130 stopped by you
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kontext_min.extras import parallel, runs
+
+
+def beside_the_programs(path: str) -> Path:
+    """A path below the working directory, or where there is none, below the folder of train.py and sample.py."""
+    return Path(path) if Path(path).exists() else Path(__file__).parents[2] / path
+
+
+def run(name: str, program: Callable[[Any], int], settings: Any, stopped: str = "stopped") -> int:
+    """The exit code of a program; `stopped` is what to print after Ctrl-C."""
+    try:
+        return program(settings)
+    except runs.Stopped as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # nobody reads the output any more: `sample.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: {stopped}", file=sys.stderr)
+        return 130
+    except Exception:  # shown here and not by the interpreter, which would keep the loader's processes alive for it
+        traceback.print_exc()
+        return 1
+    finally:
+        runs.close_run()
+        parallel.finish()

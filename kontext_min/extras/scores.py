@@ -1,0 +1,43 @@
+"""Scores and before/after pictures of a restored folder: printed, written as JSON, shown in report.html.
+
+They are kept in sRGB: pictures with different colour profiles could not be compared.
+"""
+
+from typing import Any
+
+from PIL import Image
+
+from kontext_min.extras import metrics, pictures, report
+from kontext_min.extras.runs import finite, write_json
+
+
+class Scores:
+    """What is collected picture by picture and written at the end, as the flags of sample.py ask for it."""
+
+    def __init__(self, settings: Any) -> None:
+        self.json, self.folder = settings.json, settings.output if settings.report else None
+        self.wanted = bool(settings.degrade or settings.reference or settings.report)
+        self.rows: list[metrics.Row] = []
+        self.figures: list[dict[str, Any]] = []
+
+    def add(self, photo: pictures.Photo, restored: Image.Image) -> None:
+        """A picture with its restored one, both in sRGB or in the colours of the file."""
+        name, degraded = photo.job.name, pictures.to_srgb(photo.degraded, photo.file)
+        score = ""
+        if photo.clean:
+            self.rows.append(metrics.row(name, degraded, restored, photo.clean))
+            score = report.from_to(*(self.rows[-1][k]["psnr"] for k in ("input", "restored")))
+        if self.folder and len(self.figures) < report.RESTORED:
+            file = photo.job.output.relative_to(self.folder).as_posix()
+            self.figures.append(report.figure(name, degraded, restored, photo.clean, score, file))
+
+    def write(self, restored: int) -> None:
+        """Print the table, write --json and --report; `restored` pictures are in the folder."""
+        mean = metrics.mean_row(self.rows) if self.rows else None
+        rows = [*self.rows, mean] if mean else []
+        if mean:
+            print(metrics.table(rows))
+        if self.json:
+            write_json(self.json, finite(rows))
+        if self.figures:
+            print(report.write_restored_report(self.folder, self.figures, restored, mean))

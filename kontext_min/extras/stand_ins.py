@@ -1,0 +1,49 @@
+"""A picture that can no longer be read does not end a run: another one stands in for it.
+
+Which one is a function of (seed, epoch, name), so that a resumed run repeats it. Source: none, it is file handling.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from kontext_min.data import Pairs, UnreadableError
+from kontext_min.utils import numpy_generator
+
+MOST = 14  # stand-ins that are tried
+
+
+class StandIns(torch.utils.data.Dataset):
+    """The items of pairs, and in each a list `unreadable`: a line for every picture that could not be read."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        """The item of (epoch, index), or of a stand-in.
+
+        Raises:
+            OSError: neither the picture nor any stand-in can be read.
+        """
+        epoch, index = place
+        bucket, unreadable = self.pairs.buckets[self.pairs.bucket_of[index]], []
+        for i in self._candidates(epoch, index):
+            try:
+                return self.pairs.item(epoch, i, bucket) | {"unreadable": unreadable}
+            except UnreadableError as error:
+                unreadable.append(str(error))
+        raise OSError(f"{len(unreadable)} pictures in a row cannot be read; is the disk there? {unreadable[-1]}")
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The picture, then others: those of its bucket first, as the rest may have to be enlarged."""
+        yield index
+        pictures, bucket_of = self.pairs.pictures, self.pairs.bucket_of
+        others = np.delete(np.arange(len(pictures)), index)
+        numpy_generator(self.pairs.seed, "stand-in", epoch, pictures[index].name).shuffle(others)
+        same_first = np.argsort(bucket_of[others] != bucket_of[index], kind="stable")
+        yield from others[same_first][:MOST].tolist()

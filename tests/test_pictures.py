@@ -1,0 +1,239 @@
+"""What files hold besides RGB, where restored pictures go, and that nothing else is ever replaced."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageCms
+
+from kontext_min import degrade
+from kontext_min.extras import metrics, pictures
+from kontext_min.extras.pictures import find, load, load_restored, read, write
+
+PHOTO = Path(__file__).parent / "photos" / "bowl.jpg"
+EXIF, GPS = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo
+
+
+def crop(width, height, k=0):
+    return Image.open(PHOTO).convert("RGB").crop((200 + k, 200 + k, 200 + k + width, 200 + k + height))
+
+
+def swapped_profile():
+    """sRGB with the primaries of red and green exchanged, the name of an odd colour space."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"?XYZ", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"?XYZ", b"gXYZ", 1)
+
+
+def swapped(picture):
+    """The same colours under `swapped_profile`."""
+    red, green, blue = picture.split()
+    return Image.merge("RGB", (green, red, blue))
+
+
+# --------------------------------------------------------------------------------------------- nothing else is replaced
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        crop(20, 20).save(tmp_path / "in" / name)
+    return tmp_path
+
+
+def test_outputs_over_files_that_are_needed_are_refused(folder):
+    a, b = folder / "in" / "a.png", folder / "in" / "b.png"
+    (folder / "link.png").symlink_to(a)
+    os.link(b, folder / "hard.png")
+    (folder / "here").symlink_to(folder / "in")
+    (folder / "clean").mkdir()
+    crop(20, 20).save(folder / "clean" / "a.bmp")
+    (folder / "clean" / "a.png").symlink_to(folder / "clean" / "a.bmp")
+    cases = [
+        (a, a, [], "the input"),
+        (a, folder / "link.png", [], "the input"),
+        (a, folder / "here" / "a.png", [], "the input"),
+        (a, b, [b], "b.png"),
+        (a, folder / "hard.png", [b], "b.png"),
+        (folder / "in", folder / "here", [], "the input"),
+        (folder / "in", folder / "clean", [folder / "clean"], "clean/a.png"),
+        (folder / "clean", folder / "in", [b, a], "in/a.png"),
+    ]
+    for source, target, protected, words in cases:
+        with pytest.raises(ValueError, match=rf"^--output [^\n]*would replace [^\n]*{words}[^\n]*$"):
+            find(source, target, protected)
+    assert find(a, folder / "new.png", [b])[0][0].output == folder / "new.png"
+    assert len(find(folder / "in", folder / "out", [folder / "clean"])[0]) == 2
+
+
+def test_outputs_over_other_inputs_of_the_folder_are_refused(folder):
+    """The output of sub/a.png is the input a.png if --output is the folder above --input."""
+    (folder / "in" / "sub").mkdir()
+    crop(20, 20).save(folder / "in" / "sub" / "a.png")
+    with pytest.raises(ValueError, match=r"would replace [^\n]*a\.png"):
+        find(folder / "in" / "sub", folder / "in", [folder / "in" / "a.png"])
+    jobs, _ = find(folder / "in" / "sub", folder / "in")
+    assert [job.name for job in jobs] == ["a.png"]  # not hidden, though the input lies in the output
+
+
+def test_two_inputs_of_one_output_are_named(folder):
+    crop(20, 20).save(folder / "in" / "c.gif")
+    crop(20, 20).save(folder / "in" / "c.gif.png")
+    with pytest.raises(ValueError, match=r"^--output [^\n]*c\.gif\.png: would replace the output of [^\n]*c\.gif;"):
+        find(folder / "in", folder / "out")
+
+
+def test_what_cannot_be_written_is_found_before_the_work(folder, monkeypatch):
+    (folder / "out" / "b.png").mkdir(parents=True)
+    crop(20, 20).save(folder / "in" / f"{'x' * 248}.gif")  # with .png behind it, 256 bytes
+    Image.new("RGB", (17000, 16)).save(folder / "in" / "wide.tif")
+    (folder / "in" / "wide.tif").rename(folder / "in" / "wide.webp")
+    jobs, rejected = find(folder / "in", folder / "out")
+    assert [job.name for job in jobs] == ["a.png"]
+    reasons = {name[:4]: reason for name, reason in rejected}
+    assert "is a folder" in reasons["b.pn"] and "too long" in reasons["xxxx"] and "at most 16383" in reasons["wide"]
+    with pytest.raises(OSError, match="too long"):
+        find(folder / "in" / "a.png", folder / f"{'x' * 256}.png")
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pictures.tempfile, "TemporaryFile", refuse)
+    for source, target in ((folder / "in", folder / "new" / "out"), (folder / "in" / "a.png", folder / "o.png")):
+        with pytest.raises(OSError, match=rf"^--output {folder}: nothing can be written there: Permission denied\.$"):
+            find(source, target)
+    assert not (folder / "new").exists()
+
+
+def test_the_longest_names_can_be_written(tmp_path):
+    path = tmp_path / f"{'x' * 251}.png"
+    write(path, crop(20, 20))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+# -------------------------------------------------------------------------------------------------------- what is kept
+
+
+def restored(path, output):
+    """A file through load and write with nothing done to its pixels."""
+    job = find(path, output)[0][0]
+    photo = load(job, None, None, 0)
+    write(output, Image.fromarray(np.asarray(photo.degraded)), photo.file)
+    return Image.open(output)
+
+
+def test_photoshop_tiffs_lose_their_layers_and_keep_the_photograph(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make], exif[ExifTags.Base.Artist], exif[33723] = "Leica", "A. Nonymous", b"\x1c\x02\x78\0\1x"
+    exif[37724], exif[34377], exif[50341] = b"Adobe Photoshop Document Data Block\0layers", b"8BIM" * 9, b"PrintIM"
+    exif[700] = b"<x:xmpmeta xmlns:photoshop='http://ns.adobe.com/photoshop/1.0/' photoshop:Layers='2'/>"
+    exif.get_ifd(EXIF).update({ExifTags.Base.DateTimeOriginal: "1999:12:31 23:59:59", 40962: 600, 40963: 400})
+    exif.get_ifd(GPS)[1] = "N"
+    crop(60, 40).save(tmp_path / "in.tif", exif=exif.tobytes(), dpi=(300, 300))
+    with restored(tmp_path / "in.tif", tmp_path / "out.tif") as made:
+        tags = dict(made.tag_v2)
+        assert not {37724, 34377, 700, 50341} & set(tags)
+        assert tags[ExifTags.Base.Make] == "Leica" and tags[ExifTags.Base.Artist] == "A. Nonymous" and 33723 in tags
+        assert made.info["dpi"] == pytest.approx((300, 300))
+        photo = made.getexif().get_ifd(EXIF)
+        assert photo[ExifTags.Base.DateTimeOriginal] == "1999:12:31 23:59:59" and made.getexif().get_ifd(GPS)[1] == "N"
+        assert (photo[40962], photo[40963]) == (60, 40)
+
+
+@pytest.mark.parametrize("target", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("source", ["jpg", "webp"])
+def test_xmp_is_kept_where_it_still_holds(tmp_path, capsys, source, target):
+    for k, words in enumerate(("dc:title='Wine'", "tiff:Orientation='6'")):
+        xmp = f"<x:xmpmeta {words}/>".encode()
+        crop(60, 40).save(tmp_path / f"{k}.{source}", xmp=xmp)
+        with restored(tmp_path / f"{k}.{source}", tmp_path / f"out{k}.{target}") as made:
+            made.load()
+            found = made.info.get("xmp", b"")
+            found = found.encode() if isinstance(found, str) else bytes(found)
+            assert found == (b"" if k else xmp)
+        assert capsys.readouterr().err.count("XMP") == k
+
+
+def with_exif_behind_the_pixels(path, orientation):
+    """A PNG whose eXIf chunk stands between IDAT and IEND, as the standard allows."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = orientation, "Leica"
+    body = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    crop(60, 40).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12] + chunk + whole[-12:])
+
+
+def test_orientation_behind_the_pixels(tmp_path):
+    with_exif_behind_the_pixels(tmp_path / "in.png", 6)
+    with restored(tmp_path / "in.png", tmp_path / "out.png") as made:
+        assert made.size == (40, 60)
+        assert np.array_equal(np.asarray(made), np.asarray(crop(60, 40).transpose(Image.Transpose.ROTATE_270)))
+        assert made.getexif()[ExifTags.Base.Orientation] == 1 and made.getexif()[ExifTags.Base.Make] == "Leica"
+
+
+@pytest.mark.parametrize("large", ["MakerNote", "UserComment"])
+def test_too_much_exif_for_a_jpeg(tmp_path, capsys, large):
+    """Written, with one line about what was left out; other formats take all of it."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "Leica"
+    exif.get_ifd(EXIF)[ExifTags.Base.DateTimeOriginal] = "1999:12:31 23:59:59"
+    exif.get_ifd(EXIF)[ExifTags.Base[large]] = bytes(70_000)
+    crop(60, 40).save(tmp_path / "in.png", exif=exif)
+    with restored(tmp_path / "in.png", tmp_path / "out.png") as made:
+        assert len(made.getexif().get_ifd(EXIF)[ExifTags.Base[large]]) == 70_000
+    assert capsys.readouterr().err == ""
+    with restored(tmp_path / "in.png", tmp_path / "out.jpg") as made:
+        exif = made.getexif()
+        assert exif.get(ExifTags.Base.Make) == {"MakerNote": "Leica", "UserComment": None}[large]
+        assert bool(exif.get_ifd(EXIF).get(ExifTags.Base.DateTimeOriginal)) == (large == "MakerNote")
+    assert capsys.readouterr().err.count("left out, too large for a JPEG\n") == 1
+
+
+# ------------------------------------------------------------------------------------------- colours that are compared
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """One scene as sRGB and under another profile."""
+    crop(60, 40).save(tmp_path / "plain.png")
+    swapped(crop(60, 40)).save(tmp_path / "odd.png", icc_profile=swapped_profile())
+    return tmp_path
+
+
+@pytest.mark.parametrize(("degraded", "clean"), [("plain", "odd"), ("odd", "plain"), ("odd", "odd")])
+def test_pictures_are_compared_in_srgb(scene, degraded, clean):
+    job = find(scene / f"{degraded}.png", scene / "out.png")[0][0]
+    photo = load(job, None, scene / f"{clean}.png", 0)
+    assert metrics.psnr(pictures.to_srgb(photo.degraded, photo.file), photo.clean) > 45
+    write(job.output, photo.degraded, photo.file)
+    assert metrics.psnr(load_restored(job), photo.clean) > 45
+    with Image.open(scene / "out.png") as made:  # restored alone, it keeps its colours and its profile
+        assert made.tobytes() == photo.degraded.tobytes() == read(job.path).rgb.tobytes()
+        assert ("icc_profile" in made.info) == (degraded == "odd")
+
+
+def test_a_degraded_picture_is_compared_with_itself_in_srgb(scene):
+    photo = load(find(scene / "odd.png", scene / "out.png")[0][0], degrade.parse("noise=0.0001"), None, 0)
+    assert metrics.psnr(photo.clean, crop(60, 40)) > 45
+    assert metrics.psnr(pictures.to_srgb(photo.degraded, photo.file), photo.clean) > 45
+
+
+def test_a_restored_picture_is_read_again_for_its_scores(folder):
+    """With transparency and turned by EXIF; a sheet of --compare is none."""
+    picture = crop(40, 30)
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture.save(folder / "in" / "a.png", exif=exif)
+    job = next(job for job in find(folder / "in", folder / "out")[0] if job.name == "a.png")
+    photo = load(job, None, None, 0)
+    write(job.output, photo.degraded, photo.file)
+    assert load_restored(job).tobytes() == photo.degraded.tobytes() and photo.degraded.size == (30, 40)
+    write(job.output, crop(64, 40))
+    with pytest.raises(ValueError, match=r"a\.png: 64x40, its input 30x40; add --overwrite"):
+        load_restored(job)
