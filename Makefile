@@ -1,7 +1,7 @@
-# make demo   a LoRA is trained on real photographs with the embedded model, and restores one of them
+# make demo   trains a LoRA on real photographs with the bundled model, and restores one of them
 # make test   the tests
 # make bench  time and memory of everything against diffusers, peft and transformers
-# Both make the virtual environment if it is missing: Python 3.11 or newer is all that they need.
+# Each creates the virtual environment if it is missing. You need Python 3.11 or newer.
 
 PYTHON ?= python3
 VENV = .venv

@@ -3,13 +3,13 @@
     python sample.py --input old.jpg --output restored.png --lora runs/mine/lora.safetensors
     python sample.py --input scans/ --output restored/ --lora runs/mine/lora.safetensors --report
 
-Without --weights the small embedded model runs. Prompt, objective, guidance and source noise are those that the LoRA
-was trained with, unless a flag says otherwise; several --lora add up. A folder is read with all below it; the same
-command continues a folder that was stopped. To try it on clean photos, degrade them first:
+Without --weights you run the small bundled model. Prompt, objective, guidance and the like come from the LoRA unless
+you give a flag; several --lora add up. Folders are read recursively; after a stop, the same command continues. To try
+it on clean photos, degrade them first:
 
     python sample.py --input photo.jpg --output three.png --lora ... --degrade blur=1.5,noise=0.05 --compare
 
-Exit codes: 0 all restored; 1 some of a folder are not (each is named); 2 none is, or bad input; 130 stopped.
+Exit codes: 0 all restored; 1 some failed (each is named); 2 all failed, or bad input; 130 stopped by a signal.
 """
 
 import sys
@@ -40,7 +40,7 @@ from kontext_min.restore import STEPS, decode, restore_latent, to_image
 
 CACHE = Path("runs/cache")
 OBJECTIVES, QUANTIZED = ("bridge", "kontext"), ("int8", "fp8", "nf4")
-HOW = ("degrade", "seed", "strength", "fidelity", "color_fix", "tile", "resolution")  # besides the method
+HOW = ("degrade", "seed", "strength", "fidelity", "color_fix", "tile", "resolution")  # recorded, besides the method
 picture, scoring, model, method, machine = (
     partial(flag, group) for group in ("pictures", "scores", "model", "method", "machine")
 )
@@ -48,18 +48,18 @@ picture, scoring, model, method, machine = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Every flag of sample.py, once."""
+    """Every flag of sample.py."""
 
     input: Path = picture(..., "picture to restore, or a folder of pictures")
-    output: Path = picture(..., "file to write, whose ending chooses the format, or a folder")
-    overwrite: bool = picture(False, "replace what --output holds already")
-    resolution: int | None = picture(None, "restore at the area of this square, in pixels", least=16, most=16384)
+    output: Path = picture(..., "file to write, in the format of its extension, or a folder")
+    overwrite: bool = picture(False, "replace files that exist in --output")
+    resolution: int | None = picture(None, "work size: side in pixels of an equal-area square", least=16, most=16384)
     degrade: str | None = picture(None, "degrade the input first, such as blur=1.5,noise=0.02 or a preset")
 
     reference: Path | None = scoring(None, "clean picture, or folder with the same names, to score against")
-    json: Path | None = scoring(None, "write the scores into this file too")
+    json: Path | None = scoring(None, "also write the scores to this file")
     compare: bool = scoring(False, "write input | restored | clean side by side")
-    report: bool = scoring(False, "of a folder: write report.html with before/after sliders into --output")
+    report: bool = scoring(False, "for a folder: write report.html with before/after sliders")
 
     weights: Path = model(program.beside_the_programs("weights/tiny"), "folder of the base model")
     transformer: Path | None = model(None, "file of the transformer, instead of the one in --weights")
@@ -67,40 +67,40 @@ class Settings:
     clip: Path | None = model(None, "file of the CLIP text encoder, instead of the one in --weights")
     t5: Path | None = model(None, "file of the T5 text encoder, instead of the one in --weights")
     lora: tuple[str, ...] = model((), "LoRA file; FILE=0.8 sets its strength; may be repeated")
-    quantize: str | None = model(None, "keep the weights in 8 or 4 bits", QUANTIZED)
+    quantize: str | None = model(None, "quantize the weights to 8 or 4 bits", QUANTIZED)
 
-    prompt: str | None = method(None, "what to do; default: the LoRA's own, or that of the preset guide")
-    objective: str | None = method(None, "flow to follow; default: the LoRA's own, or bridge", OBJECTIVES)
-    guidance: float | None = method(None, "distilled guidance; default: the LoRA's own, or 1.5", least=0, most=100)
+    prompt: str | None = method(None, "instruction; default: the LoRA's, or that of the preset guide")
+    objective: str | None = method(None, "flow to follow; default: the LoRA's, or bridge", OBJECTIVES)
+    guidance: float | None = method(None, "distilled guidance scale; default: the LoRA's, or 1.5", least=0, most=100)
     steps: int | None = method(
         None, f"network evaluations; default: {STEPS['bridge']}, kontext {STEPS['kontext']}", least=1
     )
     solver: str = method("auto", "auto: euler for kontext or one evaluation, else midpoint", ("auto", *SOLVERS))
-    strength: float = method(1.0, "part of the path that is followed; less changes less", above=0, most=1)
-    fidelity: float = method(0.0, "pull towards the input", least=0, most=1)
-    color_fix: str = method("none", "take the input's colors; not for faded or dark pictures", pictures.COLOUR_FIXES)
+    strength: float = method(1.0, "fraction of the path to follow; less changes less", above=0, most=1)
+    fidelity: float = method(0.0, "pull towards the input; 0 = off", least=0, most=1)
+    color_fix: str = method("none", "match the input's colors; not for faded or dark pictures", pictures.COLOUR_FIXES)
     seed: int = method(42, "seed of the source noise and of --degrade", least=0, most=2**63 - 1)
     tile: int | None = method(None, "side of a tile in pixels; default: the LoRA's resolution, or 64 tokens", least=1)
 
     device: str = machine("auto", "cpu, cuda, cuda:1 ...; auto: cuda if there is one")
-    dtype: str = machine("auto", "dtype of the computation; auto: bfloat16 where the hardware has it", COMPUTE_DTYPES)
-    stream: bool = machine(False, "stream weights from disk, two blocks in memory")
-    plan: bool = machine(False, "print the memory that the restoration needs, and stop")
+    dtype: str = machine("auto", "compute dtype; auto: bfloat16 if the hardware supports it", COMPUTE_DTYPES)
+    stream: bool = machine(False, "stream weights from disk; two blocks are in memory")
+    plan: bool = machine(False, "print the memory that the restoration needs, and exit")
 
 
 def sample(settings: Settings) -> int:
-    """Restore a picture, or all of a folder, as the settings say. Returns the exit code."""
+    """Restore a picture, or every picture of a folder. Returns the exit code."""
     checks.check_sampling(settings)
     began, device = time.monotonic(), parallel.start(settings.device).device
     dtype = compute_dtype(settings.dtype, device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     method, sizes = method_of(settings, weights), plan.Sizes.of(weights)
     asked, small = plan.for_sampling(settings, sizes, method.resolution, method.objective.sees_control, dtype, device)
-    if settings.plan:  # nothing is loaded for it
+    if settings.plan:  # loads no weights
         print(plan.show(asked, sizes, small))
         return 0
 
-    # ---- which pictures: everything that can be refused is refused before the models are loaded
+    # ---- which pictures: every bad input is rejected before the models are loaded
     files = [settings.reference, settings.json, *(lora_file(strength_of(text)[0]) for text in settings.lora)]
     files += [f for part in ("transformer", "vae", "clip", "t5") for f in find(weights.path(part), part)]
     jobs, failed = pictures.find(settings.input, settings.output, [f for f in files if f])
@@ -112,10 +112,10 @@ def sample(settings: Settings) -> int:
     if not todo and not scores.wanted:
         print(f"{settings.output}: all {len(jobs)} pictures are there already; --overwrite restores them again")
         return 1 if failed else 0
-    at = {job.size: pictures.working_size(*job.size, settings.resolution) for job in todo}  # restored at this size
+    at = {job.size: pictures.working_size(*job.size, settings.resolution) for job in todo}  # size to restore at
     plan.fit(asked, sizes, device, pixels=max((w * h for w, h in at.values()), default=0))
 
-    # ---- the networks: the text encoders are gone from memory before the transformer comes
+    # ---- the networks: the text encoders are freed before the transformer is loaded
     encoded = prompts.encode([method.prompt], weights, CACHE / "prompts", dtype, device, settings.stream)
     text = prompts.batch(encoded, [method.prompt], method.guidance, dtype, device)
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
@@ -149,18 +149,18 @@ def sample(settings: Settings) -> int:
                     to_tensor(small)[None], flux, autoencoder, text, method.objective, method.steps, method.solver,
                     seed=settings.seed, strength=settings.strength, velocity=velocity, apply=apply,
                 )  # fmt: skip
-                with shared_norms(autoencoder, z, apply, tick.pause):  # tiles are decoded as parts of one picture
+                with shared_norms(autoencoder, z, apply, tick.pause):  # decode tiles as parts of one picture
                     result = to_image(decode(autoencoder, z, small.size, apply)[0])
                 result = pictures.COLOUR_FIXES[settings.color_fix](result, small)
                 result = result.resize(job.size, Image.Resampling.LANCZOS)
                 sheet = validation.grid([[p for p in (photo.degraded, result, photo.clean) if p]])
                 pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))
                 result, restored = pictures.to_srgb(result, photo.file), restored + 1
-            else:  # restored by an earlier call: it counts in scores and report all the same
+            else:  # restored by an earlier call: it still counts in the scores and the report
                 result = pictures.load_restored(job)
             scores.add(photo, result)
 
-    # ---- what came of it
+    # ---- summary
     there, seconds = len(jobs) - len(todo), clock(time.monotonic() - began)
     done = f"{restored} restored, {there} there before, {len(failed)} not restored"
     done = done if settings.input.is_dir() else "x".join(map(str, jobs[0].size))
@@ -175,7 +175,7 @@ def sample(settings: Settings) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: see the top."""
+    """Returns the exit code; the top of the file lists them."""
     stopped = "stopped; the same command continues with the pictures that are left"
     return program.run("sample.py", sample, parse_flags(Settings, argv, __doc__), stopped)
 

@@ -2,12 +2,12 @@
 
     python train.py --hr-root DIR
 
-Every step takes clean pictures of one bucket, degrades them, encodes both with the Flux autoencoder, stands somewhere
-on the line from the degraded to the clean latent, and learns the velocity that leads along it (kontext_min/flow.py).
-Only the LoRA trains. Without --weights it trains the small embedded model, which runs on any computer.
+Every step takes a batch of clean pictures, degrades them and encodes both with the Flux autoencoder. It draws a point
+on the line from the degraded to the clean latent, and learns the velocity at that point (kontext_min/flow.py). Only the
+LoRA trains. Without --weights you train the small bundled model, which runs on any computer.
 
-Several GPUs: torchrun --nproc-per-node N train.py ...     (add --shard if the model does not fit one card)
-Stop at any time: the same command with the same --output-dir continues, bit for bit as if it had never stopped.
+Several GPUs: torchrun --nproc-per-node N train.py ...     (add --shard if the model does not fit on one GPU)
+You can stop at any time. The same command with the same --output-dir continues, bit for bit as if never stopped.
 """
 
 import json
@@ -44,11 +44,11 @@ from kontext_min.flux import Flux
 from kontext_min.lora import TARGETS, add_lora
 
 OBJECTIVES, QUANTIZED = ("bridge", "kontext"), ("int8", "fp8", "nf4")
-INTERVALS = 5  # of sigma, for which losses are logged apart
-CLIP_NORM, WEIGHT_DECAY = 1.0, 1e-4  # longer gradients are scaled down to this norm; of AdamW
-GUIDE = {"resolution": 1024, "steps": 3000, "batch_size": 1, "accumulate": 4, "lr": 1e-4}  # where the base says nothing
-MAX_SKIPS = 10  # steps in a row without a finite gradient, after which the run stops
-EPILOG = "* or what suits the base, if its folder has a defaults.json\n\n--degrade takes presets and operators.\n"
+INTERVALS = 5  # of sigma; the log has a loss for each
+CLIP_NORM, WEIGHT_DECAY = 1.0, 1e-4  # maximum norm of the gradient; of AdamW
+GUIDE = {"resolution": 1024, "steps": 3000, "batch_size": 1, "accumulate": 4, "lr": 1e-4}  # see `settled`
+MAX_SKIPS = 10  # steps in a row without a finite gradient that stop the run
+EPILOG = "* or the value in the defaults.json of --weights, if it has one\n\n--degrade takes presets and operators.\n"
 ADVICE = "Lower --lr, raise --warmup, or look for a broken picture."
 
 
@@ -59,16 +59,16 @@ picture, model, method, training, validating, running, machine = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Every flag of train.py, once: name, type, default, help, range."""
+    """Every flag of train.py: name, type, default, help, range."""
 
     hr_root: Path = picture(..., "folder of clean photos, read recursively")
     lr_root: Path | None = picture(None, "folder of degraded pictures with the same names, instead of --degrade")
     degrade: str | None = picture(None, "preset or operators, such as blur=0.5:2,jpeg=40:95; default: guide")
     resolution: int | None = picture(None, "side of the square bucket, in pixels; default: 1024 *", least=16, most=4096)
-    prompt: str | None = picture(None, "prompt of pictures without a .txt beside them; default: the preset's")
-    workers: int = picture(2, "processes that load and degrade pictures", least=0, most=256)
+    prompt: str | None = picture(None, "prompt for pictures without a .txt file; default: the preset's")
+    workers: int = picture(2, "loader workers, which read and degrade pictures", least=0, most=256)
     cache_latents: int = picture(0, "degraded variants per picture, encoded once, kept on disk", least=0, most=10_000)
-    cache_dir: Path = picture(Path("runs/cache"), "folder of encoded prompts, latents and quantized blocks")
+    cache_dir: Path = picture(Path("runs/cache"), "cache folder: prompts, latents, quantized blocks")
 
     weights: Path = model(program.beside_the_programs("weights/tiny"), "folder of the base model")
     transformer: Path | None = model(None, "file of the transformer, instead of the one in --weights")
@@ -78,57 +78,57 @@ class Settings:
     rank: int = model(16, "rank of the LoRA", least=1)
     alpha: float | None = model(None, "scales the LoRA by alpha / rank; default: the rank", above=0)
     lora_targets: str = model("attention-mlp", f"{', '.join(TARGETS)}, or a pattern of module names")
-    init_lora: Path | None = model(None, "LoRA file to start from; its rank is at most --rank")
+    init_lora: Path | None = model(None, "LoRA file to start from, of at most --rank")
     full: bool = model(False, "train all weights of the transformer instead of a LoRA")
-    quantize: str | None = model(None, "keep the frozen weights in 8 or 4 bits", QUANTIZED)
+    quantize: str | None = model(None, "quantize the frozen weights to 8 or 4 bits", QUANTIZED)
 
     objective: str = method("bridge", "flow to learn: from degraded to clean, or from noise to clean", OBJECTIVES)
     context: bool = method(False, "bridge: append the degraded picture as reference tokens")
-    source_noise: float = method(0.0, "bridge: deviation of the noise added to the source", least=0, most=1)
-    start_time: str = method("1", "bridge: Flux's time at the source, above 0 to 1, or auto")
-    sigma: str = method("uniform", "density of the place on the path", flow.SIGMA_DENSITIES)
-    weighting: str = method("uniform", "weight of the error along the path", flow.WEIGHTINGS)
-    penalty: str = method("mse", "minimize a picture's squared error, or its logarithm (psnr)", flow.PENALTIES)
-    guidance: float = method(1.5, "distilled guidance that the network is told", least=0, most=100)
+    source_noise: float = method(0.0, "bridge: standard deviation of noise added to the source", least=0, most=1)
+    start_time: str = method("1", "bridge: Flux's time at sigma = 0, in (0, 1], or auto")
+    sigma: str = method("uniform", "density that sigma, the point on the path, is drawn from", flow.SIGMA_DENSITIES)
+    weighting: str = method("uniform", "weight of the squared error as a function of sigma", flow.WEIGHTINGS)
+    penalty: str = method("mse", "minimize the squared error of each picture, or its log (psnr)", flow.PENALTIES)
+    guidance: float = method(1.5, "distilled guidance scale, an input of the network", least=0, most=100)
 
     steps: int | None = training(None, "optimizer steps; default: 3000 *", least=1, most=10**8)
-    batch_size: int | None = training(None, "batch size per process; default: 1 *", least=1, most=4096)
-    accumulate: int | None = training(None, "batches whose gradients make one step; default: 4 *", least=1, most=4096)
+    batch_size: int | None = training(None, "pictures per batch and process; default: 1 *", least=1, most=4096)
+    accumulate: int | None = training(None, "batches per optimizer step; default: 4 *", least=1, most=4096)
     lr: float | None = training(None, "peak learning rate of AdamW; default: 1e-4 *", above=0, most=1)
     warmup: int | None = training(None, "steps of linear warm-up; default: 100, at most a tenth of --steps", least=0)
-    ema: float = training(0.0, "decay of an average of the weights, such as 0.999; 0 = off", least=0, most=0.999999)
+    ema: float = training(0.0, "decay of the weights' moving average; 0 = off", least=0, most=0.999999)
     seed: int = training(42, "seed for every random number", least=0, most=2**63 - 1)
 
     val_root: Path | None = validating(None, "pictures to validate on; default: a few of --hr-root, held out")
-    validate_every_epochs: int = validating(5, "epochs between validations; 0: none, and none held out", least=0)
-    validation_prompt: str | None = validating(None, "prompt of the validation; default: --prompt")
+    validate_every_epochs: int = validating(5, "epochs between validations; 0 = none, nothing held out", least=0)
+    validation_prompt: str | None = validating(None, "prompt for validation; default: --prompt")
 
-    output_dir: Path | None = running(None, "run folder; default: runs/ and the date")
+    output_dir: Path | None = running(None, "run folder; default: runs/DATE-TIME")
     resume: bool = running(True, "continue from the last checkpoint in --output-dir")
-    accept_changes: bool = running(False, "continue although settings changed")
-    overwrite: bool = running(False, "delete the run in --output-dir and start afresh")
+    accept_changes: bool = running(False, "continue even if settings have changed")
+    overwrite: bool = running(False, "delete the run in --output-dir and start over")
     checkpoint_every: int = running(500, "steps between checkpoints", least=1)
     tensorboard: bool = running(False, "also write tensorboard files")
 
     device: str = machine("auto", "cpu, cuda, cuda:1 ...; auto: cuda if there is one")
-    shard: bool = machine(False, "spread the weights over the processes of torchrun (FSDP2)")
-    dtype: str = machine("auto", "dtype of the computation; auto: bfloat16 where the hardware has it", COMPUTE_DTYPES)
-    stream: bool = machine(False, "stream weights from disk, two blocks in memory")
+    shard: bool = machine(False, "shard the weights over the processes of torchrun (FSDP2)")
+    dtype: str = machine("auto", "compute dtype; auto: bfloat16 if the hardware supports it", COMPUTE_DTYPES)
+    stream: bool = machine(False, "stream weights from disk; two blocks are in memory")
     gradient_checkpointing: str | None = machine(
         None,
-        "blocks to recompute backward; default: all above 1 billion parameters",
+        "blocks that the backward pass recomputes; default: all above 1 billion parameters, else none",
         ("all", "half", "none"),
         bare="all",
     )
-    compile: bool = machine(False, "torch.compile every kind of block")
-    plan: bool = machine(False, "print the memory that the run needs, and stop")
+    compile: bool = machine(False, "compile the blocks with torch.compile")
+    plan: bool = machine(False, "print the memory that the run needs, and exit")
 
 
-# --------------------------------------------------------------------------------------------------- small ingredients
+# ------------------------------------------------------------------------------------------------------- small helpers
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The rate of a step, counted from 0: linear warm-up, then half a cosine down to 0."""
+    """The learning rate of a step, counted from 0: linear warm-up, then cosine decay to 0."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
@@ -141,12 +141,12 @@ def to_latents(autoencoder: Autoencoder, device: torch.device, pictures: Tensor)
     x = pictures.to(device)
     if x.is_floating_point():
         return x
-    # One picture at a time: the autoencoder's activations are larger than all else in memory.
+    # One picture at a time: the autoencoder's activations are larger than everything else in memory.
     return torch.cat([autoencoder.encode(data.to_float(picture)) for picture in x.split(1)])
 
 
 def trained_for(settings: Settings, objective: Objective, written: dict[str, Any]) -> dict[str, str]:
-    """What a LoRA was trained for, in the header of its file; sample.py takes its defaults from here."""
+    """The settings that a LoRA file keeps in its header; sample.py takes its defaults from there."""
     names = ["resolution", "guidance", "rank", "alpha", "lora_targets", "steps", "lr", "warmup", "accumulate", "ema"]
     about = {name: written[name] for name in (*names, "seed", "sigma", "weighting", "penalty", "pictures_a_batch")}
     about |= {"degrade": "pairs" if settings.lr_root else settings.degrade, "prompt": settings.prompt}
@@ -161,7 +161,7 @@ def trained_for(settings: Settings, objective: Objective, written: dict[str, Any
 def find_pairs(
     settings: Settings, me: parallel.Processes, buckets: list[data.Size]
 ) -> tuple[data.Pairs, data.Pairs | None, list[tuple[str, str]]]:
-    """Pairs to train on, a few to validate on, and (name, reason) of files that are not used. Only headers are read."""
+    """Pairs to train on, a few to validate on, and (name, reason) of unused files. Reads only the files' headers."""
     degradation = degrade.parse(settings.degrade)
     pictures, rejected = data.scan(settings.hr_root)
     pictures, small = data.usable(pictures, buckets)
@@ -183,7 +183,7 @@ def find_pairs(
 
 def load_model(settings: Settings, me: parallel.Processes, path: Path, dtype: torch.dtype) -> tuple[Flux, Any]:
     """The frozen transformer with its LoRA, ready to train, and its stream if the weights are streamed."""
-    with parallel.first_goes_ahead(me) if settings.stream else nullcontext():  # it may write quantized blocks
+    with parallel.first_goes_ahead(me) if settings.stream else nullcontext():  # the first may write quantized blocks
         flux, stream = load_base(settings, path, dtype, me.device, settings.cache_dir)
     if settings.full:
         flux.requires_grad_(True)
@@ -192,14 +192,14 @@ def load_model(settings: Settings, me: parallel.Processes, path: Path, dtype: to
         if settings.init_lora:
             init_lora(flux, settings.init_lora)
 
-    # Each of these wraps the forward of the one before: a compiled block, its weights brought in, both run again.
+    # Each of these wraps the one before: compile a block, load its weights, recompute both in the backward pass.
     if settings.compile:  # one graph per kind of block, for any number of tokens
         from kontext_min.extras.compiling import compile_blocks
 
         compile_blocks(flux)
     if stream:
         stream.wrap()
-    if settings.gradient_checkpointing != "none":  # keep the input of a block, compute its inside again
+    if settings.gradient_checkpointing != "none":  # keep only the input of a block, recompute the rest
         from kontext_min.extras.checkpointing import checkpoint_blocks
 
         checkpoint_blocks(flux, settings.gradient_checkpointing)
@@ -209,7 +209,7 @@ def load_model(settings: Settings, me: parallel.Processes, path: Path, dtype: to
 
 
 def find_start_time(settings: Settings, pairs: Any, encode: Any) -> float:
-    """The number given, or for `auto` the mean over a few pictures, the same ones after a resume."""
+    """The number given; for `auto`, the mean over a few pictures, which are the same after a resume."""
     if settings.start_time != "auto":
         return float(settings.start_time)
     few = [data.collate([pairs[0, i]]) for i in range(min(8, len(pairs)))]
@@ -225,19 +225,19 @@ def train(settings: Settings) -> int:
     checks.check_training(settings)
     began = time.monotonic()
     me = parallel.start(settings.device)
-    # A step of 1e-4 of a weight vanishes in bfloat16's 8 bits: weights that train are float32, a LoRA's or all.
+    # In bfloat16's 8 bits an update of 1e-4 of a weight rounds to nothing, so every weight that trains is float32.
     dtype = torch.float32 if settings.full else compute_dtype(settings.dtype, me.device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     sizes = plan.Sizes.of(weights)
     settings = settled(settings, sizes)
     asked, at_512 = plan.for_training(settings, sizes, dtype, me.device)
-    if settings.plan:  # nothing is loaded for it
+    if settings.plan:  # loads no weights
         me.say(plan.show(asked, sizes, at_512))
         return 0
     if not settings.shard:
         plan.fit(asked, sizes, me.device)
 
-    # ---- pictures, and the run folder: everything that can be refused is refused before the models are loaded
+    # ---- pictures and run folder: every bad input is rejected before the large models are loaded
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=me.device)
     encode = partial(to_latents, autoencoder, me.device)
     buckets = data.buckets(settings.resolution, multiple=2 * autoencoder.factor)
@@ -255,13 +255,13 @@ def train(settings: Settings) -> int:
             folder, written, settings.resume, settings.accept_changes, settings.overwrite, write=me.first
         )
 
-    # ---- prompts: the text encoders are gone from memory before the transformer comes
+    # ---- prompts: the text encoders are freed before the transformer is loaded
     texts = {*pairs.prompts, settings.validation_prompt}
     with parallel.first_goes_ahead(me):
         encoded = prompts.encode(texts, weights, settings.cache_dir / "prompts", dtype, me.device, settings.stream)
     validation_pairs = held_out.load(held, me.device)
 
-    # ---- the transformer, its LoRA, and where the last checkpoint left them
+    # ---- the transformer and its LoRA, restored from the last checkpoint if there is one
     flux, stream = load_model(settings, me, weights.path("transformer"), dtype)
     trained = {name: p for name, p in flux.named_parameters() if p.requires_grad}
     params = list(trained.values())
@@ -282,8 +282,8 @@ def train(settings: Settings) -> int:
     if parallel.any_of(parallel.from_first(state["step"]) != state["step"]):
         raise ValueError(f"{folder}: not all processes see the same checkpoint; it must be on a disk that they share.")
 
-    # ---- batches without end; a resumed run enters the stream where it was left
-    if settings.cache_latents:  # pictures are encoded once
+    # ---- endless batches; a resumed run continues with the batch after the last one
+    if settings.cache_latents:  # encode each picture once
         from kontext_min.extras.latents import CachedPairs, fill
 
         base = f"{settings.degrade} {written['fingerprint']['vae']}"
@@ -321,7 +321,7 @@ def train(settings: Settings) -> int:
         else:
             save_lora(flux, where / "lora.safetensors", None, header, values)
 
-    def gather(tensors: Sequence[Tensor]) -> dict[str, Tensor]:  # sharded ones are put together, so all must call
+    def gather(tensors: Sequence[Tensor]) -> dict[str, Tensor]:  # joins shards, so every process must call it
         return {name: runs.whole(x.detach()) for name, x in zip(trained, tensors, strict=True)}
 
     def save() -> None:
@@ -343,7 +343,7 @@ def train(settings: Settings) -> int:
             write_report(folder)
         me.say(f"step {state['step']}: {validation.describe(row)}")
 
-    # ---- THE LOOP: degrade, encode, stand somewhere on the path, learn the velocity there
+    # ---- THE LOOP: degrade, encode, draw a point on the path, learn the velocity there
     progress, stop, stopping = Progress(state["step"]), runs.StopSignal(), False
     pictures_a_step = settings.accumulate * settings.batch_size * me.world
     with runs.under_way(folder):
@@ -354,15 +354,15 @@ def train(settings: Settings) -> int:
             lr = learning_rate(settings, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            losses = torch.zeros(2, INTERVALS)  # sum and number of pictures, by interval of sigma
-            for micro in range(settings.accumulate):  # batches whose gradients add up to one step
+            losses = torch.zeros(2, INTERVALS)  # loss sum and picture count, by interval of sigma
+            for micro in range(settings.accumulate):  # batches whose gradients are accumulated
                 batch = next(batches)
                 for line in chain(*batch["unreadable"]):
-                    if line not in state["unreadable"]:  # once, not every epoch
+                    if line not in state["unreadable"]:  # report it once, not in every epoch
                         state["unreadable"].append(line)
                         print(f"\nleft out: {line}", flush=True)
                 control, target = encode(batch["control"]), encode(batch["target"])  # (B, C, h, w)
-                # Noise and sigma are a function of seed and place alone, so a resumed run repeats them.
+                # Noise and sigma depend only on seed, step and place, so a resumed run draws the same ones.
                 place = (micro * me.world + me.rank) * settings.batch_size
                 places = range(place, place + settings.batch_size)
                 eps, u = flow.draw(settings.seed, step, places, target.shape[1:], pictures_a_step)
@@ -375,14 +375,14 @@ def train(settings: Settings) -> int:
                 interval = (sigma * INTERVALS).long().clamp(0, INTERVALS - 1)
                 losses[0].index_add_(0, interval, error.detach().cpu())
                 losses[1].index_add_(0, interval, torch.ones_like(sigma))
-            if me.world > 1:  # each process has seen a part of the batch
+            if me.world > 1:  # each process has seen only a part of the batch
                 parallel.average_gradients(params)
                 parallel.add_up(losses)
             norm = runs.whole(nn.utils.clip_grad_norm_(params, CLIP_NORM)).item()
-            # A norm that is not finite is the sign of a loss that is not: one bad picture must not spoil the weights.
+            # A norm that is not finite means that some loss or gradient is not: skip the step, to protect the weights.
             if math.isfinite(norm):
                 optimizer.step()
-                if ema:  # the decay rises from 0.1, so that a short run does not average in its random start
+                if ema:  # the decay rises from 0.1, so that a short run's average forgets its start
                     decay = min(settings.ema, (1 + step) / (10 + step))
                     torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - decay)
                 state["skipped_in_a_row"] = 0
@@ -419,7 +419,7 @@ def train(settings: Settings) -> int:
             if validation_pairs and held_out.due(settings, sampler.batches_per_epoch, done):
                 measure()
             stopping = parallel.any_of(stop.received)
-            due = done % settings.checkpoint_every == 0 and not state["skipped_in_a_row"]  # else it may be a broken one
+            due = done % settings.checkpoint_every == 0 and not state["skipped_in_a_row"]  # else it may be broken
             if due or stopping or done in (settings.steps, state["best_step"]):
                 save()
 
@@ -446,8 +446,8 @@ def train(settings: Settings) -> int:
 
 
 def settled(settings: Settings, sizes: plan.Sizes) -> Settings:
-    """The settings with their defaults filled in, where these depend on the base or on other settings."""
-    file = settings.weights / "defaults.json"  # what suits this base; the official folder has none
+    """Fill in the defaults that depend on the base model or on other settings."""
+    file = settings.weights / "defaults.json"  # defaults for this base; the official folder has none
     suited = GUIDE | (read_json(file) if file.exists() else {})
     filled = {name: suited[name] for name in GUIDE if getattr(settings, name) is None}
     settings = replace(settings, **filled, degrade=settings.degrade or "guide")
@@ -465,7 +465,7 @@ def settled(settings: Settings, sizes: plan.Sizes) -> Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 done, 2 bad input, 130 stopped by a signal, 1 anything else."""
+    """Exit codes: 0 done, 2 bad input, 130 stopped by a signal, 1 anything else."""
     return program.run("train.py", train, parse_flags(Settings, argv, __doc__, EPILOG + degrade.describe()))
 
 

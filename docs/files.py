@@ -27,7 +27,7 @@ def extras() -> list[str]:
 
 
 def table(paths: list[str]) -> str:
-    """Rows of markdown, with the sum of the lines."""
+    """Rows of markdown, with the total of the lines."""
     rows = [row(path) for path in paths]
     lines = ["| file | lines | what it is |", "|---|--:|---|", *(f"| `{p}` | {n} | {what} |" for p, n, what in rows)]
     return "\n".join([*lines, f"| | {sum(n for _, n, _ in rows):,} | |"])
@@ -36,9 +36,9 @@ def table(paths: list[str]) -> str:
 def tables() -> str:
     """Core in reading order, the two scripts, the extras."""
     core = table([f"kontext_min/{name}.py" for name in CORE])
-    more = "Extras, which the core does not know; the programs import each in the branch of its flag:"
+    more = "Extras. No file of the core imports them; most belong to one flag:"
     return (
-        f"The core, in the order of its imports:\n\n{core}\n\nThe two programs:\n\n{table(SCRIPTS)}\n\n"
+        f"The core; a file imports only files above it:\n\n{core}\n\nThe two programs:\n\n{table(SCRIPTS)}\n\n"
         f"{more}\n\n{table(extras())}"
     )
 

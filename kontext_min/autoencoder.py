@@ -1,7 +1,7 @@
 """The Flux autoencoder: a photograph (3, H, W) becomes a latent (16, H/8, W/8), and back.
 
     mean, logvar = Encoder(image)                     image in [-1, 1]
-    z            = scale * (mean - shift)             scale 0.3611, shift 0.1159: about zero mean, unit deviation
+    z            = scale * (mean - shift)             scale 0.3611, shift 0.1159: mean about 0, deviation about 1
     image        = Decoder(z / scale + shift)
 
 One level halves the side, except the last: four levels give the factor 8.
@@ -35,12 +35,12 @@ class AutoencoderParams:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Normalise each of 32 groups of channels over the group and all positions; eps is 1e-6, not torch's 1e-5."""
+    """Normalize each of 32 groups of channels over the group and all positions; eps is 1e-6, not torch's 1e-5."""
     return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
 
 
 def swish(x: Tensor) -> Tensor:
-    """x * sigmoid(x), any shape. In place: it always follows a norm, whose result nobody else reads."""
+    """x * sigmoid(x), any shape. In place: it always follows a norm, whose output nothing else reads."""
     return F.silu(x, inplace=True)
 
 
@@ -53,7 +53,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # "nin": network in network, an old name of a 1x1 convolution.
+        # "nin" is network in network, an old name for a 1x1 convolution.
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,18 +96,18 @@ def downsample(c: int) -> nn.Sequential:
 
 
 def upsample(c: int) -> nn.Sequential:
-    """Twice the side, (B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a 3x3 convolution."""
+    """Twice the side, (B, C, H, W) -> (B, C, 2H, 2W): nearest neighbor, then a 3x3 convolution."""
     # Not a transposed convolution: that leaves a checkerboard (Odena et al. 2016).
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 def middle(c: int) -> nn.Sequential:
-    """The bottom of both halves, (B, C, H, W) -> (B, C, H, W)."""
+    """The middle of the encoder and of the decoder, (B, C, H, W) -> (B, C, H, W)."""
     return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c), attn_1=AttnBlock(c), block_2=ResnetBlock(c, c)))
 
 
 class Level(nn.Module):
-    """ResNet blocks at one size, then a change of size unless it is the last level of its half."""
+    """ResNet blocks at one size, then a change of size, except at the last level."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, down: bool = False, up: bool = False) -> None:
         super().__init__()
@@ -155,8 +155,8 @@ class Decoder(nn.Module):
         widths = [params.ch * m for m in params.ch_mult]
         self.conv_in = nn.Conv2d(params.z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1])
-        # Indexed like `down`, 0 is the full size, so it runs from its last entry to its first. (diffusers' decoder
-        # counts the other way round.) A level has one block more than in the encoder.
+        # Indexed like `down`: 0 is the full size, so the levels run from last to first. (diffusers' decoder counts the
+        # other way round.) Each level has one block more than in the encoder.
         self.up = nn.ModuleList(
             Level(c_in, c_out, params.num_res_blocks + 1, up=level > 0)
             for level, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
@@ -176,7 +176,7 @@ class Autoencoder(nn.Module):
     """Encoder and decoder with the shift and scale of the latent space.
 
     Inputs are made contiguous, channel by channel (NCHW). In channels-last order torch's group norm on a CPU takes the
-    variance as E[x^2] - E[x]^2, which is off by 6 percent of a deviation where a group's mean is far from zero.
+    variance as E[x^2] - E[x]^2, an error of 6 percent of a deviation where a group's mean is far from zero.
     """
 
     def __init__(self, params: AutoencoderParams) -> None:
@@ -187,7 +187,7 @@ class Autoencoder(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Pixels of the picture on one side of a latent position: 8 for Flux."""
+        """How many pixels wide and high a latent position is: 8 for Flux."""
         return 2 ** (len(self.params.ch_mult) - 1)
 
     def moments(self, image: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
-"""Official weight files to networks, in every layout that people download.
+"""Load official weight files, in every layout that people download.
 
     1. header    each file lists name, shape and dtype of its tensors; the safetensors library checks them
     2. map       stored tensors get the names of our parameters; their shapes tell how wide and deep the network is
-    3. meta      the network is built on the meta device, where parameters take no memory, and each finds its tensors
+    3. meta      the network is built on the meta device, where parameters take no memory; each is matched to tensors
     4. assign    tensors mapped into memory from the file become the parameters; nothing is copied if the dtype fits
 
 A path is one safetensors file, a folder of shards with their index, or the whole hub folder (transformer/, vae/,
 text_encoder/, text_encoder_2/). Names are BFL's or diffusers', with the prefixes of ComfyUI's all-in-one files. fp8
-weights, with or without scales, are widened while loading. What no shape tells (NOT_IN_SHAPES) comes from config.json
-beside the file or from `config` in its metadata; otherwise it is the official value.
+weights, with or without scales, are widened while loading. Values that no shape reveals (NOT_IN_SHAPES) come from
+config.json next to the file or from `config` in its metadata; otherwise they are the official ones.
 
 Sources: for the names black-forest-labs/flux 802fb47, src/flux/modules/layers.py and autoencoder.py; diffusers 0.42.1,
 transformer_flux.py, normalization.py (AdaLayerNormContinuous) and autoencoder_kl.py; ComfyUI (October 2025) for
@@ -96,7 +96,7 @@ DTYPES = {  # safetensors' spelling
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
 }
-LONGEST = 100_000_000  # bytes of a header, the official limit
+LONGEST = 100_000_000  # bytes of a header, the format's limit
 WIDENED = ("F8_E4M3", "F8_E5M2", "I8")  # read as float32, times their scale; I8 is what this project writes
 OTHER_FILES = {  # by their first bytes
     **dict.fromkeys((b"PK", b"\x80"), "a pickled PyTorch file, which can run code; convert it to safetensors"),
@@ -122,10 +122,10 @@ Headers = dict[str, Stored]
 
 
 def read_headers(files: Iterable[Path]) -> Headers:
-    """The tensors of some safetensors files by name; everything that reads weights comes through here.
+    """The tensors of some safetensors files by name; all weights are read through here.
 
     Raises:
-        ValueError: no safetensors file, a truncated or broken one, or one name in two files.
+        ValueError: not a safetensors file, a truncated or broken one, or one name in two files.
     """
     headers: Headers = {}
     for file in files:
@@ -148,7 +148,7 @@ def _read_header(file: Path) -> tuple[Headers, dict[str, str]]:
         start += f.read(min(int.from_bytes(start, "little"), LONGEST))
     try:
         # The library checks types, sizes and offsets, but not that each name occurs once. With "pt" it would reserve
-        # memory for the whole file, which fails where the file is larger than the memory.
+        # memory for the whole file, which fails if the file is larger than the memory.
         with safe_open(file, "np"):
             pairs = json.loads(start[8:], object_pairs_hook=list)
         entries = {name: dict(entry or ()) for name, entry in pairs}  # __metadata__ may be null
@@ -166,20 +166,20 @@ def _read_header(file: Path) -> tuple[Headers, dict[str, str]]:
 
 
 def _fault(file: Path, start: bytes, error: str) -> str:
-    """What is wrong with a file that the library refuses; `start` are its first bytes, up to the end of the header."""
+    """What is wrong with a file that the library rejects; `start` is its beginning, up to the end of the header."""
     length, size = int.from_bytes(start[:8], "little"), file.stat().st_size
     if size > 8 and (start[8:9] != b"{" or length > LONGEST):
         kind = next((kind for mark, kind in OTHER_FILES.items() if start.startswith(mark)), "of another kind")
         return f"not a safetensors file but {kind}"
     end = 8 + max(length, 1)
-    if "not fully covered" in error:  # the header is whole; the data may be cut, or have other bytes behind it
+    if "not fully covered" in error:  # the header is complete; the data may be cut off, or be followed by other bytes
         end += max(entry["data_offsets"][1] for name, entry in json.loads(start[8:]).items() if name[:2] != "__")
     return f"truncated, {size} bytes of {end}; download it again" if size < end else f"broken safetensors file: {error}"
 
 
 # --------------------------------------------------------------------------------------- names: diffusers' and ours
 
-# Our attribute names are those of BFL's files, which need no map. diffusers keeps q, k, v (and the first MLP matrix of
+# Our attribute names are those of BFL's files, and need no map. diffusers keeps q, k, v (and the first MLP matrix of
 # single blocks) apart instead of in one matrix: several names on the right are joined along the rows. `.weight` and
 # `.bias` follow the module; the q/k norms are `.scale` here and `.weight` there.
 EMBEDDER = (("in_layer", "linear_1"), ("out_layer", "linear_2"))
@@ -250,7 +250,7 @@ PREFIXES = {  # all-in-one checkpoints hold several networks; the first prefix t
     "t5": ("text_encoders.t5xxl.transformer.",),
 }
 SCALES = ("scale_weight", "weight_scale")  # ComfyUI's old and new spelling: W = fp8 * scale
-IGNORED = (  # scales for fp8 x fp8 products, markers, and heads that third-party exports carry along
+IGNORED = (  # scales for fp8 x fp8 products, markers, and heads that third-party exports add
     *("scale_input", "input_scale", "comfy_quant", "scaled_fp8"),
     *("position_ids", "logit_scale", "text_projection.weight"),
 )
@@ -285,7 +285,7 @@ def by_our_names(headers: Headers, part: str) -> Sources:
         for ours, theirs in flux_modules(FluxParams(depth=doubles, depth_single_blocks=singles)).items():
             for leaf in ("weight", "bias"):
                 names = [f"{module}.{leaf}" for module in theirs]
-                if all(name in found for name in names):  # otherwise they stay as they are and will be unexpected
+                if all(name in found for name in names):  # otherwise `check` finds them unexpected
                     ours_leaf = "scale" if ours.endswith("_norm") else leaf
                     sources[f"{ours}.{ours_leaf}"] = [found.pop(name) for name in names]
     return sources | {name: [stored] for name, stored in found.items()}
@@ -297,7 +297,7 @@ Shapes = dict[str, tuple[int, ...]]  # by the names of our parameters
 
 
 def flux_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Sizes of a Flux. A head is as long as its norm; an eighth of it, made even, is for the index of the picture."""
+    """Sizes of a Flux. The norm gives the size of a head; an eighth of it, rounded up to even, is for the index."""
     hidden, in_channels = shapes["img_in.weight"]
     (head,) = shapes["single_blocks.0.norm.query_norm.scale"]
     index = 2 * math.ceil(head / 16)
@@ -317,7 +317,7 @@ def flux_sizes(shapes: Shapes) -> dict[str, Any]:
 
 
 def autoencoder_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Sizes of an autoencoder; the decoder has one residual block a level more than the encoder, so it shows all."""
+    """Sizes of an autoencoder; they are read from the decoder, which has one more residual block per level."""
     ch, in_channels = shapes["encoder.conv_in.weight"][:2]
     levels = range(_count(shapes, "decoder.up."))
     return {
@@ -331,7 +331,7 @@ def autoencoder_sizes(shapes: Shapes) -> dict[str, Any]:
 
 
 def clip_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Sizes of a CLIP text encoder; every CLIP of OpenAI's has heads of 64."""
+    """Sizes of a CLIP text encoder; every CLIP by OpenAI has heads of size 64."""
     vocab_size, hidden_size = shapes["embeddings.token_embedding.weight"]
     return {
         "vocab_size": vocab_size,
@@ -359,7 +359,7 @@ def t5_sizes(shapes: Shapes) -> dict[str, Any]:
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
-    """How many blocks there are behind a prefix."""
+    """How many blocks there are under a prefix."""
     return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
 
 
@@ -378,18 +378,18 @@ NOT_IN_SHAPES = {  # part: key of its config.json -> our name
 
 
 def told(file: Path, part: str) -> dict[str, Any]:
-    """The numbers that no shape tells, as far as config.json or the file's metadata has them.
+    """The values that no shape reveals, as far as config.json or the file's metadata gives them.
 
     Raises:
-        ValueError: one of them is no number, or for `axes_dim` no list.
+        ValueError: one of them is not a number, or `axes_dim` is not a list.
     """
     where = file.parent / "config.json"
     config = read_json(where) if where.exists() else {}
-    if NETWORKS[part][3] not in config:  # it is that of another network in the same folder
+    if NETWORKS[part][3] not in config:  # it belongs to another network in the same folder
         where, text = file, metadata(file).get("config", "{}")
         try:
             config = dict(json.loads(text).items())
-        except (ValueError, RecursionError, AttributeError):  # other programs write other things there
+        except (ValueError, RecursionError, AttributeError):  # other programs write other text there
             config = {}
     found = {}
     for key, ours in NOT_IN_SHAPES[part].items():
@@ -405,7 +405,7 @@ def told(file: Path, part: str) -> dict[str, Any]:
 
 
 def outline(part: str, path: str | Path, params: Any = None) -> tuple[Any, Sources]:
-    """A network on meta, and the stored tensors of each of its parameters; `params` None reads the sizes from them.
+    """A network on the meta device, and the stored tensors of each parameter; `params` None reads sizes from them.
 
     Raises:
         FileNotFoundError: no such file. ValueError: the files hold another network, or not all of this one.
@@ -450,7 +450,7 @@ def check(model: nn.Module, sources: Sources, part: str, file: Path) -> None:
 
 
 def likely(names: Iterable[str], part: str) -> str:
-    """A guess at what a file is that is not what it should be."""
+    """For a file that is not the expected network: a guess at what it is."""
     signs = {"SelfAttention": "t5", "self_attn.q_proj": "clip", "single_": "transformer", "decoder.conv_in": "vae"}
     text = " ".join(names)
     if "lora" in text:
@@ -462,7 +462,7 @@ def likely(names: Iterable[str], part: str) -> str:
 
 
 def mapped(stored: Stored) -> Tensor:
-    """The tensor (*shape) as stored: memory mapped to its place in the file, filled as it is read, freed with it."""
+    """The tensor (*shape) as stored, memory-mapped: the file is read on access, and unmapped with the tensor."""
     data = torch.from_numpy(np.memmap(stored.file, np.uint8, "c", stored.offset, (stored.nbytes,)))  # copy on write
     dtype = DTYPES[stored.dtype]
     if stored.offset % dtype.itemsize:  # old files do not align their tensors
@@ -480,9 +480,9 @@ def widened(stored: Stored) -> Tensor:
 
 
 def fill(model: Any, sources: Sources, dtype: torch.dtype | None, device: Device) -> Any:
-    """Give a network on meta the parameters in `sources`; others stay on meta. It comes back frozen, in eval mode."""
+    """Fill a network on meta with the parameters in `sources`; others stay on meta. Returns it frozen, in eval mode."""
     if dtype is None and any(s.dtype in WIDENED for stored in sources.values() for s in stored):
-        dtype = torch.bfloat16  # an fp8 file holds the rest in several dtypes: one for all
+        dtype = torch.bfloat16  # an fp8 file stores the rest in several dtypes: use one
     shapes = {name: p.shape for name, p in model.state_dict().items()}
     state = {}
     for name, stored in sources.items():
@@ -498,9 +498,9 @@ def fill(model: Any, sources: Sources, dtype: torch.dtype | None, device: Device
 def load_flux(
     path: str | Path, params: FluxParams | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> Flux:
-    """The transformer, frozen, from a file or folder as `find` takes it; on the CPU it stays mapped to the file.
+    """The transformer, frozen, from a file or folder as `find` takes it; on the CPU it stays memory-mapped.
 
-    `params` None reads the sizes from the files; `dtype` None keeps what is stored, and makes fp8 bfloat16.
+    `params` None reads the sizes from the files; `dtype` None keeps the stored dtype, and widens fp8 to bfloat16.
 
     Raises:
         FileNotFoundError: no such file.
@@ -526,7 +526,7 @@ def load_clip(
 def load_t5(
     path: str | Path, params: T5Params | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> T5Encoder:
-    """The T5 encoder, as load_flux; Raises: ValueError for float16 too, in which T5-XXL overflows."""
+    """The T5 encoder, like load_flux; Raises: ValueError also for float16, in which T5-XXL overflows."""
     if dtype == torch.float16:
         raise ValueError("T5: got dtype float16, in which it overflows; take bfloat16 or float32.")
     return fill(*outline("t5", path, params), dtype, device)

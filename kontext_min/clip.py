@@ -11,8 +11,8 @@ clip/simple_tokenizer.py; transformers 5.23, models/clip/modeling_clip.py and to
 Attribute names are the hub's without their leading `text_model.`.
 Shapes: B batch, L tokens (77), D width, H heads, K = D / H.
 
-Three conventions clean a prompt up, and this file follows the first:
-  A. transformers 5 and its older fast tokenizer: NFC, whitespace to one space, each character lower-cased by itself;
+There are three conventions for cleaning up a prompt; this file follows A:
+  A. transformers 5 and its older fast tokenizer: NFC, runs of whitespace to one space, each character lowercased alone;
   B. OpenAI's own, also transformers 4 with ftfy: repairs mojibake, straightens quotes, unescapes HTML, str.lower();
   C. transformers 4 without ftfy: BERT's clean-up, with spaces around CJK ideographs.
 They give the same ids for plain English. diffusers now runs A.
@@ -64,8 +64,8 @@ class SelfAttention(nn.Module):
         """(B, L, D) -> (B, L, D)."""
         projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (rearrange(p, "B L (H K) -> B H L K", H=self.heads) for p in projections)
-        # Causal, because CLIP was trained so. What follows the first <|endoftext|> cannot reach the pooled vector, so
-        # the padding needs no mask.
+        # Causal, because CLIP was trained that way. What follows the first <|endoftext|> cannot reach the pooled
+        # vector, so the padding needs no mask.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(rearrange(x, "B H L K -> B L (H K)"))
 
@@ -95,7 +95,7 @@ class ClipTextEncoder(nn.Module):
 
     def __init__(self, params: ClipParams) -> None:
         super().__init__()
-        # Dictionaries without a forward of their own give weights the hub's names.
+        # ModuleDicts give the weights the hub's names.
         tokens = nn.Embedding(params.vocab_size, params.hidden_size)
         positions = nn.Embedding(params.max_position_embeddings, params.hidden_size)
         self.embeddings = nn.ModuleDict({"token_embedding": tokens, "position_embedding": positions})
@@ -106,45 +106,45 @@ class ClipTextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Ids (B, L <= 77) int64 -> last_hidden_state (B, L, D) and pooled (B, D), in the dtype of the weights.
 
-        Flux takes the pooled vector only. <|endoftext|> must be the highest id, as it is in every CLIP vocabulary.
+        Flux uses only the pooled vector. <|endoftext|> must be the highest id, as it is in every CLIP vocabulary.
         """
         x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[: ids.shape[1]]
         for layer in self.encoder["layers"]:
             x = layer(x)
         x = self.final_layer_norm(x)
         # The padding has the id of <|endoftext|> too; argmax finds the first of equal maxima, the end of the prompt.
-        # (The hub's config.json names 2 as end token, which is wrong; transformers then takes the argmax as well.)
+        # (The hub's config.json gives 2 as the end token, which is wrong; transformers then uses argmax too.)
         return x, x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
 
 
 LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-# Unicode White_Space. Python's own \s has U+001C to U+001F besides, which the official pattern does not.
+# Unicode White_Space. Python's own \s also matches U+001C to U+001F, which the official pattern does not.
 WHITESPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-# The official pattern, for a lower-cased text whose letters are a-z and digits 0-9 (see `split_words`).
+# The official pattern, for a lowercased text whose letters are a-z and digits 0-9 (see `split_words`).
 WORD = re.compile(r"<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")
 
 
 def clean(text: str) -> str:
-    """Convention A: compose accents, every run of whitespace to one space, lower-case."""
-    # Character by character: str.lower() on a word would make another letter of a final sigma.
+    """Convention A: compose accents, reduce every run of whitespace to one space, lowercase."""
+    # Character by character: str.lower() on a word would turn a final sigma into another letter.
     text = WHITESPACE.sub(" ", unicodedata.normalize("NFC", text))
     return "".join(character.lower() for character in text)
 
 
 def split_words(text: str) -> list[str]:
-    r"""Cut a cleaned text into contractions, runs of letters, single digits and runs of anything else but spaces.
+    r"""Cut a cleaned text into contractions, runs of letters, single digits and runs of anything else except spaces.
 
     The official pattern is `'s|...|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+`. Python's `re` has no \p{L}, so the pattern is
     matched on a stand-in of the same length, in which an ASCII character of the same Unicode category replaces each
-    other character. An older Python does not know letters that Unicode added later, and takes them for symbols.
+    other character. An older Python takes letters that Unicode added later for symbols.
     """
     # "a" and "0" occur in no contraction, so a stand-in cannot complete one.
     in_class = {"L": "a", "N": "0"}
     stand_in = "".join(c if c.isascii() else in_class.get(unicodedata.category(c)[0], "!") for c in text)
     words = [text[match.start() : match.end()] for match in WORD.finditer(stand_in)]
-    # `ClipTokenizer.encode` has left only an end token in capitals. The official code cuts it out, then cuts it up.
+    # Only an end token that was in capitals can occur here (see `encode`). The official code splits it in three.
     return [part for word in words for part in (("<|", "endoftext", "|>") if word == END else (word,))]
 
 
@@ -184,14 +184,14 @@ class ClipTokenizer:
         return torch.tensor([row + [self.end] * (LENGTH - len(row)) for row in rows], dtype=torch.int64)  # (B, 77)
 
     def count(self, text: str) -> int:
-        """Number of ids of a prompt with start and end; a prompt with more than 77 is cut."""
+        """Number of ids of a prompt with start and end; a prompt with more than 77 is truncated."""
         return len(self.encode(text)) + 2
 
     def encode(self, text: str) -> list[int]:
-        """One prompt -> its ids, without start, end, padding and limit."""
+        """One prompt -> its ids, without start, end, padding or a length limit."""
         ids: list[int] = []
-        # Specials in a prompt become their ids: <|endoftext|> is searched in the raw text, so only in lower case,
-        # <|startoftext|> in the cleaned text, so in any case.
+        # Special tokens in a prompt become their ids. <|endoftext|> is searched in the raw text, so only in lowercase;
+        # <|startoftext|> is searched in the cleaned text, so in any case.
         for part in re.split(f"({re.escape(END)})", text):
             if part == END:
                 ids.append(self.end)

@@ -1,12 +1,12 @@
-"""A folder of photographs becomes training batches: find, assign a bucket, crop, degrade, stack.
+"""A folder of photographs becomes training batches: find, assign to a bucket, crop, degrade, stack.
 
     folder --scan--> pictures --usable--> those that cover their bucket --Pairs--> (control, target) --collate--> batch
                                           order of the pairs: BucketSampler
 
 * A bucket is one of the 17 shapes that Kontext was trained on. A picture goes to the bucket of the nearest aspect
   ratio, |log((w / h) / (w_bucket / h_bucket))|, is resized to cover it and cropped. It is never squashed.
-* Crop and degradation of a picture are functions of (seed, epoch, name), the order of an epoch is a function of
-  (seed, epoch). A run is therefore the same with any number of workers, after a resume, and on any number of GPUs.
+* Crop and degradation of a picture depend only on (seed, epoch, name), the order of an epoch only on (seed, epoch). A
+  run is therefore the same with any number of loader workers, after a resume, and on any number of GPUs.
 
 Sizes are (width, height) as in Pillow and in Kontext's list. Pictures are bytes (3, H, W), batches (B, 3, H, W).
 Source: the shapes are PREFERRED_KONTEXT_RESOLUTIONS of black-forest-labs/flux at 802fb47, src/flux/util.py.
@@ -60,7 +60,7 @@ def buckets(resolution: int = 1024, multiple: int = 16) -> list[Size]:
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Size]) -> Size:
-    """The bucket with the nearest aspect ratio, by |log|; of equally near ones the narrower."""
+    """The bucket with the nearest aspect ratio, by |log|; a tie goes to the narrower."""
     # The official rule compares |w/h - w/h|, in which 2:1 is four times as far from the square as 1:2 is.
     # On a log scale both are equally far, so a transposed picture gets the transposed bucket, and the crop loses least.
     return min(buckets, key=lambda b: (abs(math.log(width * b[1] / (height * b[0]))), b[0]))
@@ -69,12 +69,12 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Size]) -> Size:
 # ---- finding pictures ------------------------------------------------------------------------------------------------
 
 Image.init()
-# Formats that Pillow recognises but cannot decode by itself. EPS would run ghostscript on a file of unknown origin.
+# Formats that Pillow recognizes but cannot decode by itself. EPS would run ghostscript on an untrusted file.
 FORMATS = sorted(set(Image.OPEN) - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
-# A whole file has this mark in so many of its last bytes.
+# A complete file has this mark within this many bytes of its end.
 END_MARKS = {"JPEG": (b"\xff\xd9", 1 << 12), "PNG": (b"IEND", 1 << 17)}
-# These hold the orientation of a PNG. Behind the pixels, Pillow finds them only by decoding the picture.
+# These hold the orientation of a PNG. If they follow the pixels, Pillow finds them only by decoding.
 ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 SMALLEST = 16  # pixels a side
 THREADS = 8  # reading headers is mostly waiting for the disk
@@ -82,7 +82,7 @@ THREADS = 8  # reading headers is mostly waiting for the disk
 # Pillow refuses more than twice its limit, so that a small file cannot unpack to more than your memory.
 Image.MAX_IMAGE_PIXELS = int(float(os.environ.get("KONTEXT_MAX_PIXELS", "5e8"))) // 2
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-# It allows 1 MB for each text or colour profile of a PNG; editors write more. All together stay below 64 MB.
+# It allows 1 MB for each text or color profile of a PNG; editors write more. The total stays limited to 64 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
@@ -122,7 +122,7 @@ def walk(root: Path, failed: Callable[[OSError], None] | None = None) -> Iterato
     """(name below the root, path) of every file; hidden files and folders are skipped."""
     seen = set()
     for folder, folders, names in os.walk(root, onerror=failed, followlinks=True):
-        # A link may lead back to a folder above, so every folder is read once, whatever its path.
+        # A link may lead back to a parent folder, so every folder is read only once.
         if (real := os.path.realpath(folder)) in seen:
             folders.clear()
             continue
@@ -135,21 +135,21 @@ def walk(root: Path, failed: Callable[[OSError], None] | None = None) -> Iterato
 def _read_header(path: Path) -> Size | str:
     """(width, height), or the reason why the file cannot be used."""
     try:
-        # Opening a named pipe would block for ever.
+        # Opening a named pipe would block forever.
         if path.exists() and not path.is_file():
             return "not a file"
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             mark, length = END_MARKS.get(image.format or "", (b"", 0))
             file.seek(max(0, file.seek(0, os.SEEK_END) - length))
             tail = file.read()
-            # Decode a file without its end mark now, so that you learn about it now and not at night.
+            # Decode a file without its end mark now, so that a truncated one is found now, not in mid-run.
             if mark not in tail or any(m in tail for m in ORIENTATION_MARKS):
                 image.load()
             width, height = image.size if _orientation(image) < 5 else image.size[::-1]
         if min(width, height) < SMALLEST:
             return f"{width} x {height} pixels, less than {SMALLEST} a side"
         return width, height
-    # On broken files Pillow's parsers raise anything from OSError to KeyError.
+    # On broken files, Pillow's parsers raise anything from OSError to KeyError.
     except Exception as error:
         return _reason(error)
 
@@ -184,15 +184,15 @@ def usable(pictures: Sequence[Picture], buckets: Sequence[Size]) -> tuple[list[P
 
 # ---- one picture -----------------------------------------------------------------------------------------------------
 
-# EXIF orientation: what turns the stored picture upright.
+# EXIF orientation -> what turns the stored picture upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-# A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times faster. That is done if it leaves this many times
-# the size needed, so that Lanczos still decides what stays: the crop then differs from that of a full decode by 51 dB
-# in the median; with a margin of 1.0 by 45 dB, and it is 5 percent softer (tests/data_bench.py draft).
+# A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times faster. We do so if the result is still this many
+# times as large as needed, so that Lanczos does the last step. The crop's PSNR against that of a full decode is then
+# 51 dB in the median; with a margin of 1.0 it is 45 dB, and the crop 5 percent softer (tests/data_bench.py draft).
 DRAFT_MARGIN = 1.7
 
 
@@ -201,11 +201,11 @@ class UnreadableError(ValueError):
 
 
 def open_picture(path: Path, minimum: Size | None = None, to_srgb: bool = False) -> Image.Image:
-    """A picture as RGB bytes, upright. Alpha is laid on white, as browsers show it; an animation gives its first frame.
+    """A picture as RGB bytes, upright. Alpha is composited on white, as in browsers; of an animation, the first frame.
 
-    A JPEG much larger than the `minimum` that you will cover is decoded at reduced size. `to_srgb` converts colours
-    from the file's ICC profile: the autoencoder sees every picture as sRGB, so a pair of two profiles would teach a
-    colour shift. The official code ignores profiles. Raises UnreadableError, a ValueError that names the file.
+    A JPEG much larger than the `minimum` size that you need is decoded at reduced size. `to_srgb` converts colors from
+    the file's ICC profile: the autoencoder takes every picture as sRGB, so a pair with two profiles would teach a
+    color shift. The official code ignores profiles. Raises UnreadableError, a ValueError that names the file.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -213,10 +213,10 @@ def open_picture(path: Path, minimum: Size | None = None, to_srgb: bool = False)
                 w, h = minimum if _orientation(image) < 5 else minimum[::-1]
                 image.draft(None, (math.ceil(w * DRAFT_MARGIN), math.ceil(h * DRAFT_MARGIN)))
             image.load()
-            # Only now: in a PNG the orientation may stand behind the pixels.
+            # Only now: in a PNG the orientation may follow the pixels.
             orientation = _orientation(image)
             rgb = _to_rgb(image, to_srgb)
-    # As in _read_header: Pillow's parsers raise anything.
+    # As in _read_header, Pillow's parsers raise anything.
     except Exception as error:
         raise UnreadableError(f"{_text(path)}: {_reason(error)}") from error
     return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
@@ -225,7 +225,7 @@ def open_picture(path: Path, minimum: Size | None = None, to_srgb: bool = False)
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; it is 1 for a TIFF, which Pillow turns by itself, and where the EXIF is broken."""
     try:
-        # Not image.getexif(): that of a PNG decodes the whole picture to look for EXIF behind the pixels.
+        # Not image.getexif(): for a PNG it decodes the whole picture to look for EXIF after the pixels.
         found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
         return 1 if image.format == "TIFF" else found
     except Exception:
@@ -242,17 +242,17 @@ def _to_rgb(image: Image.Image, to_srgb: bool) -> Image.Image:
         if not (x.min() >= 0 and x.max() <= white):
             raise ValueError(f"values from {x.min()} to {x.max()}, expected 0 to {white}")
         image = Image.fromarray(np.rint(x * np.float32(255 / white)).astype(np.uint8))
-    # The colours under full transparency are undefined, so they must not show.
+    # Colors under full transparency are undefined, so they must not show.
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if profile and (transform := _srgb_transform(profile, kind)):
         return ImageCms.applyTransform(image if image.mode == kind else image.convert(kind), transform)
-    # convert() copies even if there is nothing to convert.
+    # convert() would copy even if there is nothing to convert.
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# A folder has few different profiles, and a CMYK one takes long to prepare.
+# A folder has only a few profiles, and a CMYK one takes long to prepare.
 @functools.lru_cache(16)
 def _srgb_transform(profile: bytes, kind: str) -> ImageCms.ImageCmsTransform | None:
     """The conversion of RGB, L or CMYK to sRGB, or None for a profile that is broken or of another kind."""
@@ -264,12 +264,12 @@ def _srgb_transform(profile: bytes, kind: str) -> ImageCms.ImageCmsTransform | N
 
 
 def crop(image: Image.Image, picture: Picture, size: Size, rng: np.random.Generator | None) -> Image.Image:
-    """A window of a picture, resized to `size`: anywhere, or the middle without a generator.
+    """A window of a picture, resized to `size`: at a random place, or in the middle without a generator.
 
-    The image may be any version of the picture; equal generators choose the same window of all. Raises UnreadableError
-    if the image has another shape than the picture had when it was scanned.
+    The image may be any version of the picture; equal generators choose the same window in each. Raises UnreadableError
+    if the image's aspect ratio is not the one that the scan found.
     """
-    # The window would squash a file that was replaced since the scan. Rounding of a smaller version stays below 10 %.
+    # The window would squash a file that was replaced since the scan. A smaller version's rounding stays below 10 %.
     if not 0.9 < image.width * picture.height / (image.height * picture.width) < 1.1:
         raise UnreadableError(f"{picture.name}: is now {image.width} x {image.height}, of another shape.")
     scale = max(size[0] / picture.width, size[1] / picture.height)
@@ -280,13 +280,13 @@ def crop(image: Image.Image, picture: Picture, size: Size, rng: np.random.Genera
         start = int(rng.integers(room + 1)) if rng else room // 2
         starts.append(start / (side * scale) * pixels)
         ends.append(min((start + shown) / (side * scale), 1.0) * pixels)
-    # Crop and resize at once: a strip of 30000 x 20 pixels would become gigabytes if it were resized as a whole.
+    # Crop and resize at once: a strip of 30000 x 20 pixels, resized as a whole, would take gigabytes.
     return image.resize(size, Image.Resampling.LANCZOS, box=(*starts, *ends))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture to bytes (3, H, W)."""
-    # Workers send bytes: a quarter of the floats in memory and on the way, and exact. The GPU makes the floats.
+    # Loader workers send bytes: a quarter of the size of floats, and exact. The GPU converts them to floats.
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -302,7 +302,7 @@ class Pairs(torch.utils.data.Dataset):
     """(control, target): a crop of each picture, degraded and clean.
 
     `degrade` makes a control from a target and a generator (degrade.parse). `prompt` is for pictures without a caption;
-    captions are read now, once. Without `train` crops are centred, and nothing depends on the epoch.
+    the constructor reads all captions. Without `train`, crops are centered and nothing depends on the epoch.
 
     Raises:
         ValueError: no pictures, or a caption that is not UTF-8.
@@ -323,7 +323,7 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.pictures)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        """The item of (epoch, index), see `item`."""
+        """The item at (epoch, index); see `item`."""
         return self.item(*place, self.buckets[self.bucket_of[place[1]]])
 
     def item(self, epoch: int, i: int, bucket: Size) -> dict[str, Any]:
@@ -341,7 +341,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def _caption(picture: Picture) -> str:
-    """The text beside a picture on one line, empty if there is none."""
+    """The caption of a picture on one line, empty if there is none."""
     try:
         return " ".join(picture.caption.read_text(encoding="utf-8-sig").split()) if picture.caption else ""
     except UnicodeDecodeError as error:
@@ -349,10 +349,10 @@ def _caption(picture: Picture) -> str:
 
 
 class BucketSampler:
-    """Endless batches of one shape, for DataLoader's `batch_sampler`: lists of (epoch, index).
+    """Endless batches, each from one bucket, for DataLoader's `batch_sampler`: lists of (epoch, index).
 
     Every epoch has each picture once, in an order that depends on (seed, epoch). Every batch is full: the last one of a
-    bucket is filled up from the bucket's own beginning. N processes (`world`) with batches of B see what one process
+    bucket is filled up with the bucket's first pictures. N processes (`world`) with batches of B see what one process
     with batches of N B sees; process `rank` takes its part. A resumed run skips `start` batches without reading them.
     """
 
@@ -365,7 +365,7 @@ class BucketSampler:
         self.batches_per_epoch = int((-(-np.bincount(self.bucket_of) // self.whole)).sum())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Batches from `start` on, for ever."""
+        """Batches from `start` on, forever."""
         epoch, skip = divmod(self.start, self.batches_per_epoch)
         while True:
             rng = numpy_generator(self.seed, "order", epoch)
@@ -373,14 +373,14 @@ class BucketSampler:
             groups = [order[self.bucket_of[order] == bucket] for bucket in np.unique(self.bucket_of)]
             # np.resize repeats a group from its beginning until all of its batches are full.
             batches = np.concatenate([np.resize(g, (-(-len(g) // self.whole), self.whole)) for g in groups])
-            # The buckets are mixed: else an epoch would be all portraits first, then all landscapes.
+            # Mix the buckets: otherwise an epoch would be all portraits first, then all landscapes.
             for batch in rng.permutation(batches)[skip:, self.mine]:
                 yield [(epoch, index) for index in batch.tolist()]
             epoch, skip = epoch + 1, 0
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Items to a batch: tensors are stacked, as control and target (B, 3, H, W); anything else becomes a list of B."""
+    """Items to a batch: tensors are stacked, such as control (B, 3, H, W); anything else becomes a list of length B."""
     columns = {key: [item[key] for item in items] for key in items[0]}
     return {key: torch.stack(x) if isinstance(x[0], Tensor) else x for key, x in columns.items()}
 
@@ -389,11 +389,11 @@ def load(
     pairs: torch.utils.data.Dataset, batches: Iterable[list[tuple[int, int]]], workers: int, pin_memory: bool = False,
     prepare_worker: Callable[[int], None] | None = None,
 ) -> torch.utils.data.DataLoader:  # fmt: skip
-    """Batches (see `collate`) of the pairs at these places, read and degraded by worker processes."""
+    """A loader of batches (see `collate`) of the pairs at these places; worker processes read and degrade them."""
     return torch.utils.data.DataLoader(
         pairs, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
         worker_init_fn=prepare_worker,
-        # Fork, not the fork server that is Python's default from 3.14 on: a signal to the process group kills the
-        # server and its workers with it, and both outlive a run that is killed itself.
+        # Fork, not the fork server, Python's default from 3.14 on: a signal to the process group kills that server and
+        # its workers, and if the run itself is killed, both outlive it.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip

@@ -6,13 +6,13 @@
     jpeg=30:95             drawn for each picture: a number from 30 to 95, or one of several words, area:bicubic
     sepia=0.8@0.5          applied with probability 0.5
     blur=1,jpeg=85         one after the other, from left to right
-    (blur=2|defocus=3)     one of them; @p is a chance, those without @ share the rest; a rest not shared does nothing
+    (blur=2|defocus=3)     one of them; @p is a probability, those without share the rest; what is left does nothing
     (blur=1,jpeg=85)@0.5   parentheses make one step of several; quote them in the shell
-    old-photo,jpeg=40      the name of a preset stands for its text in presets.toml
+    old-photo,jpeg=40      a preset's name stands for its text in presets.toml
 
 Operators work on float32 RGB (H, W, 3) in [0, 1], sRGB as in the file. Results are clipped to [0, 1] and not rounded:
-bytes are made only where a file is written (jpeg, webp) and at the end. All randomness comes from the generator `rng`.
-Lengths are in pixels, noise in parts of full white, angles in degrees counter-clockwise.
+they become bytes only in jpeg and webp, and at the end. All randomness comes from the generator `rng`.
+Lengths are in pixels, noise is relative to full white, angles are in degrees counterclockwise.
 
 Sources: [1] Real-ESRGAN, Wang et al. 2021, arXiv 2107.10833, section 3, and the published settings of its x4 training;
 [2] Bringing Old Photos Back to Life, Wan et al. 2020, arXiv 2004.09484; [3] Foi et al. 2008, Practical
@@ -41,7 +41,7 @@ Array = np.ndarray
 Rng = np.random.Generator
 Size = tuple[int, int]  # width, height
 
-# What a value of an operator may be: a number, Annotated[int or float, lowest, highest], or a word, Literal[words].
+# The values that an operator takes: a number, Annotated[int or float, lowest, highest], or a word, Literal[words].
 Width = Annotated[float, 0, 100]
 Angle = Annotated[float, -360, 360]
 Reach = Annotated[int, 0, 200]
@@ -50,7 +50,7 @@ Part = Annotated[float, 0, 1]
 Quality = Annotated[int, 1, 100]
 Scale = Annotated[float, 0.02, 4]
 Count = Annotated[int, 0, 1000]
-Density = Annotated[float, 0, 1e5]  # in a million pixels
+Density = Annotated[float, 0, 1e5]  # per million pixels
 Form = Literal["gauss", "plateau"]
 Kind = Literal["colour", "grey"]
 Method = Literal["bicubic", "bilinear", "area"]
@@ -65,7 +65,7 @@ def _convolve(x: Array, kernel: Array) -> Array:
     spectrum = np.fft.rfft2(kernel / kernel.sum(), size).astype(np.complex64)
     x = np.pad(x, ((r, r), (r, r), (0, 0)), mode="reflect")
     channels = [np.fft.irfft2(np.fft.rfft2(x[..., c], size) * spectrum, size) for c in range(3)]
-    # An FFT convolves in a circle: what wraps around lands in the first 2r rows and columns, which are cut off.
+    # An FFT convolves circularly: what wraps around lands in the first 2r rows and columns, which are cut off.
     return np.stack([c[2 * r : 2 * r + h, 2 * r : 2 * r + w] for c in channels], axis=2).astype(np.float32)
 
 
@@ -95,7 +95,7 @@ def aniso_blur(
 
 def sinc(x: Array, rng: Rng, cutoff: Annotated[float, 0.1, 4.5], radius: Annotated[int, 1, 200] = 10) -> Array:
     """Circular low-pass, which rings: k = w J1(w r) / (2 pi r), w the cutoff in radians per pixel [1]."""
-    r = np.maximum(np.hypot(*_grid(radius)), 1e-6)  # the limit at the centre is w^2 / (4 pi)
+    r = np.maximum(np.hypot(*_grid(radius)), 1e-6)  # the limit at the center is w^2 / (4 pi)
     # J1(z) = 1/pi int_0^pi cos(t - z sin t) dt, over half a period of a smooth function: 128 midpoints are enough.
     t = (np.arange(128) + 0.5) * np.pi / 128
     j1 = np.cos(t - cutoff * r[..., None] * np.sin(t)).mean(axis=-1)
@@ -103,7 +103,7 @@ def sinc(x: Array, rng: Rng, cutoff: Annotated[float, 0.1, 4.5], radius: Annotat
 
 
 def motion_blur(x: Array, rng: Rng, length: Annotated[float, 0, 400], angle: Angle) -> Array:
-    """Shake along a line `length` pixels long, anti-aliased: k = max(0, 1 - distance to the line) [6]."""
+    """Camera shake along a line `length` pixels long, anti-aliased: k = max(0, 1 - distance to the line) [6]."""
     half = max(length - 1, 0) / 2  # the soft ends add half a pixel each
     u, v = _grid(half + 1, angle)
     return _convolve(x, np.maximum(1 - np.hypot(np.maximum(np.abs(u) - half, 0), v), 0))
@@ -120,7 +120,7 @@ FILTERS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "area": Image.B
 
 
 def _resample(x: Array, size: tuple[float, float], method: Method) -> Array:
-    """Pillow's resize to the rounded (width, height), one float32 channel at a time: of RGB it resizes bytes only."""
+    """Pillow's resize to the rounded (width, height), one float32 channel at a time: it resizes RGB only as bytes."""
     # On each axis y[i] = sum_j k(c - j) x[j] / sum_j k(c - j) with c = (i + 1/2) / s - 1/2, s = new side / old side,
     # and k the filter, stretched by 1 / s if s < 1.
     pixels = [max(1, round(n)) for n in size]
@@ -135,13 +135,13 @@ def downsample(x: Array, rng: Rng, factor: Annotated[float, 1, 64], method: Meth
 
 
 def resize(x: Array, rng: Rng, scale: Scale, method: Method = "bicubic", *, size: Size) -> Array:
-    """To `scale` times `size`, the clean picture's (width, height). Later operators work there; Step goes back [1]."""
+    """To `scale` times `size`, the clean picture's (width, height), for all later operators; Step resizes back [1]."""
     return _resample(x, (size[0] * scale, size[1] * scale), method)
 
 
 # ---- sensor ----------------------------------------------------------------------------------------------------------
 
-# N(0, 1) by its 65,536 quantiles, up to 4.3 deviations: looking them up takes 5 ms per megapixel, exact draws take 33.
+# N(0, 1) as 65,536 quantiles, up to 4.3 deviations: a lookup takes 5 ms per megapixel, exact draws take 33.
 NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 65536) for i in range(65536)], dtype=np.float32)
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as in JPEG
 
@@ -149,7 +149,7 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as in 
 def noise(x: Array, rng: Rng, std: Part, kind: Kind = "colour") -> Array:
     """y = x + std n, n ~ N(0, 1), drawn for each channel (colour) or once for the three (grey) [1]."""
     table, y = np.float32(std) * NORMAL, np.empty_like(x)
-    for top in range(0, len(x), 32):  # strips fit into the processor's cache
+    for top in range(0, len(x), 32):  # strips fit in the CPU's cache
         strip = x[top : top + 32]
         drawn = strip[..., :1] if kind == "grey" else strip
         index = rng.bit_generator.random_raw(ceil(drawn.size / 4)).view(np.uint16)[: drawn.size]  # 64 bits: 4 indices
@@ -158,7 +158,7 @@ def noise(x: Array, rng: Rng, std: Part, kind: Kind = "colour") -> Array:
 
 
 def poisson(x: Array, rng: Rng, std: Part, kind: Kind = "colour") -> Array:
-    """Counted photons: y = s^2 Poisson(x / s^2), variance s^2 x. White is 1 / s^2 photons; `std` s is its deviation."""
+    """Shot noise: y = s^2 Poisson(x / s^2), variance s^2 x. White is 1 / s^2 photons, and `std` s is its deviation."""
     # [1] counts 256 photons and multiplies the deviation by a scale: mean and variance are those of s = scale / 16.
     signal = (x @ LUMA)[..., None] if kind == "grey" else x
     step = max(std, 1e-4) ** 2
@@ -170,8 +170,8 @@ def underexpose(
     photons: Annotated[float, 1, 1e6] = 4000.0, read: Annotated[float, 0, 1e4] = 4.0,
 ) -> Array:  # fmt: skip
     """Low light: y = srgb((Poisson(e) + read n) / photons), e = photons 2^-stops linear(x), n ~ N(0, 1) [3]."""
-    # `photons` make white at the right exposure, `read` is in electrons. The noise is added to linear light; the curve
-    # of IEC 61966-2-1 (linear, and its inverse srgb) then amplifies it in the shadows.
+    # `photons` is the count at white without underexposure; `read` is in electrons. The noise is added to linear
+    # light; the curve of IEC 61966-2-1 (linear, and its inverse srgb) then amplifies it in the shadows.
     linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
     electrons = rng.poisson(photons * 2.0**-stops * linear) + read * rng.standard_normal(x.shape, dtype=np.float32)
     linear = np.maximum(electrons / photons, 0)
@@ -198,7 +198,7 @@ def fade(x: Array, rng: Rng, gain: Part, lift: Part, saturation: Part = 1.0) -> 
 
 
 def sepia(x: Array, rng: Rng, weight: Part) -> Array:
-    """y = (1 - weight) x + weight min(S x, 1), S the matrix of `sepia` in [4]: grey turns brown."""
+    """y = (1 - weight) x + weight min(S x, 1), S the matrix of `sepia` in [4]: gray turns brown."""
     matrix = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]], dtype=np.float32)
     return (1 - np.float32(weight)) * x + np.float32(weight) * np.minimum(x @ matrix.T, 1)
 
@@ -208,7 +208,7 @@ def _paint(x: Array, rng: Rng, strokes: list[tuple[list[tuple[float, float]], fl
     layer = Image.new("LA", x.shape[1::-1])  # a c, and a: blurring c alone would mix in black
     draw = ImageDraw.Draw(layer)
     for points, width in strokes:
-        # 7 in 10 strokes are light, as bare paper, the others dark.
+        # 7 in 10 strokes are light, like bare paper; the others are dark.
         tone = rng.uniform(0.85, 1) if rng.random() < 0.7 else rng.uniform(0, 0.15)
         ink = (round(255 * opacity * tone), round(255 * opacity))
         if len(points) > 1:
@@ -220,8 +220,8 @@ def _paint(x: Array, rng: Rng, strokes: list[tuple[list[tuple[float, float]], fl
 
 
 def scratches(x: Array, rng: Rng, count: Count, width: Annotated[float, 1, 50] = 2.0, opacity: Part = 0.8) -> Array:
-    """`count` upright lines, each bent at 1 to 4 points, as grit draws them on moving film; [2] uses real masks."""
-    # Painted through n ~ U{3..6} points (x0 + d t + e_t, y_t) in parts of the sides, t from 0 to 1 evenly, with
+    """`count` nearly vertical lines, each bent at 1 to 4 points, as grit scratches moving film; [2] uses real masks."""
+    # Painted through n ~ U{3..6} points (x0 + d t + e_t, y_t) as fractions of the sides, t from 0 to 1 evenly, with
     # x0 ~ U(0, 1), d ~ U(-0.1, 0.1), e_t ~ U(-0.01, 0.01), and y_t evenly from U(-0.2, 0.6) to U(0.6, 1.2).
     (h, w), strokes = x.shape[:2], []
     for _ in range(count):
@@ -240,12 +240,12 @@ def dust(x: Array, rng: Rng, density: Density, diameter: Annotated[float, 1, 100
 
 
 def to_array(image: Image.Image) -> Array:
-    """A picture as float32 RGB (H, W, 3) in [0, 1]."""
+    """A picture to float32 RGB (H, W, 3) in [0, 1]."""
     return np.asarray(image.convert("RGB"), dtype=np.float32) * np.float32(1 / 255)
 
 
 def to_picture(x: Array) -> Image.Image:
-    """Float32 RGB in [0, 1] to bytes, rounded to the nearest: truncation would darken by half a level."""
+    """Float32 RGB in [0, 1] to bytes, rounded to nearest: truncation would darken by half a level."""
     return Image.fromarray((x * np.float32(255) + np.float32(0.5)).astype(np.uint8))
 
 
@@ -255,7 +255,7 @@ def _through_file(x: Array, kind: str, quality: int) -> Array:
 
 
 def jpeg(x: Array, rng: Rng, quality: Quality) -> Array:
-    """A JPEG file by Pillow and libjpeg, with colour at half resolution."""
+    """A JPEG file by Pillow and libjpeg, with chroma at half resolution."""
     # A coefficient c of an 8 x 8 block's cosine transform becomes q round(c / q), q = (s q50 + 50) // 100 in 1..255,
     # s = 5000 / quality below 50, else 200 - 2 quality: ITU-T T.81, A.3.4, tables q50 of annex K.1; libjpeg, jcparam.c.
     return _through_file(x, "JPEG", quality)
@@ -267,14 +267,14 @@ def webp(x: Array, rng: Rng, quality: Quality) -> Array:
 
 
 # Every public function above that takes (x, rng, values...) is an operator: the language, its errors and --help read
-# the signature. If you change what one gives, raise VERSION in extras/latents.py: cached latents hold the old result.
+# the signature. If you change what one returns, raise VERSION in extras/latents.py: latent caches hold the old result.
 OPERATORS: dict[str, Callable[..., Array]] = {
     name.replace("_", "-"): function
     for name, function in list(globals().items())
     if name[0] != "_" and inspect.isfunction(function) and "rng" in inspect.signature(function).parameters
 }
 
-# ---- the language: text -> a tree of steps, which is called for each picture -----------------------------------------
+# ---- the language: text -> a tree of steps, which is called on each picture -----------------------------------------
 
 _FILE = tomllib.loads((Path(__file__).parent / "presets.toml").read_text(encoding="utf-8"))
 PRESETS: dict[str, str] = {name: "".join(preset["spec"].split()) for name, preset in _FILE.items()}
@@ -283,11 +283,11 @@ PROMPTS: dict[str, str] = {name: preset["prompt"] for name, preset in _FILE.item
 
 @dataclass(frozen=True)
 class Step:
-    """An operator's name with what each of its values is drawn from, or "all" or "one" of further steps."""
+    """An operator's name with what each of its values is drawn from, or "all" or "one" of nested steps."""
 
     kind: str
     parts: tuple
-    chance: float | None = None  # what follows @
+    chance: float | None = None  # the probability after @
 
     def __call__(self, image: Image.Image, rng: Rng) -> Image.Image:
         """The degraded picture, RGB of the same size."""
@@ -295,7 +295,7 @@ class Step:
         return to_picture(x if x.shape[1::-1] == image.size else _resample(x, image.size, "bicubic"))
 
     def run(self, x: Array, rng: Rng, size: Size) -> Array:
-        """The same on arrays (H, W, 3) and without the way back from resize; `size` is the clean (width, height)."""
+        """The same on arrays (H, W, 3), without undoing resize; `size` is the clean picture's (width, height)."""
         if self.kind == "all":
             for part in self.parts:
                 if part.chance is None or rng.random() < part.chance:
@@ -311,7 +311,7 @@ class Step:
 
 
 def _draw(choices: Sequence, rng: Rng) -> float | int | str:
-    """A number between two floats, else one of the choices. A single one leaves the generator as it is."""
+    """A number between two floats, else one of the choices. A single choice does not advance the generator."""
     between = len(choices) == 2 and isinstance(choices[0], float)
     return rng.uniform(*choices) if between else choices[rng.integers(len(choices))]
 
@@ -320,7 +320,7 @@ def parse(spec: str) -> Step:
     """The degradation that `spec` describes: call it with (picture, generator). Picklable, for loader workers.
 
     Raises:
-        ValueError: one line that says what was read, what is possible and what to do.
+        ValueError: one line that says what was given, what is possible and what to do.
     """
     tokens = re.findall(r"[(),|]|@[^(),|@]*|[^(),|@]+", "".join(spec.split()))  # a sign, @ with its chance, or a name
     try:
@@ -374,7 +374,7 @@ def _read_step(tokens: list[str]) -> Step:
     if not tokens or tokens[0][0] != "@":
         return step
     text = tokens.pop(0)[1:]
-    with suppress(ValueError):  # no number is as wrong as one out of range
+    with suppress(ValueError):  # not a number: same error as out of range
         if 0 <= float(text) <= 1:
             return replace(step, chance=float(text))
     raise ValueError(f"the chance after @ must be a number from 0 to 1, got {text!r}; write for instance @0.5")
@@ -391,7 +391,7 @@ def _read_operator(token: str) -> Step:
 
 
 def _read_value(value: inspect.Parameter, text: str, operator: str) -> Sequence:
-    """The choices for _draw: words, whole numbers, one float or two; without text the default."""
+    """The choices for _draw: words, whole numbers, one float or two; the default if there is no text."""
     if not text and value.default is not value.empty:
         return (value.default,)
     what, allowed, parts = f"{value.name} of {operator}", get_args(value.annotation), text.split(":")

@@ -1,6 +1,6 @@
 """The Flux transformer: given noisy latent tokens, a prompt and a time, it predicts the velocity of every token.
 
-    vec      = time_in(t) + guidance_in(g) + vector_in(CLIP)            one vector per picture, it steers every block
+    vec      = time_in(t) + guidance_in(g) + vector_in(CLIP)            one vector per picture, which steers every block
     img, txt = img_in(latent tokens), txt_in(T5 states)
     19 x     DoubleStreamBlock: img and txt have their own weights and attend to each other
     38 x     SingleStreamBlock: one stream [txt, img], attention and MLP in parallel
@@ -91,9 +91,9 @@ def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    # The model wants t in [0, 1], and the factor 1000 of the official code is part of the network.
+    # The model takes t in [0, 1]; the factor 1000 of the official code belongs to the network.
     angle = (1000 * t).float()[:, None] * frequencies  # (B, dim/2)
-    # cos comes first here; most other sinusoids begin with sin.
+    # cos comes first here; most other sinusoidal embeddings begin with sin.
     return torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1).to(t.dtype)
 
 
@@ -112,7 +112,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, L, d) -> (B, H, L, d)."""
         # F.rms_norm takes the mean in float32 and rounds to the dtype of x. The official code rounds there too, BEFORE
-        # it multiplies by scale; in bfloat16 the other order gives other numbers, so scale is no argument of rms_norm.
+        # it multiplies by scale; in bfloat16 the other order gives other numbers, so scale is not passed to rms_norm.
         return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.scale
 
 
@@ -143,7 +143,7 @@ class SelfAttention(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over all tokens, with q and k rotated: (B, H, L, d) -> (B, L, D)."""
-    # No mask: the padding of the prompt takes part, because Flux was trained like that.
+    # No mask: the padding of the prompt takes part, because Flux was trained that way.
     x = F.scaled_dot_product_attention(apply_rope(q, pe), apply_rope(k, pe), v)
     return rearrange(x, "b h l d -> b l (h d)")
 
@@ -247,13 +247,13 @@ class LastLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         """(B, L, D), (B, D) -> (B, L, out)."""
-        # The order is shift, scale. Files of diffusers store these two halves swapped (checkpoints.py swaps them back).
+        # The order is shift, scale. diffusers' files store the two halves swapped; checkpoints.py swaps them back.
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
         return self.linear(modulated_norm(x, shift, scale))
 
 
 class Flux(nn.Module):
-    """The transformer of FLUX.1-dev and FLUX.1-Kontext-dev: names and shapes are the same, only weights differ."""
+    """The transformer of FLUX.1-dev and FLUX.1-Kontext-dev: they differ only in their weights."""
 
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
@@ -287,8 +287,8 @@ class Flux(nn.Module):
         """Predict the official velocity dx/dt = noise - data, (B, L_img, out_channels); flow.py turns it into ours.
 
         Args:
-            img: (B, L_img, in_channels) packed latents, for Kontext the generated tokens, then those of the reference,
-                whose velocities the caller drops. Its dtype is the dtype of the computation.
+            img: (B, L_img, in_channels) packed latents: the generated tokens, then reference tokens if any,
+                whose velocities the caller drops. Its dtype is the compute dtype.
             img_ids: (B, L_img, 3): (0, row, column) for generated tokens, (1, row, column) for reference tokens.
             txt, txt_ids: (B, L_txt, context_in_dim) states of T5, padding included; (B, L_txt, 3), all zero.
             timesteps: (B,) official time t in [0, 1], 1 = noise; float32.
@@ -304,7 +304,7 @@ class Flux(nn.Module):
         if self.params.guidance_embed:
             if guidance is None:
                 raise ValueError("Flux: this model was distilled with guidance, got none: pass guidance, e.g. 2.5.")
-            # The guidance goes through the sinusoid of the time as a raw number: 2.5 becomes an angle of 2500.
+            # The guidance goes through the same embedding as the time, as a raw number: 2.5 becomes an angle of 2500.
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
         vec = vec + self.vector_in(y.to(dtype))  # (B, D)
 
@@ -318,5 +318,5 @@ class Flux(nn.Module):
         x = torch.cat([txt, img], dim=1)  # (B, L_txt + L_img, D)
         for block in self.single_blocks:
             x = block(x, vec, pe)
-        # The text has done its work: only picture tokens have a velocity.
+        # Drop the text: only picture tokens have a velocity.
         return self.final_layer(x[:, txt.shape[1] :], vec)

@@ -2,7 +2,7 @@
 
     y = W x + b + (alpha / rank) * B A x            A (rank, in), B (out, rank)
 
-A starts at random and B at zero, so the first step runs the unchanged model. Rank 16 on FLUX.1-Kontext trains 56
+A starts random and B at zero, so training starts from the unchanged model. Rank 16 on FLUX.1-Kontext trains 56
 million of 11.9 billion parameters.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; A is uniform
@@ -25,32 +25,32 @@ TARGETS = {
 
 
 class LoRALinear(nn.Module):
-    """A Linear with its correction; `base` is any module with in_features and out_features, and stays frozen."""
+    """A frozen Linear with its correction; `base` is any module with in_features and out_features."""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, device: torch.device | None = None) -> None:
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        # A and B rest in float32 whatever the dtype of W: bfloat16 would round an update of 1e-4 away.
+        # A and B are float32 whatever the dtype of W: bfloat16 would round an update of 1e-4 away.
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of x."""
-        # The products run in the dtype of x: in float32 they would cost more than the frozen W beside them. The scale
-        # is applied where the tensor is smallest.
+        # Multiply in the dtype of x: in float32 these products would cost more than that with the frozen W. Apply the
+        # scale where the tensor is smallest.
         low = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # (..., rank)
         return self.base(x) + F.linear(low, self.lora_B.to(x.dtype))
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer that can carry a LoRA by its module name."""
-    # By in_features, not by class: a layer that replaces a Linear can carry a LoRA too.
+    """Module name -> layer, for every layer that can carry a LoRA."""
+    # Selected by in_features, not by class: a layer that replaces a Linear can carry a LoRA too.
     return {name: m for name, m in model.named_modules() if hasattr(m, "in_features")}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear of a model by its official module name."""
+    """Official module name -> LoRALinear, for every LoRA of a model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
@@ -61,16 +61,16 @@ def add_lora(
 
     Args:
         model: changed in place: each chosen Linear becomes a LoRALinear around it.
-        rank: number of rows of A, at least 1.
+        rank: the number of rows of A, at least 1.
         alpha: the correction is scaled by alpha / rank; default: alpha = rank, so a scale of 1.
         targets: a key of TARGETS or a regular expression for whole module names (`double_blocks.0.img_attn.qkv`).
-        seed: A depends on it and on the order of the modules alone.
+        seed: A depends only on it and on the order of the modules.
 
     Returns:
         The parameters that train: A and B of every chosen Linear, in the order of the modules.
 
     Raises:
-        ValueError: a rank or an alpha that cannot be meant, or targets that are no pattern or match no Linear.
+        ValueError: rank or alpha is out of range, or targets is not a valid pattern or matches no Linear.
     """
     try:
         pattern = re.compile(TARGETS.get(targets, targets))

@@ -1,11 +1,11 @@
-"""A picture in, the restored picture out, at its own size.
+"""Restore a picture at its own size.
 
     pad to the grid  ->  encode  ->  follow the velocity from sigma = 0 to 1  ->  decode  ->  crop
 
-The grid is one token: two latent positions, 16 pixels with the Flux autoencoder. Every network sees the whole picture
-here; extras/tiles.py applies them to overlapping tiles of a large one.
+The grid is one token: two latent positions, 16 pixels with the Flux autoencoder. Here every network sees the whole
+picture; extras/tiles.py applies the networks to overlapping tiles of a large one.
 
-A strength S < 1 starts at s0 = 1 - S with x = (1 - s0) z_source + s0 z_control and follows only the rest of the path
+A strength S < 1 starts at s0 = 1 - S with x = (1 - s0) z_source + s0 z_control and follows the path from s0 to 1
 (Meng et al. 2022, "SDEdit", on this path). Flux's times are then S times those of the whole path.
 """
 
@@ -22,15 +22,15 @@ from kontext_min.autoencoder import Autoencoder
 from kontext_min.data import Size, to_float
 from kontext_min.flow import Network, Objective, Prompt
 
-STEPS = {"bridge": 4, "kontext": 28}  # network evaluations by default; more steps give more texture
+STEPS = {"bridge": 4, "kontext": 28}  # default network evaluations; more of them give more texture
 SEED = 42
 GRID = 2  # latent positions on one side of a token
 
 
 class Whole:
-    """How a network f is applied to pictures: to all of them at once. Another object may cut them into tiles."""
+    """Applies a network f to whole pictures. Another object may apply it tile by tile (extras/tiles.py)."""
 
-    side = math.inf  # latent positions that a network sees at once, at most
+    side = math.inf  # latent positions on a side that a network sees at once, at most
 
     def __call__(
         self, f: Callable[..., Tensor], inputs: Sequence[Tensor], scale: float = 1.0,
@@ -55,9 +55,9 @@ def to_image(tensor: Tensor) -> Image.Image:
 
 
 def pad_to_grid(image: Tensor, grid: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, H', W') on the CPU, sides multiples of `grid`, reflected at the right and the bottom."""
+    """(B, 3, H, W) -> (B, 3, H', W') on the CPU, padded to multiples of `grid` by reflection, right and bottom."""
     missing = [(0, -side % grid) for side in image.shape[-2:]]
-    # numpy, because torch's reflection takes neither bytes nor more than one reflection of a short side.
+    # numpy, because torch can reflect neither bytes nor a short side more than once.
     return torch.from_numpy(np.pad(image.cpu().numpy(), [(0, 0), (0, 0), *missing], mode="reflect"))
 
 
@@ -65,7 +65,7 @@ def pad_to_grid(image: Tensor, grid: int) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """x itself. A NaN would become a black picture."""
+    """x itself, or an error: a NaN would become a black picture."""
     if x.isfinite().all():
         return x
     raise ValueError("the result is not finite (NaN or infinity): a LoRA is too strong, or it or the base is damaged.")
@@ -90,15 +90,15 @@ def restore_latent(
 
     Args:
         flux, autoencoder: the transformer with the LoRA on it, and the autoencoder in float32.
-        prompt, objective: text and guidance, B rows on the device of the networks; what the LoRA was trained for.
-        steps, solver: network evaluations. Midpoint and heun take two a step; an odd number is rounded up.
+        prompt, objective: those that the LoRA was trained for; the prompt has B rows, on the device of the networks.
+        steps, solver: network evaluations. Midpoint and heun take two per step; an odd number is rounded up.
         noise: (B, C, h, w) eps of the source, or None to draw it from the seed, the same for each picture of the batch.
         strength: in (0, 1], how much of the path is followed.
-        velocity: what is followed, called as flow.velocity is.
-        apply: how the networks are applied.
+        velocity: the function to follow, called like flow.velocity.
+        apply: applies the networks, to whole pictures or to tiles.
 
     Returns:
-        (B, C, h, w) on the device of the prompt; the same alone and in a batch, up to the rounding of sums.
+        (B, C, h, w) on the device of the prompt; the same alone and in a batch, up to rounding.
 
     Raises:
         ValueError: strength, steps or solver is outside its range, or the result is not finite.
@@ -132,7 +132,7 @@ def decode(autoencoder: Autoencoder, z: Tensor, size: Size, apply: Whole = WHOLE
     Raises:
         ValueError: the result is not finite.
     """
-    finish = lambda rows: to_bytes(rows).cpu()  # noqa: E731, of whole rows: bytes are all that is kept of a picture
+    finish = lambda rows: to_bytes(rows).cpu()  # noqa: E731, once rows are complete, only bytes are kept
     x = apply(lambda z: _finite(autoencoder.decode(z)), [z], autoencoder.factor, finish)
     return x[..., : size[1], : size[0]]
 
@@ -149,6 +149,6 @@ def restore(
     seed: int = SEED,
     apply: Whole = WHOLE,
 ) -> Tensor:
-    """Both of the above: pictures (B, 3, H, W), bytes or floats in [-1, 1] -> restored pictures, bytes on the CPU."""
+    """restore_latent, then decode: pictures (B, 3, H, W), bytes or floats in [-1, 1] -> restored bytes on the CPU."""
     z = restore_latent(image, flux, autoencoder, prompt, objective, steps, solver, noise, seed, apply=apply)
     return decode(autoencoder, z, (image.shape[-1], image.shape[-2]), apply)

@@ -1,11 +1,11 @@
-"""The T5 encoder and its tokenizer: a prompt becomes 512 states that Flux reads beside the picture.
+"""The T5 encoder and its tokenizer: a prompt becomes 512 states that Flux reads next to the picture.
 
     x <- x + o(softmax(q k^T + bias) v)                 q, k, v = Linear(norm(x))                        24 blocks of
     x <- x + wo(gelu(wi_0 norm(x)) * (wi_1 norm(x)))                                                  these two lines
     norm(x) = weight * x / sqrt(mean(x^2) + eps)        bias[h, i, j] = table[bucket(j - i), h]
 
 There are no absolute positions, no biases in linear layers and no 1 / sqrt(K): T5 was trained with a small q instead.
-There is no mask either: official Flux passes none, so every token attends to the padding, and a mask changes its state.
+There is no mask either: official Flux passes none, so tokens attend to the padding; a mask would change the states.
 
 Sources: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
 section 2.1; Shazeer 2020, "GLU Variants Improve Transformer" (the gated feed-forward of T5 v1.1); Zhang and Sennrich
@@ -53,7 +53,7 @@ def relative_position_bucket(relative: Tensor, num_buckets: int, max_distance: i
     """
     half, exact = num_buckets // 2, num_buckets // 4
     distance = relative.abs()
-    # float32 and this order of operations, as in training: a double logarithm could fall on another side of the floor.
+    # float32 and this order of operations, as in training: in float64 the floor could give another bucket.
     octaves = torch.log(distance.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
     far = (exact + (octaves * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(distance < exact, distance, far) + half * (relative > 0)
@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional attention with an additive position bias; block 0 holds the table of the bias for all blocks."""
+    """Bidirectional attention with an additive position bias; block 0 holds the bias table for all blocks."""
 
     def __init__(self, params: T5Params, owns_bias: bool) -> None:
         super().__init__()
@@ -110,13 +110,13 @@ class GatedFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, both residual: layer.0 and layer.1 for the hub."""
+    """Attention, then feed-forward, both residual; the hub's names are layer.0 and layer.1."""
 
     def __init__(self, params: T5Params, owns_bias: bool) -> None:
         super().__init__()
         norms = [RMSNorm(params.d_model, params.layer_norm_epsilon) for _ in range(2)]
         attention = nn.ModuleDict({"layer_norm": norms[0], "SelfAttention": SelfAttention(params, owns_bias)})
-        # The hub's name, ReLU or not.
+        # The hub's name, although the activation is GELU.
         feed_forward = nn.ModuleDict({"layer_norm": norms[1], "DenseReluDense": GatedFeedForward(params)})
         self.layer = nn.ModuleList([attention, feed_forward])
 
@@ -139,7 +139,7 @@ class Stack(nn.Module):
     def position_bias(self, length: int) -> Tensor:
         """The bias of the attention scores of every block, (1, H, L, L): [0, head, query, key]."""
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        # No buffer: it would stay empty when the network is built on the meta device.
+        # Not a buffer: that would stay empty when the network is built on the meta device.
         position = torch.arange(length, device=table.weight.device)
         limits = self.params.relative_attention_num_buckets, self.params.relative_attention_max_distance
         buckets = relative_position_bucket(position[None, :] - position[:, None], *limits)
@@ -176,8 +176,8 @@ class T5Tokenizer:
     """Prompts to ids: sentencepiece's unigram model (Kudo 2018, "Subword Regularization") plus T5's special tokens.
 
     `folder` holds spiece.model. A missing file is a FileNotFoundError, an unusable one a ValueError.
-    Specials in a prompt ("</s>", "<extra_id_0>") become their ids, as in transformers; the rest is sentencepiece itself
-    (transformers 5 re-implements it, and differs for some combining marks and at U+0085).
+    Special tokens in a prompt ("</s>", "<extra_id_0>") become their ids, as in transformers; sentencepiece encodes the
+    rest (transformers 5 re-implements it, and differs for some combining marks and at U+0085).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -190,7 +190,7 @@ class T5Tokenizer:
         except RuntimeError as error:
             raise ValueError(f"{path}: not a sentencepiece model; take tokenizer_2/spiece.model of the hub.") from error
         self.pad, self.end = self.pieces.pad_id(), self.pieces.eos_id()
-        # Sentinels count down: the last id of all is <extra_id_0>.
+        # Sentinels count down: <extra_id_0> has the last id of all.
         last = self.pieces.vocab_size() + SENTINELS - 1
         self.specials = {f"<extra_id_{k}>": last - k for k in range(SENTINELS)}
         self.specials |= {"</s>": self.end, "<pad>": self.pad, "<unk>": self.pieces.unk_id()}
@@ -201,11 +201,11 @@ class T5Tokenizer:
         return torch.tensor([row + [self.pad] * (max_length - len(row)) for row in rows], dtype=torch.int64)
 
     def count(self, text: str) -> int:
-        """Number of ids of a prompt with its </s>; a prompt with more than max_length is cut."""
+        """Number of ids of a prompt with its </s>; a prompt with more than max_length is truncated."""
         return len(self.encode(text)) + 1
 
     def encode(self, text: str) -> list[int]:
-        """One prompt -> its ids, without </s>, padding and limit."""
+        """One prompt -> its ids, without </s>, padding or a length limit."""
         ids: list[int] = []
         for part in SPECIAL.split(text):
             ids += [self.specials[part]] if part in self.specials else self.pieces.encode(part)

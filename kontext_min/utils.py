@@ -1,9 +1,9 @@
-"""Seeds: a random number for every decision, whatever was drawn before.
+"""Seeds: every random decision has its own generator, which does not depend on what was drawn before.
 
     key = SeedSequence([seed, purpose, place ...])
 
-So a run that is resumed, spread over processes or loaded by more workers draws the same numbers. Source: numpy's
-SeedSequence (O'Neill 2015, "Developing a seed_seq alternative"), which mixes the integers that it is given.
+A run therefore draws the same numbers after a resume, on several processes and with more loader workers. Source:
+numpy's SeedSequence (O'Neill 2015, "Developing a seed_seq alternative"), which hashes these integers.
 """
 
 import zlib
@@ -19,10 +19,10 @@ def _key(seed: int, purpose: str, place: tuple[int | str, ...]) -> np.random.See
 
 
 def torch_generator(seed: int, purpose: str, *place: int | str) -> torch.Generator:
-    """A torch generator that depends on (seed, purpose, place) alone."""
+    """A torch generator that depends only on (seed, purpose, place)."""
     return torch.Generator().manual_seed(int(_key(seed, purpose, place).generate_state(1, np.uint64)[0]))
 
 
 def numpy_generator(seed: int, purpose: str, *place: int | str) -> np.random.Generator:
-    """A numpy generator that depends on (seed, purpose, place) alone."""
+    """A numpy generator that depends only on (seed, purpose, place)."""
     return np.random.default_rng(_key(seed, purpose, place))

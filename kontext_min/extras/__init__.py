@@ -1,1 +1,1 @@
-"""What a run may add to the core: one feature a file. No file of the core imports any of them."""
+"""Features that the programs add to the core, one per file. No file of the core imports them."""

@@ -1,6 +1,6 @@
-"""The base model as the flags ask for it: which files, and the transformer whole, in 8 or 4 bits, or streamed.
+"""Load the base model as the flags say: which files, and the transformer as stored, in 8 or 4 bits, or streamed.
 
-Both programs load it so; each extra is imported in the branch of its flag.
+Both programs use it. It imports quantize.py and stream.py only if their flag is given.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""One pass over the flags before anything is loaded: what contradicts itself or can't end well is one clear line.
+"""Check the flags before anything is loaded: a contradiction, or a run that must fail, gives one clear line.
 
-Each row of a table is a condition and the line to print where it holds: the flag, what was given, what to do. Ranges of
-single numbers stand beside the flags themselves (flags.py).
+Each row of a table is a condition and the line to print if it holds: the flag, what was given, what to do. The range of
+a single number is part of its flag (flags.py).
 """
 
 import json

@@ -1,6 +1,6 @@
-"""torch.compile, block by block: each kind of block becomes one graph for any number of tokens, which all share.
+"""torch.compile, block by block: all blocks of a kind share one graph, which takes any number of tokens.
 
-The whole model as one graph would be compiled anew for each of the 17 shapes, and could not be streamed.
+The whole model as one graph would be recompiled for each of the 17 shapes, and could not be streamed.
 Source: torch.compile; compiling `block.forward` in place leaves the names of the parameters as they are.
 """
 

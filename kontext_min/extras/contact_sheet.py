@@ -1,7 +1,7 @@
 """Every preset of degrade.py on your photographs: python -m kontext_min.extras.contact_sheet PHOTO... SHEET.jpg
 
-The sheet shows the first photograph, clean and with each preset: the whole of it, and below it the pixels of its
-middle at their own size. The table on the terminal has the PSNR of every preset on every photograph, in dB:
+The sheet shows the first photograph, clean and with each preset: the whole picture, and below it a crop of the middle
+at full size. The command also prints a table with the PSNR of every preset on every photograph, in dB:
 
     PSNR = -10 log10 mean (degraded - clean)^2,      pictures in [0, 1]
 """

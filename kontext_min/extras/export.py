@@ -1,6 +1,6 @@
-"""LoRAs for other programs: a file in another format, or merged into the base model.
+"""Export a LoRA for other programs: convert its file to another format, or merge it into the base model.
 
-    python -m kontext_min.extras.export convert IN OUT --format peft          any format that is read, to kohya or peft
+    python -m kontext_min.extras.export convert IN OUT --format peft          from any known format to kohya or peft
     python -m kontext_min.extras.export merge OUT --weights BASE --lora a.safetensors=0.8 --lora b.safetensors
 
 Merging adds each correction to its weight in float32 and rounds the sum once, W' = round(W + scale * B A), to the dtype
@@ -8,8 +8,8 @@ of the weight, to bfloat16 where the base is stored in 8 bits, or to fp8:
 
     codes = e4m3(W' / s)      s = max|W'| / 448, one float32 per matrix; 448 is the largest e4m3 number
 
-A correction smaller than half a step of its weight is lost. The command prints how many are (figures in docs/lora.md).
-Beside the base, with `--lora`, a LoRA is never rounded.
+A correction smaller than half a rounding step of its weight is lost. The command prints how many are (docs/lora.md has
+figures). `--lora` keeps the LoRA apart from the base, so nothing is rounded.
 
 fp8 files have the layout that ComfyUI reads as scaled fp8: each matrix as `weight` (e4m3) and `scale_weight`, the rest
 in bfloat16, and a marker `scaled_fp8`. Its two elements tell ComfyUI to widen the weights before it multiplies. An

@@ -1,6 +1,6 @@
 """Pull each step of a restoration towards the input, for --fidelity.
 
-Each velocity v points at a clean latent x1, which is drawn towards the degraded one:
+Each velocity v predicts a clean latent x1, which is pulled towards the degraded one:
 
     x1 = x + (1 - sigma) v        x1 <- x1 - W (1 - sigma)^4 (x1 - z_control)        v <- (x1 - x) / (1 - sigma)
 

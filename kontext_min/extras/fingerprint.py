@@ -1,4 +1,4 @@
-"""A name for the weights of a network by their content: the base of a LoRA, the key of a cache."""
+"""A hash of a network's weights: it identifies the base of a LoRA, and is part of the cache keys."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Command lines made from a dataclass: each setting is written once, with its default, its range, its help and group.
+"""Make a command line from a dataclass: you declare each setting once, with its default, range, help and group.
 
     @dataclass(frozen=True)
     class Settings:

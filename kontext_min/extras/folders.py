@@ -1,7 +1,7 @@
-"""A folder of restored pictures: what is there already, how it was made, and files that fail without stopping the rest.
+"""Restore a folder: skip what is done, check that it was made the same way, and go on if one file fails.
 
-`.restored-with.json` in the output folder says how its pictures were made, so that a folder that was stopped continues
-with the same method, and pictures of another LoRA are not taken for finished ones.
+`.restored-with.json` in the output folder records how its pictures were made. A folder that was stopped continues with
+the same method, and pictures from another LoRA do not count as finished.
 """
 
 import errno

@@ -1,7 +1,7 @@
-"""Which pictures a run validates on, and when.
+"""Choose which pictures a run validates on, and when.
 
-They are those of --val-root, or a few of --hr-root that never train. The choice depends on a hash of the names alone:
-a resumed run holds out the same ones, and a folder with some more pictures nearly the same ones.
+They are those of --val-root, or a few of --hr-root that never train. The choice depends only on a hash of the names:
+a resumed run holds out the same pictures, and if you add a few pictures, nearly the same ones.
 """
 
 import hashlib

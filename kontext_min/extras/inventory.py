@@ -1,6 +1,6 @@
-"""What a folder of pictures holds, in lines to print: pictures in each bucket, files that are left out and why.
+"""Describe a folder of pictures: how many are in each bucket, which files are left out and why.
 
-data.scan passes over files that are no pictures to Pillow. `unread` names those that you may have meant all the same.
+data.scan ignores files that Pillow does not know as pictures. `unread` names those that you may have meant to use.
 """
 
 from collections import Counter

@@ -1,10 +1,10 @@
-"""Latents of training pairs, kept on disk: you pay for encoding once, not in every epoch.
+"""Cache the latents of training pairs on disk: each pair is encoded once, not in every epoch.
 
-    variants 0..K-1 of each pair --fill--> folder/ab/cd/<key>.safetensors --CachedPairs--> Pairs' items, but latents
+    variants 0..K-1 of each pair --fill--> folder/ab/cd/<key>.safetensors --CachedPairs--> items of Pairs, as latents
 
 The key is a hash of all that a latent depends on: the picture (its name and a hash of its content), its partner if it
-has one, the bucket, the variant, the seed, and `base` for what only the caller knows: degradation, autoencoder, dtype.
-Nothing depends on a picture's position, so shuffling, resuming, adding pictures or another K cannot give a latent to
+has one, the bucket, the variant, the seed, and `base`, which the caller gives: degradation, autoencoder, dtype.
+Nothing depends on a picture's position, so shuffling, resuming, adding pictures or another K cannot pair a latent with
 another picture's caption. Captions are not in the files.
 
 Shapes: latents (C, h, w), two to a file. Source: none, it is a cache.

@@ -1,6 +1,6 @@
-"""LoRA files: the names of every trainer, read and written, and the LoRA of a file put on a model.
+"""Read and write LoRA files under the names that other trainers use, and put their LoRA on a model.
 
-Inside, a LoRA is a table: module of ours (BFL's name) -> Factors, the correction (alpha / rank) * up @ down. Files
+In memory, a LoRA is a table: our module name (BFL's) -> Factors, the correction (alpha / rank) * up @ down. Files
 differ in three things: a prefix, BFL's or diffusers' module names, and the names of the two matrices.
 
 | written by | module names | example: the image stream's q in the first block |

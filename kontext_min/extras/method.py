@@ -1,6 +1,6 @@
-"""How pictures are restored: as the LoRA was trained for, unless a flag says otherwise.
+"""Choose how pictures are restored: as the LoRA was trained, unless a flag says otherwise.
 
-A LoRA file of this project holds what it was trained for in its header (lora_files.trained_with): objective, guidance,
+The header of our LoRA files says how the LoRA was trained (lora_files.trained_with): objective, guidance,
 prompt, start time, source noise, resolution. train.py --full writes the same into the transformer's file.
 """
 

@@ -1,4 +1,4 @@
-"""How near a restored picture is to the clean one: PSNR, SSIM, how much fine texture it has, and whether it is shifted.
+"""Compare a restored picture with the clean one: PSNR, SSIM, how much fine texture it has, and whether it is shifted.
 
     PSNR = 10 log10(R^2 / mean (a - b)^2)
     SSIM = mean of (2 ma mb + C1)(2 cab + C2) / ((ma^2 + mb^2 + C1)(va + vb + C2)),  C1 = (0.01 R)^2,  C2 = (0.03 R)^2
@@ -13,8 +13,8 @@ use_sample_covariance=False. PSNR-Y is the PSNR of the luma.
 Kuglin & Hines 1975, phase correlation: a model that starts from noise may re-frame a picture, and a shift of a few
 pixels costs as much PSNR as a bad restoration.
 
-Pictures are PIL images or arrays (H, W, 3) or (H, W). They are turned to float64 some rows at a time: all of a picture
-of 24 megapixels would be 576 MB, several times over.
+Pictures are PIL images or arrays (H, W, 3) or (H, W). They become float64 a few rows at a time: a whole picture of
+24 megapixels would take 576 MB, several times over.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

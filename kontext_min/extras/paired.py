@@ -1,6 +1,6 @@
-"""Pairs of your own: the degraded partner of each picture comes from a folder instead of a degradation.
+"""Train on your own pairs: the degraded partner of each picture comes from a folder, not from a degradation.
 
-A partner has the name of its picture (the ending may differ) and any size of the same shape. Both show the same window.
+A partner has the name of its picture (the extension may differ) and its aspect ratio, at any size. Both get one crop.
 Source: none, it is file handling.
 """
 

@@ -1,7 +1,7 @@
-"""Several processes, one per GPU: torchrun starts them; they average their gradients, or share the weights (FSDP2).
+"""Run on several GPUs, one process each: torchrun starts them; they average gradients or shard the weights (FSDP2).
 
     torchrun --nproc-per-node 4 train.py --hr-root DIR            every process holds the whole model
-    torchrun --nproc-per-node 4 train.py --hr-root DIR --shard    the weights are spread over the processes (FSDP2)
+    torchrun --nproc-per-node 4 train.py --hr-root DIR --shard    the weights are sharded over the processes (FSDP2)
 
     gradient of the batch of all processes = mean over the processes of the gradients of their own batches
 

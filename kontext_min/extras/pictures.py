@@ -1,15 +1,15 @@
-"""Picture files on their way through sample.py: which ones, what a file holds besides RGB, where it goes, its colours.
+"""The picture files of sample.py: which to read, what to keep besides RGB, where to write, and color fixes.
 
     --input FILE      one job           --output FILE, or a folder that exists
-    --input FOLDER    a job a picture   --output FOLDER, the same relative names
+    --input FOLDER    a job per picture   --output FOLDER, the same relative names
 
 A restored picture keeps the size, the ICC profile, the resolution (dpi), the transparency and those EXIF and XMP
 entries of its file that describe the photograph. Entries that describe the old pixels go. EXIF orientation is applied
-and its tag set to 1. One line says what else is lost: bits beyond 8 a channel, a profile of a grey or CMYK picture
+and its tag set to 1. One line says what else is lost: bits beyond 8 per channel, the profile of a gray or CMYK picture
 (the result is RGB), transparency where the format has none. Pictures are compared in sRGB.
 
-Generated tiles may drift in colour, from each other and from the input. Two colour fixes give the restored picture the
-colours of the degraded one. Neither is for faded or dark pictures, whose colours are to be restored:
+Restored tiles may drift in color, from each other and from the input. Two color fixes give the restored picture the
+colors of the degraded one. Use neither for faded or dark pictures, whose colors you want to change:
 
     wavelet    out = high(restored) + low(degraded)                       low: five passes of the 3 x 3 binomial kernel
                    = restored + low(degraded - restored)                  at dilations 1, 2, 4, 8, 16; high = x - low(x)

@@ -1,4 +1,4 @@
-"""How much memory and arithmetic a run takes, from the real code on fake tensors: no weights, no computation.
+"""Estimate the memory and arithmetic of a run by running the real code on fake tensors: no weights, no computation.
 
     peak on the device = max over the phases of a run (what is resident + the most that is alive at once in the phase)
 

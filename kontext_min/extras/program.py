@@ -1,4 +1,4 @@
-"""How both programs end: one line and an exit code, never a traceback for what you can mend.
+"""How both programs end: with an exit code and one line; an error that you can fix shows no traceback.
 
 0 done      1 stopped for a reason outside the program, or a bug      2 bad input      130 stopped by you
 """

@@ -1,4 +1,4 @@
-"""A progress line with the time that is left: renewed in place on a terminal, every ten seconds in a log file."""
+"""A progress line with the time left: a terminal updates it in place, a log file gets one every ten seconds."""
 
 import math
 import sys

@@ -1,7 +1,7 @@
-"""Prompt -> what the transformer reads of it: T5 states for `txt`, the pooled CLIP vector for `y`.
+"""Encode prompts for the transformer: T5 states for `txt`, the pooled CLIP vector for `y`.
 
 Encoded prompts are kept on disk, keyed by their content (text, both encoders, both vocabularies, length). If all
-prompts are known, T5, the largest network but for the transformer, is not loaded at all. The encoders are loaded one
+prompts are cached, T5, the largest network after the transformer, is not loaded at all. The encoders are loaded one
 after the other and are freed before this returns.
 
 Source: black-forest-labs/flux at 802fb47, src/flux/modules/conditioner.py: the prompt is padded to the full length and

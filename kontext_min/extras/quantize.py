@@ -1,4 +1,4 @@
-"""Frozen weights kept in 8 or 4 bits and widened one Linear at a time.
+"""Keep the frozen weights in 8 or 4 bits, and widen them one Linear at a time.
 
     y = W x + b          W = codes * scales, made when it is used and freed right after, in forward and in backward
 
@@ -11,9 +11,9 @@
 fp8 has one scale a row, not one for every 64 inputs: a floating-point code is about as precise for small numbers as for
 large ones, so finer scales take 5 percent off an error that is three times that of int8 (docs/memory.md), for six
 percent more memory. The bfloat16 scales of nf4 take a quarter of a bit and add 0.02 percent to its error; QLoRA's
-double quantisation takes an eighth, 0.13 GB less over the whole model, for a second level of blocks.
+double quantization takes an eighth, 0.13 GB less over the whole model, for a second level of blocks.
 
-Attention and MLP, 8.6 of Flux's 11.9 billion weights, get the kind that you ask for. The modulations are 3.2 billion
+Attention and MLP, 8.6 of Flux's 11.9 billion weights, get the kind that you choose. The modulations are 3.2 billion
 more, 6.5 GB in bfloat16: with them an int8 model would not fit 16 GB, nor an nf4 model 11 GB. They scale all channels,
 so they are int8 whatever the kind, which leaves the error of fp8 and nf4 as it is. Norms, embedders and the last layer
 keep their dtype. No gradient goes to a frozen weight; the backward pass widens W again, so the graph keeps codes alone.

@@ -4,7 +4,7 @@
     python -m kontext_min.extras.report runs/NAME                 writes it again
     before and after of restored pictures                     ->  report.html beside them
 
-This file gathers the data. The page is report.html, which lies beside this file: its script draws the charts and the
+This file gathers the data. The page is report.html, next to this file: its script draws the charts and the
 sliders from one JSON object, and needs neither the network nor other files.
 
     smoothed   m_n = sum_i d^(n-i) y_i / sum_i d^(n-i),  d = 1 - 2 / (window + 1): an exponential mean whose start is

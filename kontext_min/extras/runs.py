@@ -1,4 +1,4 @@
-"""The run folder: what a run writes, whole or not at all, and how it continues after a stop.
+"""The run folder: what a run writes, how a write is complete or absent, and how the run continues after a stop.
 
     settings.json          every flag, versions, fingerprint of the weights and of the list of pictures
     left-out.txt           picture files that are not used, and why
@@ -7,7 +7,7 @@
     checkpoints/step-000500/   lora.safetensors to use; trained, optimizer (and ema) and state.json to continue from
     lora.safetensors       the result
 
-A checkpoint is written into a folder aside, flushed to the disk and renamed, so a kill at any moment leaves either the
+A checkpoint is written to a temporary folder, flushed to disk and renamed, so a kill at any moment leaves either the
 old state or the new one. Only the first of several processes writes, and only one run at a time uses a folder.
 """
 

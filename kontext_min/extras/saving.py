@@ -1,4 +1,4 @@
-"""Safetensors files that are whole or absent, and a transformer in the layout of the hub.
+"""Write safetensors files that are complete or absent, and a transformer in the hub's layout.
 
 Sources: the format, https://github.com/huggingface/safetensors#format; diffusers 0.42.1 for names and config.json.
 """

@@ -1,6 +1,6 @@
 """Scores and before/after pictures of a restored folder: printed, written as JSON, shown in report.html.
 
-They are kept in sRGB: pictures with different colour profiles could not be compared.
+Pictures are converted to sRGB: with different color profiles they could not be compared.
 """
 
 from typing import Any

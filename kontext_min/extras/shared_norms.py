@@ -1,7 +1,7 @@
-"""Decode tiles as parts of one picture: the decoder's group norms take the statistics of the whole.
+"""Decode tiles as parts of one picture: the decoder's group norms use the statistics of the whole picture.
 
-A group norm sees all positions of what it is given. In tiles it sees one tile, and a tile of sky comes out in another
-tone than one of trees beside it: 0.2 to 2 percent of all values differ by more than 1 of 255. So before the tiles are
+A group norm takes its statistics over its whole input. If that is one tile, a tile of sky gets another tone than a tile
+of trees next to it: 0.2 to 2 percent of all values differ by more than 1 of 255. So before the tiles are
 decoded, `shared_norms` finds what each norm would see of the whole picture:
 
     mean = sum_k p_k mean_k          variance = sum_k p_k (variance_k + (mean_k - mean)^2)          p: parts of the area

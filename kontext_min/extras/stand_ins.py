@@ -1,6 +1,6 @@
-"""A picture that can no longer be read does not end a run: another one stands in for it.
+"""A picture that becomes unreadable does not end a run: another picture replaces it.
 
-Which one is a function of (seed, epoch, name), so that a resumed run repeats it. Source: none, it is file handling.
+The choice depends only on (seed, epoch, name), so a resumed run makes the same one. Source: none, it is file handling.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A network larger than the memory: the weights of a block reach the device just before the block runs.
+"""Run a network larger than the memory: each block's weights reach the device just before the block runs.
 
     slot 0   | block 0 runs       | block 2 is fetched | block 2 runs       |   ...
     slot 1   | block 1 is fetched | block 1 runs       | block 3 is fetched |   ...   downwards in backward
@@ -12,7 +12,7 @@ first pass. A thread does this while the block before computes. Biases, norms, s
 Training needs checkpointing.py too: the forward pass of each block runs again in the backward pass, and fetches the
 block again. Without it, autograd finds that a saved weight was overwritten, and raises an error.
 
-int8, fp8 and nf4 of a wider file are made once, block by block, and kept in a cache folder: quantising at every pass
+int8, fp8 and nf4 of a wider file are made once, block by block, and kept in a cache folder: quantizing in every pass
 would read the wide file each time, which is the slower half of the work.
 
 Sources: the ring of two buffers with a permanent master copy is musubi-tuner's LoRAStreamOffloader; Pudipeddi et al.

@@ -1,4 +1,4 @@
-"""A picture larger than a tile goes through each network in overlapping tiles, and their results are blended.
+"""Apply each network to a large picture in overlapping tiles, and blend the results.
 
     f(x) = sum_k w_k f(x_k) / sum_k w_k        w = exp(-(x - middle)^2 / (2 * 0.01 * width^2)) on each axis
 

@@ -1,9 +1,9 @@
-"""How good is the model now? The same pictures, degradations, noise and places on the path every time.
+"""Validate the model, every time with the same pictures, degradations, noise and points on the path.
 
 loss at sigma 0.1 ... 0.9      error of the velocity, comparable between runs
 PSNR, SSIM                     of the restored picture, beside those of the degraded one
-shift                          of the restored picture against the clean one, in pixels: 0 unless the model re-frames
-grid                           degraded | restored | clean, one picture a row
+shift                          of the restored picture against the clean one, in pixels: 0 unless the model reframes
+grid                           degraded | restored | clean, one picture per row
 """
 
 import statistics
