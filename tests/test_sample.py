@@ -564,6 +564,7 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--output", "{here}/in.png"], "would replace the input"),
         (["--output", "{here}/o.gif"], "unknown picture format"),
         (["--tile", "0"], "--tile: got 0"),
+        (["--tile", "1000000000"], "--tile: got 1000000000"),
         (["--strength", "0"], "--strength: got 0.0"),
         (["--strength", "nan"], "--strength: got nan"),
         (["--fidelity", "1.5"], "--fidelity: got 1.5"),
@@ -573,6 +574,10 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--input", "{folder}", "--reference", "{here}/in.png"], "is a file, but --input is a folder"),
         (["--json", "{here}/s.json"], "--json: scores need a clean picture"),
         (["--json", "{here}/no/s.json", "--degrade", "guide"], "no such folder"),
+        (["--json", "{folder}/a.png", "--degrade", "guide"], "exists and holds no scores"),
+        (["--json", "{folder}/a.png", "--degrade", "guide", "--overwrite"], "exists and holds no scores"),
+        (["--json", "{here}/mine.json", "--degrade", "guide", "--overwrite"], "exists and holds no scores"),
+        (["--json", "{weights}/vae/config.json", "--degrade", "guide"], "exists and holds no scores"),
         (["--report"], "--report: is for folders"),
     ],
 )
@@ -583,14 +588,16 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
         crop(32, 32).save(path)
     for path in (tmp_path / "text.jpg", tmp_path / "broken" / "text.jpg"):
         path.write_text("this is no picture")
-    names = {name: tmp_path / name for name in ("folder", "empty", "broken")}
+    (tmp_path / "mine.json").write_text('{"mine": 1}')
+    names = {name: tmp_path / name for name in ("folder", "empty", "broken")} | {"weights": small_bundle}
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--weights", small_bundle]
     assert run(*args, *(f.format(here=tmp_path, **names) for f in flags)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("sample.py: ") and message in lines[-1]
     assert all(line.startswith("not restored: text.jpg") for line in lines[:-1])
     assert not (tmp_path / "out.png").exists()
-    assert Image.open(tmp_path / "in.png").size == (32, 32)
+    assert Image.open(tmp_path / "in.png").size == Image.open(tmp_path / "folder" / "a.png").size == (32, 32)
+    assert (tmp_path / "mine.json").read_text() == '{"mine": 1}'
 
 
 def test_a_file_may_go_to_a_folder(identity, small_bundle, tmp_path):

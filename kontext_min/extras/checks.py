@@ -131,8 +131,8 @@ def check_sampling(s: Any) -> None:
         (s.json and s.json.is_dir(), f"--json {s.json}: is a folder; name a file"),
         (s.json and not s.json.parent.is_dir(), f"--json {s.json}: no such folder; make it first"),
         (
-            s.json and s.json.exists() and not s.overwrite and not is_json(s.json),
-            f"--json {s.json}: exists and is no JSON file; name another file",
+            s.json and s.json.exists() and not is_scores(s.json),
+            f"--json {s.json}: exists and holds no scores; name another file",
         ),
         (s.report and not folder, "--report: is for folders; of one picture, --compare shows before and after"),
     )
@@ -158,9 +158,10 @@ def check_shared_memory(buckets: Sequence[Size], batch_size: int, workers: int) 
         )
 
 
-def is_json(file: Path) -> bool:
-    """Whether a file may be replaced by scores: it is empty, or JSON."""
+def is_scores(file: Path) -> bool:
+    """Whether a file may be replaced by scores: it is empty, or holds those of an earlier run."""
     try:
-        return not file.stat().st_size or bool(json.loads(file.read_bytes()) or True)
-    except (OSError, ValueError, RecursionError):
+        rows = json.loads(file.read_bytes() or b"[]")
+        return isinstance(rows, list) and all("name" in row and "restored" in row for row in rows)
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
