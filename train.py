@@ -277,7 +277,8 @@ def train(settings: Settings) -> int:
             runs.put_back(dict(zip(trained, ema, strict=True)), files.get("ema", files["trained"]))
         runs.load_optimizer(optimizer, files["optimizer"])
         me.say(f"continuing from {last}")
-        if state["step"] > settings.steps:
+        # With --accept-changes a finished run would write its old weights again, and the new settings beside them.
+        if state["step"] + settings.accept_changes > settings.steps:
             raise ValueError(f"--steps: got {settings.steps}, but {last} is at step {state['step']}; give more steps.")
     if parallel.any_of(parallel.from_first(state["step"]) != state["step"]):
         raise ValueError(f"{folder}: not all processes see the same checkpoint; it must be on a disk that they share.")

@@ -259,6 +259,16 @@ def test_fewer_steps_than_the_checkpoint_has_is_one_line(whole, flags, tmp_path,
     assert json.loads((folder / "settings.json").read_text())["steps"] == 6
 
 
+def test_a_finished_run_is_not_given_other_settings(whole, flags, tmp_path, capsys):
+    """Its LoRA was a bridge's to the last step; the header would call it one of kontext."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
+    changed = [*flags, "--output-dir", folder, "--objective", "kontext", "--accept-changes"]
+    assert train.main([str(f) for f in changed]) == 2
+    assert "is at step 6; give more steps" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
+
+
 def test_rows_of_metrics_behind_the_checkpoint_are_dropped(tmp_path):
     for step in (1, 2, 3):
         runs.append_metrics(tmp_path, {"step": step, "loss": float("nan"), "sigma_loss": [None, float("inf"), 1.0]})
