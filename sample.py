@@ -73,7 +73,7 @@ class Settings:
     objective: str | None = method(None, "flow to follow; default: the LoRA's, or bridge", OBJECTIVES)
     guidance: float | None = method(None, "distilled guidance scale; default: the LoRA's, or 1.5", least=0, most=100)
     steps: int | None = method(
-        None, f"network evaluations; default: {STEPS['bridge']}, kontext {STEPS['kontext']}", least=1
+        None, f"network evaluations; default: {STEPS['bridge']}, kontext {STEPS['kontext']}", least=1, most=10_000
     )
     solver: str = method("auto", "auto: euler for kontext or one evaluation, else midpoint", ("auto", *SOLVERS))
     strength: float = method(1.0, "fraction of the path to follow; less changes less", above=0, most=1)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -565,6 +566,7 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--output", "{here}/o.gif"], "unknown picture format"),
         (["--tile", "0"], "--tile: got 0"),
         (["--tile", "1000000000"], "--tile: got 1000000000"),
+        (["--steps", "1000000000000"], "--steps: got 1000000000000"),
         (["--strength", "0"], "--strength: got 0.0"),
         (["--strength", "nan"], "--strength: got nan"),
         (["--fidelity", "1.5"], "--fidelity: got 1.5"),
@@ -598,6 +600,13 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
     assert not (tmp_path / "out.png").exists()
     assert Image.open(tmp_path / "in.png").size == Image.open(tmp_path / "folder" / "a.png").size == (32, 32)
     assert (tmp_path / "mine.json").read_text() == '{"mine": 1}'
+
+
+def test_closed_outputs_stop_nothing(identity, small_bundle, tmp_path, monkeypatch):
+    crop(32, 32).save(tmp_path / "in.png")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert run("--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle) == 0
 
 
 def test_a_file_may_go_to_a_folder(identity, small_bundle, tmp_path):

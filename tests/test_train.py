@@ -220,7 +220,7 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--hr-root", "{here}/broken"], "no usable picture"),
         (["--weights", "{here}/nowhere"], "no such file or folder"),
         (["--vae", "{flux}"], "It looks like the Flux transformer"),
-        (["--output-dir", "{here}/text.jpg/run"], "text.jpg"),
+        (["--output-dir", "{here}/text.jpg/run"], "--output-dir {here}/text.jpg/run: can't be made or written: Not a"),
         (["--degrade", "blurr=2"], "blurr"),
         (["--steps", "0"], "--steps: got 0"),
         (["--objective", "kontext", "--source-noise", "0.1"], "starts from pure noise"),

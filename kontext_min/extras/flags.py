@@ -113,7 +113,7 @@ def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str,
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
-        parser.error(f"{unknown[0]}: no such flag" + "".join(f"; did you mean {name}?" for name in near))
+        parser.error(f"{unknown[0]}: no such flag" + "".join(f"; did you mean {name}" for name in near))
     found = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
     missing = [name for name in required if found[name[2:].replace("-", "_")] is None]
     if missing:

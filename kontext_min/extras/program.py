@@ -20,6 +20,8 @@ def beside_the_programs(path: str) -> Path:
 
 def run(name: str, program: Callable[[Any], int], settings: Any, stopped: str = "stopped") -> int:
     """The exit code of a program; `stopped` is what to print after Ctrl-C."""
+    for stream in ("stdout", "stderr"):  # None if they were closed before the start: `sample.py >&-`
+        setattr(sys, stream, getattr(sys, stream) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
         return program(settings)
     except runs.Stopped as error:

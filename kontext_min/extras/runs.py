@@ -67,8 +67,11 @@ def open_run(
         OSError: the folder can't be written.
     """
     if write:
-        for name in FOLDERS[:2]:
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        try:
+            for name in FOLDERS[:2]:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--output-dir {folder}: can't be made or written: {error.strerror}.") from error
         _lock(folder)
         for leftover in (folder / "checkpoints").glob(".*"):  # of a process that was killed while writing
             shutil.rmtree(leftover, ignore_errors=True)
