@@ -609,6 +609,14 @@ def test_closed_outputs_stop_nothing(identity, small_bundle, tmp_path, monkeypat
     assert run("--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle) == 0
 
 
+@pytest.mark.parametrize(("error", "goes_on"), [(BrokenPipeError(32, ""), True), (PermissionError(13, ""), False)])
+def test_a_closed_pipe_is_no_fault_of_the_picture(error, goes_on, tmp_path):
+    job, failed = pictures.Job(tmp_path / "a.png", "a.png", tmp_path / "b.png", (1, 1)), []
+    with pytest.raises(OSError) if goes_on else contextlib.nullcontext(), folders.spared(job, failed, stop=False):
+        raise error
+    assert bool(failed) != goes_on
+
+
 def test_a_file_may_go_to_a_folder(identity, small_bundle, tmp_path):
     crop(32, 32).save(tmp_path / "in.gif")
     (tmp_path / "out").mkdir()

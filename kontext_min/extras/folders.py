@@ -60,11 +60,11 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
 
 @contextmanager
 def spared(job: Job, failed: list[tuple[str, str]], stop: bool) -> Iterator[None]:
-    """A picture that fails is named and added to `failed`; with `stop`, and on a full disk, the error goes on."""
+    """A picture that fails is named and added to `failed`; it goes on with `stop`, a full disk, a closed pipe."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if stop or getattr(error, "errno", None) == errno.ENOSPC:
+        if stop or getattr(error, "errno", None) in (errno.ENOSPC, errno.EPIPE):
             raise
         print(f"not restored: {job.name}: {error}", file=sys.stderr)
         failed.append((job.name, str(error)))
