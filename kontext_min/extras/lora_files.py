@@ -404,8 +404,8 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # in the header: wha
     "context": ("true or false", lambda v: isinstance(v, bool)),
     "source_noise": ("a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
     "start_time": ("a number above 0, at most 1", lambda v: _number(v) and 0 < v <= 1),
-    "guidance": ("a finite number", lambda v: _number(v) and abs(v) < 1e30),
-    "resolution": ("a whole number from 16 to 65536", lambda v: type(v) is int and 16 <= v <= 65536),
+    "guidance": ("a number from 0 to 100", lambda v: _number(v) and 0 <= v <= 100),
+    "resolution": ("a whole number from 16 to 16384", lambda v: type(v) is int and 16 <= v <= 16384),
     "prompt": ("text", _text),
     "base": ("text", _text),
 }
