@@ -201,6 +201,8 @@ class DoubleStreamBlock(nn.Module):
         k = torch.cat([txt_k, img_k], dim=2)
         v = torch.cat([txt_v, img_v], dim=2)
         txt_attn, img_attn = attention(q, k, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
+        # Free all of these before the MLPs run, where the memory of the network peaks.
+        del img_qkv, img_q, img_k, img_v, txt_qkv, txt_q, txt_k, txt_v, q, k, v
         # x + gate * f(x): first the attention, then the MLP.
         img = img + img_gate1 * self.img_attn.proj(img_attn)
         img = img + img_gate2 * self.img_mlp(modulated_norm(img, img_shift2, img_scale2))
@@ -229,8 +231,9 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.splits, dim=-1)
         q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
-        q, k = self.norm(q, k, v)
-        attn, mlp = attention(q, k, v, pe), self.mlp_act(mlp)
+        # Normed q and k have no name: attention frees them before the MLP runs.
+        attn = attention(*self.norm(q, k, v), v, pe)
+        mlp = self.mlp_act(mlp)
         # Frees the largest tensors of the block before linear2 runs.
         del qkv, q, k, v
         # linear2 is the attention's projection and the MLP's second half in one: it adds the two branches.
