@@ -50,13 +50,15 @@ picture, scoring, model, method, machine = (
 class Settings:
     """Every flag of sample.py."""
 
-    input: Path = picture(..., "picture to restore, or a folder of pictures")
+    input: Path = picture(..., "picture to restore, or a folder of pictures", there="file or folder")
     output: Path = picture(..., "file to write, in the format of its extension, or a folder")
     overwrite: bool = picture(False, "replace files that exist in --output")
     resolution: int | None = picture(None, "work size: side in pixels of an equal-area square", least=16, most=16384)
     degrade: str | None = picture(None, "degrade the input first, such as blur=1.5,noise=0.02 or a preset")
 
-    reference: Path | None = scoring(None, "clean picture, or folder with the same names, to score against")
+    reference: Path | None = scoring(
+        None, "clean picture, or folder with the same names, to score against", there="file or folder"
+    )
     json: Path | None = scoring(None, "also write the scores to this file")
     compare: bool = scoring(False, "write input | restored | clean side by side")
     report: bool = scoring(False, "for a folder: write report.html with before/after sliders")

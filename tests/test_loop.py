@@ -94,6 +94,15 @@ def before_batch(count, action):
     loader.__next__ = wrapped
 
 
+def under_nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    after_step(3, partial(send, signal.SIGHUP))
+
+
+def before_loading(number):
+    train.load_base = lambda *args: send(number)
+
+
 def send(*numbers, group=False):
     """Signals to this process, or to its loaders too, as terminals and schedulers do."""
     for number in numbers:
@@ -116,6 +125,19 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(outside, whole
     code, said = outside(tmp_path / "run", "--workers", workers)
     assert code == 0, said
     assert (tmp_path / "run" / "lora.safetensors").read_bytes() == (whole / "lora.safetensors").read_bytes()
+
+
+def test_what_the_program_was_started_to_ignore_stays_ignored(outside, whole, tmp_path):
+    """`nohup train.py &`: the run outlives its terminal."""
+    code, said = outside(tmp_path / "run", "--workers", 0, setup=under_nohup)
+    assert code == 0 and "stopp" not in said
+    assert (tmp_path / "run" / "lora.safetensors").read_bytes() == (whole / "lora.safetensors").read_bytes()
+
+
+def test_a_signal_before_the_first_step_is_one_line(outside, tmp_path):
+    code, said = outside(tmp_path / "run", "--workers", 0, setup=partial(before_loading, signal.SIGTERM))
+    assert code == 130
+    assert said.strip().splitlines()[-1] == "train.py: stopped" and "Traceback" not in said
 
 
 @pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from safetensors.torch import save_file
 
 import large_bench
+import processes
 import sample
 from kontext_min import data, degrade
 from kontext_min.checkpoints import load_flux
@@ -600,6 +603,36 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
     assert not (tmp_path / "out.png").exists()
     assert Image.open(tmp_path / "in.png").size == Image.open(tmp_path / "folder" / "a.png").size == (32, 32)
     assert (tmp_path / "mine.json").read_text() == '{"mine": 1}'
+
+
+def after_first_picture(number):
+    """For a process of its own: a signal arrives when a picture has been written."""
+    write = pictures.write
+
+    def wrapped(*args):
+        write(*args)
+        os.kill(os.getpid(), number)
+
+    pictures.write = wrapped
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_a_folder_and_the_same_command_goes_on(small_bundle, tmp_path, capsys, number):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        crop(32, 32).save(tmp_path / "in" / f"{name}.png")
+    args = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle]
+    log = tmp_path / "log"
+    [process] = processes.joined(
+        [processes.start(args, log, functools.partial(after_first_picture, number), program="sample")]
+    )
+    assert process.exitcode == 130
+    last = log.read_text().splitlines()[-1]
+    assert last == "sample.py: stopped; the same command continues with the pictures that are left"
+    assert "Traceback" not in log.read_text()
+    assert [p.name for p in (tmp_path / "out").glob("*.png")] == ["a.png"]
+    assert run(*args) == 0
+    assert "2 restored, 1 there before" in capsys.readouterr().out
 
 
 def test_closed_outputs_stop_nothing(identity, small_bundle, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any
 
 from kontext_min import degrade
 from kontext_min.data import Size
-from kontext_min.extras.flags import check_ranges
+from kontext_min.extras.flags import check_values
 from kontext_min.extras.lora_files import strength_of
 
 
@@ -49,7 +49,7 @@ def check_training(s: Any) -> None:
     Raises:
         ValueError: a value outside its range, or flags that contradict each other.
     """
-    check_ranges(s)
+    check_values(s)
     most, out = 4 * (os.cpu_count() or 1), s.output_dir or Path("runs")
     whole = "so it excludes --quantize and --stream; leave them out"
     auto = s.start_time == "auto"
@@ -98,7 +98,7 @@ def check_lengths(s: Any) -> None:
     Raises:
         ValueError: a number is outside its range, or the warm-up is longer than the run.
     """
-    check_ranges(s)
+    check_values(s)
     longer = s.warmup and s.warmup > s.steps
     refuse((longer, f"--warmup: got {s.warmup}, but the run has {s.steps} steps and would never reach --lr; give less"))
 
@@ -109,7 +109,7 @@ def check_sampling(s: Any) -> None:
     Raises:
         ValueError: a value outside its range, or flags that contradict each other.
     """
-    check_ranges(s)
+    check_values(s)
     if s.degrade:
         degrade.parse(s.degrade)
     folder, loras = s.input.is_dir(), [strength_of(text)[0].resolve() for text in s.lora]
@@ -119,7 +119,6 @@ def check_sampling(s: Any) -> None:
             s.degrade and s.reference,
             "--reference: with --degrade the input is the clean picture; leave one of the two out",
         ),
-        (s.reference and not s.reference.exists(), f"--reference {s.reference}: no such file or folder"),
         (
             s.reference and folder and not s.reference.is_dir(),
             f"--reference {s.reference}: is a file, but --input is a folder; name a folder",

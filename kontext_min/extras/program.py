@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,8 +21,15 @@ def beside_the_programs(path: str) -> Path:
 
 def run(name: str, program: Callable[[Any], int], settings: Any, stopped: str = "stopped") -> int:
     """The exit code of a program; `stopped` is what to print after Ctrl-C."""
+    code = _attempt(name, program, settings, stopped)
+    runs.close_run()
+    return parallel.finish(code)
+
+
+def _attempt(name: str, program: Callable[[Any], int], settings: Any, stopped: str) -> int:
     for stream in ("stdout", "stderr"):  # None if they were closed before the start: `sample.py >&-`
         setattr(sys, stream, getattr(sys, stream) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    runs.on_stop(signal.default_int_handler)  # `kill` and a closed terminal end a program as Ctrl-C does
     try:
         return program(settings)
     except runs.Stopped as error:
@@ -31,7 +39,8 @@ def run(name: str, program: Callable[[Any], int], settings: Any, stopped: str = 
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        system = [getattr(error, part, None) for part in ("filename", "strerror")]  # its own text begins with [Errno 2]
+        print(f"{name}: {': '.join(str(part) for part in system if part) or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{name}: {stopped}", file=sys.stderr)
@@ -39,6 +48,3 @@ def run(name: str, program: Callable[[Any], int], settings: Any, stopped: str = 
     except Exception:  # shown here and not by the interpreter, which would keep the loader's processes alive for it
         traceback.print_exc()
         return 1
-    finally:
-        runs.close_run()
-        parallel.finish()

@@ -11,7 +11,6 @@ A checkpoint is written to a temporary folder, flushed to disk and renamed, so a
 old state or the new one. Only the first of several processes writes, and only one run at a time uses a folder.
 """
 
-import atexit
 import hashlib
 import json
 import math
@@ -118,7 +117,7 @@ _held: list[Any] = []
 
 
 def close_run() -> None:
-    """Let another run use the folder."""
+    """Let another run use the folder, and close tensorboard's file."""
     while _held:
         _held.pop().close()
 
@@ -327,7 +326,7 @@ def open_tensorboard(folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-    atexit.register(board.close)
+    _held.append(board)
     return board
 
 
@@ -354,14 +353,21 @@ def rewind_metrics(folder: Path, step: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
+def on_stop(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Call a handler on Ctrl-C, `kill` and a closed terminal; what the program was started to ignore stays ignored."""
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows has no SIGHUP, `nohup` ignores it
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
+
+
 class StopSignal:
     """A signal, a closed terminal or pipe asks the loop to finish its step; a second signal ends it at once."""
 
     def __init__(self) -> None:
         self.received = False
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self._handle)
+        on_stop(self._handle)
         sys.stdout = _Output(sys.stdout, self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
