@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import large_bench
 import processes
@@ -603,6 +604,22 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
     assert not (tmp_path / "out.png").exists()
     assert Image.open(tmp_path / "in.png").size == Image.open(tmp_path / "folder" / "a.png").size == (32, 32)
     assert (tmp_path / "mine.json").read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("source", ["in.png", "folder"])
+def test_a_base_that_is_damaged_writes_nothing_and_names_the_picture(small_bundle, tmp_path, capsys, source):
+    broken = shutil.copytree(small_bundle, tmp_path / "weights")
+    file = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.weight"][0, 0] = torch.nan
+    save_file(weights, file)
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "in.png", tmp_path / "folder" / "in.png"):
+        crop(32, 32).save(path)
+    output = tmp_path / ("out" if source == "folder" else "out.png")
+    assert run("--input", tmp_path / source, "--output", output, "--weights", broken) == 2
+    assert "in.png: the result is not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out.png").exists()
 
 
 def after_first_picture(number):

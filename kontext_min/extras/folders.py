@@ -60,10 +60,12 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
 
 @contextmanager
 def spared(job: Job, failed: list[tuple[str, str]], stop: bool) -> Iterator[None]:
-    """A picture that fails is named and added to `failed`; it goes on with `stop`, a full disk, a closed pipe."""
+    """A picture that fails is named and added to `failed`; with `stop`, or on a full disk, the error ends the run."""
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and stop and job.name not in str(error):
+            raise ValueError(f"{job.name}: {error}") from None
         if stop or getattr(error, "errno", None) in (errno.ENOSPC, errno.EPIPE):
             raise
         print(f"not restored: {job.name}: {error}", file=sys.stderr)
