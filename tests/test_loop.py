@@ -191,16 +191,21 @@ def test_a_folder_that_cannot_be_a_run_is_refused(flags, tmp_path, capsys):
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(flags, tmp_path):
-    for name in ("checkpoints/step-000002", "validation", "mine"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("checkpoints/step-000002/state.json", "lora.safetensors", "mine/photo.jpg", "notes.txt"):
+    """Whatever folder it lies in: a copied checkpoint, pictures beside those of the validation, a vocabulary."""
+    written = ("checkpoints/step-000002/state.json", "validation/step-000002.png", "lora.safetensors", "settings.json",
+               "checkpoints/.step-000001/state.json", "transformer/config.json",
+               "transformer/diffusion_pytorch_model-00001-of-00002.safetensors")  # fmt: skip
+    mine = ("mine/photo.jpg", "notes.txt", "checkpoints/step-000002-good/state.json", "checkpoints/hr/photo.jpg",
+            "checkpoints/.git/x.y", "validation/photo.png", "transformer/notes.txt")  # fmt: skip
+    for name in (*written, *mine):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match="holds a run already"):
         runs.open_run(tmp_path, {}, resume=False, accept=False, overwrite=False, write=True)
     runs.close_run()
     runs.delete_run(tmp_path)
     left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*"))
-    assert left == [".lock", "mine/photo.jpg", "notes.txt"]
+    assert left == sorted([".lock", "checkpoints/.git", "checkpoints/.git/x.y", *set(mine) - {"checkpoints/.git/x.y"}])
     assert runs.open_run(tmp_path, {}, resume=False, accept=False, overwrite=False, write=True) is None
     runs.close_run()
 
@@ -212,6 +217,7 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
         assert train.main([str(f) for f in [*flags, "--output-dir", folder, *more]]) == 2
         return capsys.readouterr().err
 
+    assert "may be deleted" in refused("--init-lora", folder / "lora.safetensors", "--overwrite")
     assert "--rank and --lora-targets can't change" in refused("--rank", 4, "--accept-changes")
     assert json.loads((folder / "settings.json").read_text())["rank"] == 16  # a refused run changes nothing
     file = runs.latest_checkpoint(folder) / "optimizer.safetensors"
@@ -259,9 +265,22 @@ def test_a_folder_is_used_by_one_run_at_a_time(tmp_path, flags, capsys):
     assert train.main([str(f) for f in [*flags, "--steps", 1, "--warmup", 0, "--output-dir", tmp_path / "run"]]) == 0
 
 
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--accept-changes",)])
+@pytest.mark.parametrize("name", ["transformer/config.json", "settings.json", "validation/step-000000.png"])
+def test_a_folder_that_no_run_wrote_is_left_alone(flags, tmp_path, capsys, name, more):
+    """Such as the base model, another program's settings, or your own pictures; --overwrite is for runs."""
+    file = tmp_path / "mine" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"mine": 1}')
+    assert train.main([str(f) for f in [*flags, "--output-dir", tmp_path / "mine", *more]]) == 2
+    assert f"holds {name}, which no run wrote; choose another folder" in capsys.readouterr().err
+    assert file.read_text() == '{"mine": 1}' and [p for p in tmp_path.rglob("*.*") if p.is_file()] == [file]
+
+
 @pytest.mark.parametrize("lost", ["checkpoints", "settings.json"])
 def test_results_are_not_replaced_without_overwrite(whole, flags, tmp_path, capsys, lost):
     """Neither a run whose checkpoints were deleted to save disk, nor files of these names that no run wrote."""
+    message = {"checkpoints": "but no checkpoint to continue from", "settings.json": "which no run wrote"}[lost]
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints")
     if lost == "settings.json":
@@ -270,7 +289,7 @@ def test_results_are_not_replaced_without_overwrite(whole, flags, tmp_path, caps
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
     for seed in (42, 43):
         assert train.main([str(f) for f in [*flags, "--seed", seed, "--output-dir", folder]]) == 2
-        assert "but no checkpoint to continue from" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
 
 

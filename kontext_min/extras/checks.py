@@ -53,7 +53,10 @@ def check_training(s: Any) -> None:
     most, out = 4 * (os.cpu_count() or 1), s.output_dir or Path("runs")
     whole = "so it excludes --quantize and --stream; leave them out"
     auto = s.start_time == "auto"
+    weights = [p for p in (s.init_lora, s.weights, s.transformer, s.vae, s.clip, s.t5) if p and s.overwrite]
+    lost = next((p for p in weights if p.resolve().is_relative_to(out.resolve())), None)
     refuse(
+        (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),
         (s.full and (s.quantize or s.stream), f"--full trains all weights, {whole}"),
         (s.shard and (s.quantize or s.stream), f"--shard spreads the weights themselves, {whole}"),
         (

@@ -35,8 +35,12 @@ from torch import Tensor
 
 from kontext_min.extras.saving import save_file
 
-FOLDERS = ("checkpoints", "validation", "tensorboard", "transformer")
-FILES = ("settings.json", "metrics.jsonl", "report.html", "lora.safetensors", "left-out.txt")
+# What a run writes. Nothing else in its folder is replaced or deleted.
+WRITTEN = re.compile(
+    r"settings\.json|left-out\.txt|metrics\.jsonl|report\.html|lora\.safetensors|checkpoints/step-\d+"
+    r"|validation/step-\d+\.png|tensorboard/events\.[^/]*|transformer/(config\.json|diffusion_pytorch_model[^/]*)"
+)
+LEFTOVER = re.compile(r"\.step-\d+(\.\d+)?")  # of a process that was killed while it wrote or deleted a checkpoint
 KEEP = 3  # checkpoints besides the best one
 MAY_CHANGE = (  # settings that change no result, apart from rounding
     *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions", "defaults"),
@@ -65,24 +69,27 @@ def open_run(
         ValueError: another run uses the folder, holds files that this run did not write, or settings changed.
         OSError: the folder can't be written.
     """
+    last, there = latest_checkpoint(folder), [path.relative_to(folder).as_posix() for path in written(folder)]
+    if there and not last and not _settings_of_a_run(folder):
+        shown = ", ".join(there[:3]) + ", ..." * (len(there) > 3)
+        raise ValueError(f"--output-dir {folder}: holds {shown}, which no run wrote; choose another folder.")
     if write:
         try:
-            for name in FOLDERS[:2]:
-                (folder / name).mkdir(parents=True, exist_ok=True)
+            _make(folder)
         except OSError as error:
             raise OSError(f"--output-dir {folder}: can't be made or written: {error.strerror}.") from error
         _lock(folder)
-        for leftover in (folder / "checkpoints").glob(".*"):  # of a process that was killed while writing
-            shutil.rmtree(leftover, ignore_errors=True)
+        for path in (folder / "checkpoints").iterdir():
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
     if overwrite:
         return None
-    last = latest_checkpoint(folder)
-    there = [name for name in (*FOLDERS[2:], *FILES) if (folder / name).exists()]
     instead = "start again with --overwrite or another --output-dir"
     if last and not resume:
         raise ValueError(f"{folder}: holds a run already ({last.name}); leave out --no-resume, or {instead}.")
-    if not last and ({"lora.safetensors", "transformer"} & set(there) or (there and "settings.json" not in there)):
-        raise ValueError(f"{folder}: holds {', '.join(there)}, but no checkpoint to continue from; {instead}.")
+    results = [name for name in there if name.startswith(("lora", "transformer"))]
+    if results and not last:
+        raise ValueError(f"{folder}: holds {results[0]}, but no checkpoint to continue from; {instead}.")
     if there and not accept:
         try:
             before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
@@ -122,14 +129,29 @@ def close_run() -> None:
         _held.pop().close()
 
 
+def _make(folder: Path) -> None:
+    for name in ("checkpoints", "validation"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
+def _settings_of_a_run(folder: Path) -> bool:
+    """Whether settings.json is that of a run, and not of another program."""
+    try:
+        return {"hr_root", "lr", "steps"} <= set(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def written(folder: Path) -> list[Path]:
+    """The files and checkpoints in a folder that a run wrote, or that have their names."""
+    found = (*folder.glob("*"), *folder.glob("*/*"))
+    return sorted(path for path in found if WRITTEN.fullmatch(path.relative_to(folder).as_posix()))
+
+
 def delete_run(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else that lies there."""
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in FOLDERS[:2]:
-        (folder / name).mkdir()
+    for path in written(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class Stopped(Exception):
