@@ -584,7 +584,24 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--json", "{folder}/a.png", "--degrade", "guide", "--overwrite"], "exists and holds no scores"),
         (["--json", "{here}/mine.json", "--degrade", "guide", "--overwrite"], "exists and holds no scores"),
         (["--json", "{weights}/vae/config.json", "--degrade", "guide"], "exists and holds no scores"),
+        (["--json", "{here}/out.png", "--degrade", "guide"], "out.png: is written by another flag"),
+        (
+            [
+                "--input",
+                "{folder}",
+                "--output",
+                "{here}/d",
+                "--json",
+                "{here}/d/report.html",
+                "--report",
+                "--degrade",
+                "guide",
+            ],
+            "report.html: is written by another flag",
+        ),
+        (["--device", "meta"], "--device: got 'meta'"),
         (["--report"], "--report: is for folders"),
+        (["--input", "{folder}", "--output", "{here}", "--report"], "report.html exists and is none of this program"),
     ],
 )
 def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
@@ -595,6 +612,7 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
     for path in (tmp_path / "text.jpg", tmp_path / "broken" / "text.jpg"):
         path.write_text("this is no picture")
     (tmp_path / "mine.json").write_text('{"mine": 1}')
+    (tmp_path / "report.html").write_text("<!doctype html>\n<title>mine</title>")
     names = {name: tmp_path / name for name in ("folder", "empty", "broken")} | {"weights": small_bundle}
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--weights", small_bundle]
     assert run(*args, *(f.format(here=tmp_path, **names) for f in flags)) == 2

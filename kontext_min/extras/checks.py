@@ -115,7 +115,8 @@ def check_sampling(s: Any) -> None:
     check_values(s)
     if s.degrade:
         degrade.parse(s.degrade)
-    folder, loras = s.input.is_dir(), [strength_of(text)[0].resolve() for text in s.lora]
+    folder, page = s.input.is_dir(), s.output / "report.html"
+    loras = [strength_of(text)[0].resolve() for text in s.lora]
     refuse(
         (len(set(loras)) < len(loras), "--lora: the same file is given twice; set its strength with FILE=2 instead"),
         (
@@ -131,12 +132,20 @@ def check_sampling(s: Any) -> None:
             "--json: scores need a clean picture; add --reference, or --degrade on a clean input",
         ),
         (s.json and s.json.is_dir(), f"--json {s.json}: is a folder; name a file"),
+        (
+            same(s.json, s.output) or same(s.json, page),
+            f"--json {s.json}: is written by another flag; name another file",
+        ),
         (s.json and not s.json.parent.is_dir(), f"--json {s.json}: no such folder; make it first"),
         (
             s.json and s.json.exists() and not is_scores(s.json),
             f"--json {s.json}: exists and holds no scores; name another file",
         ),
         (s.report and not folder, "--report: is for folders; of one picture, --compare shows before and after"),
+        (
+            s.report and page.exists() and not is_report(page),
+            f"--report: {page} exists and is none of this program; choose another --output",
+        ),
     )
 
 
@@ -158,6 +167,12 @@ def check_shared_memory(buckets: Sequence[Size], batch_size: int, workers: int) 
             f"/dev/shm: {free / 1e6:.0f} MB free, but {workers} workers need {needed / 1e6:.0f} MB for their "
             "batches; use --workers 0 or fewer workers, or give the container more (docker run --shm-size=2g)."
         )
+
+
+def is_report(file: Path) -> bool:
+    """Whether a file may be replaced by report.html: it was made from the page beside report.py."""
+    template = Path(__file__).with_name("report.html").read_bytes()[:50]
+    return file.is_file() and file.read_bytes()[:50] == template
 
 
 def is_scores(file: Path) -> bool:

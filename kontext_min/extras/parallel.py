@@ -68,8 +68,8 @@ def start(device: str) -> Processes:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-        if chosen.type not in ("cpu", "cuda"):  # such as mps: it must at least hold a number
-            torch.zeros(1, device=chosen)
+        if chosen.type not in ("cpu", "cuda"):  # such as mps: it must at least give back a number
+            torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device: got {device!r}, but there is no such device here; use auto or cpu.") from None
     if chosen.type == "cuda":
