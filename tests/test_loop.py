@@ -220,9 +220,29 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
     assert "may be deleted" in refused("--init-lora", folder / "lora.safetensors", "--overwrite")
     assert "--rank and --lora-targets can't change" in refused("--rank", 4, "--accept-changes")
     assert json.loads((folder / "settings.json").read_text())["rank"] == 16  # a refused run changes nothing
-    file = runs.latest_checkpoint(folder) / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    assert "step-000006: broken" in refused()
+    file = runs.latest_checkpoint(folder) / "state.json"
+    state = json.loads(file.read_text())
+    bad = (
+        {},
+        [],
+        None,
+        state | {"step": 5},
+        state | {"step": "x"},
+        state | {"skipped": "x"},
+        state | {"unreadable": 3},
+    )
+    for text in (*map(json.dumps, bad), "[" * 200_000, file.read_text()[:20]):
+        file.write_text(text)
+        assert "step-000006: broken" in refused(), text[:100]
+    file.write_text(json.dumps(state))
+    for name in ("trained", "optimizer"):
+        file = runs.latest_checkpoint(folder) / f"{name}.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1000])
+        assert "step-000006: broken" in refused()
+        file.unlink()
+        assert "step-000006: broken" in refused()
+        file.write_bytes(content)
 
 
 def test_only_what_is_whole_counts_as_a_checkpoint(tmp_path):

@@ -16,7 +16,6 @@ from typing import Any
 from kontext_min import degrade
 from kontext_min.data import Size
 from kontext_min.extras.flags import check_values
-from kontext_min.extras.lora_files import strength_of
 
 
 def refuse(*rows: tuple[Any, str]) -> None:
@@ -116,9 +115,7 @@ def check_sampling(s: Any) -> None:
     if s.degrade:
         degrade.parse(s.degrade)
     folder, page = s.input.is_dir(), s.output / "report.html"
-    loras = [strength_of(text)[0].resolve() for text in s.lora]
     refuse(
-        (len(set(loras)) < len(loras), "--lora: the same file is given twice; set its strength with FILE=2 instead"),
         (
             s.degrade and s.reference,
             "--reference: with --degrade the input is the clean picture; leave one of the two out",

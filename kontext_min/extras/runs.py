@@ -264,8 +264,15 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
     """
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}, state
-    except (SafetensorError, ValueError) as error:
+        files = {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}
+        numbers = [v for k, v in state.items() if k != "unreadable" and v is not None]
+        if not {"trained", "optimizer"} <= files.keys():
+            raise ValueError("trained.safetensors or optimizer.safetensors is missing")
+        right = state.get("step") == int(checkpoint.name[5:]) and all(isinstance(v, int | float) for v in numbers)
+        if not right or not isinstance(state.get("unreadable", []), list):
+            raise ValueError("state.json is not the state of this step")
+        return files, state
+    except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{checkpoint}: broken ({error}); delete it to continue from the one before.") from None
 
 
