@@ -142,7 +142,7 @@ def sample(settings: Settings) -> int:
     degradation = degrade.parse(settings.degrade) if settings.degrade else None
     restored = 0
     for job in jobs:
-        with folders.spared(job, failed, stop=not settings.input.is_dir()):
+        with folders.spared(job, jobs, failed, stop=not settings.input.is_dir()):
             if job not in todo and not scores.wanted:
                 continue
             photo = pictures.load(job, degradation, settings.reference, settings.seed)
@@ -180,8 +180,7 @@ def sample(settings: Settings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; the top of the file lists them."""
-    stopped = "stopped; the same command continues with the pictures that are left"
-    return program.run("sample.py", sample, parse_flags(Settings, argv, __doc__), stopped)
+    return program.run("sample.py", sample, parse_flags(Settings, argv, __doc__))
 
 
 if __name__ == "__main__":

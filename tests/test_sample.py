@@ -1,6 +1,7 @@
 """sample.py: a picture or a folder in, the same names, sizes and metadata out; bad input named in one line."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -663,7 +664,7 @@ def test_a_signal_stops_a_folder_and_the_same_command_goes_on(small_bundle, tmp_
     )
     assert process.exitcode == 130
     last = log.read_text().splitlines()[-1]
-    assert last == "sample.py: stopped; the same command continues with the pictures that are left"
+    assert last == "sample.py: stopped; 1 of 3 pictures are there, and the same command continues"
     assert "Traceback" not in log.read_text()
     assert [p.name for p in (tmp_path / "out").glob("*.png")] == ["a.png"]
     assert run(*args) == 0
@@ -677,10 +678,33 @@ def test_closed_outputs_stop_nothing(identity, small_bundle, tmp_path, monkeypat
     assert run("--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle) == 0
 
 
+def test_a_full_disk_ends_a_folder_and_names_the_file(identity, small_bundle, tmp_path, capsys, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        crop(32, 32).save(tmp_path / "in" / f"{name}.png")
+    save, written = Image.Image.save, []
+
+    def until_full(self, file, *args, **options):
+        written.append(file)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, file, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", until_full)
+    assert run("--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    full = f"{tmp_path / 'out' / 'b.png'}: No space left on device"
+    assert said == f"sample.py: {full}; 1 of 3 pictures are there, and the same command continues"
+    assert len(written) == 2
+
+
 @pytest.mark.parametrize(("error", "goes_on"), [(BrokenPipeError(32, ""), True), (PermissionError(13, ""), False)])
 def test_a_closed_pipe_is_no_fault_of_the_picture(error, goes_on, tmp_path):
     job, failed = pictures.Job(tmp_path / "a.png", "a.png", tmp_path / "b.png", (1, 1)), []
-    with pytest.raises(OSError) if goes_on else contextlib.nullcontext(), folders.spared(job, failed, stop=False):
+    with (
+        pytest.raises(OSError) if goes_on else contextlib.nullcontext(),
+        folders.spared(job, [job], failed, stop=False),
+    ):
         raise error
     assert bool(failed) != goes_on
 

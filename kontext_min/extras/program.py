@@ -19,14 +19,19 @@ def beside_the_programs(path: str) -> Path:
     return Path(path) if Path(path).exists() else Path(__file__).parents[2] / path
 
 
-def run(name: str, program: Callable[[Any], int], settings: Any, stopped: str = "stopped") -> int:
-    """The exit code of a program; `stopped` is what to print after Ctrl-C."""
-    code = _attempt(name, program, settings, stopped)
+def run(name: str, program: Callable[[Any], int], settings: Any) -> int:
+    """The exit code of a program."""
+    code = _attempt(name, program, settings)
     runs.close_run()
     return parallel.finish(code)
 
 
-def _attempt(name: str, program: Callable[[Any], int], settings: Any, stopped: str) -> int:
+def _more(error: BaseException) -> str:
+    """What a part of the program has to add to an error on its way."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+
+
+def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
     for stream in ("stdout", "stderr"):  # None if they were closed before the start: `sample.py >&-`
         setattr(sys, stream, getattr(sys, stream) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     runs.on_stop(signal.default_int_handler)  # `kill` and a closed terminal end a program as Ctrl-C does
@@ -35,15 +40,15 @@ def _attempt(name: str, program: Callable[[Any], int], settings: Any, stopped: s
     except runs.Stopped as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # nobody reads the output any more: `sample.py ... | head`
+    except BrokenPipeError as error:  # `sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"{name}: stopped, since nobody reads its output any more{_more(error)}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        system = [getattr(error, part, None) for part in ("filename", "strerror")]  # its own text begins with [Errno 2]
-        print(f"{name}: {': '.join(str(part) for part in system if part) or error}", file=sys.stderr)
+        print(f"{name}: {runs.in_words(error)}{_more(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: {stopped}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\n{name}: stopped{_more(error)}", file=sys.stderr)
         return 130
     except Exception:  # shown here and not by the interpreter, which would keep the loader's processes alive for it
         traceback.print_exc()

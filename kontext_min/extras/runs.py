@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.extras.saving import save_file
+from kontext_min.extras.saving import naming, save_file
 
 # What a run writes. Nothing else in its folder is replaced or deleted.
 WRITTEN = re.compile(
@@ -154,6 +154,12 @@ def delete_run(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def in_words(error: BaseException) -> str:
+    """An error without the [Errno 28] of the system's own, and with the file it is about."""
+    system = [getattr(error, part, None) for part in ("filename", "strerror")]
+    return ": ".join(str(part) for part in system if part) or str(error).strip()
+
+
 class Stopped(Exception):
     """A run that cannot continue, for a reason outside the program; the message is one line for its owner."""
 
@@ -168,7 +174,7 @@ def under_way(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[-1]  # that of a loader process is the last line of a traceback
+        reason = in_words(error).splitlines()[-1]  # that of a loader process is the last line of a traceback
         last = latest_checkpoint(folder)
         kept = f"{last} is whole, and the same command continues from it" if last else "there is no checkpoint yet"
         raise Stopped(f"{folder}: the run had to stop, {reason}; {kept}.") from error
@@ -185,8 +191,9 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file aside and rename it."""
     aside = file.with_name(f".{os.getpid()}.{file.suffix}.tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(file)
+        with naming(file):
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)
 
