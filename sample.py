@@ -15,7 +15,7 @@ Exit codes: 0 all restored; 1 some failed (each is named); 2 all failed, or bad 
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from kontext_min.extras import checks, folders, parallel, pictures, plan, progra
 from kontext_min.extras.base import Weights, load_base
 from kontext_min.extras.flags import flag, parse_flags
 from kontext_min.extras.lora_files import load_lora, lora_file, strength_of
-from kontext_min.extras.method import method_of
+from kontext_min.extras.method import made_with, method_of
 from kontext_min.extras.parallel import COMPUTE_DTYPES, compute_dtype
 from kontext_min.extras.progress import Ticker, clock
 from kontext_min.extras.scores import Scores
@@ -40,7 +40,6 @@ from kontext_min.restore import STEPS, decode, restore_latent, to_image
 
 CACHE = Path("runs/cache")
 OBJECTIVES, QUANTIZED = ("bridge", "kontext"), ("int8", "fp8", "nf4")
-HOW = ("degrade", "seed", "strength", "fidelity", "color_fix", "tile", "resolution")  # recorded, besides the method
 picture, scoring, model, method, machine = (
     partial(flag, group) for group in ("pictures", "scores", "model", "method", "machine")
 )
@@ -110,7 +109,7 @@ def sample(settings: Settings) -> int:
     jobs, failed = pictures.find(settings.input, settings.output, [f for f in files if f])
     for name, reason in failed:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
-    how = {name: getattr(settings, name) for name in HOW} | asdict(method) | {"lora": list(settings.lora)}
+    how = made_with(settings, weights, method)
     todo = folders.to_do(jobs, settings.input, settings.output, how, settings.overwrite)
     scores = Scores(settings)
     if not todo and not scores.wanted:
@@ -120,10 +119,11 @@ def sample(settings: Settings) -> int:
     plan.fit(asked, sizes, device, pixels=max((w * h for w, h in at.values()), default=0))
 
     # ---- the networks: the text encoders are freed before the transformer is loaded
-    encoded = prompts.encode([method.prompt], weights, CACHE / "prompts", dtype, device, settings.stream)
+    cache = checks.cache_for(CACHE)
+    encoded = prompts.encode([method.prompt], weights, cache / "prompts", dtype, device, settings.stream)
     text = prompts.batch(encoded, [method.prompt], method.guidance, dtype, device)
     autoencoder = load_autoencoder(weights.path("vae"), dtype=torch.float32, device=device)
-    flux, stream = load_base(settings, weights.path("transformer"), dtype, device, CACHE)
+    flux, stream = load_base(settings, weights.path("transformer"), dtype, device, cache)
     if stream:
         stream.wrap()
     for lora in settings.lora:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from kontext_min import __version__, data, degrade, flow
 from kontext_min.autoencoder import Autoencoder
-from kontext_min.checkpoints import load_autoencoder, read_json
+from kontext_min.checkpoints import load_autoencoder
 from kontext_min.extras import checks, held_out, inventory, parallel, plan, program, prompts, runs, validation
 from kontext_min.extras.base import Weights, load_base
 from kontext_min.extras.fingerprint import fingerprint
@@ -454,8 +454,7 @@ def train(settings: Settings) -> int:
 
 def settled(settings: Settings, sizes: plan.Sizes) -> Settings:
     """Fill in the defaults that depend on the base model or on other settings."""
-    file = settings.weights / "defaults.json"  # defaults for this base; the official folder has none
-    suited = GUIDE | (read_json(file) if file.exists() else {})
+    suited = checks.suited(settings.weights / "defaults.json", GUIDE)  # to this base; the official folder has none
     filled = {name: suited[name] for name in GUIDE if getattr(settings, name) is None}
     settings = replace(settings, **filled, degrade=settings.degrade or "guide")
     prompt = settings.prompt or degrade.PROMPTS.get(settings.degrade, degrade.PROMPTS["guide"])

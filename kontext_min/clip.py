@@ -172,6 +172,8 @@ class ClipTokenizer:
             lines = merges.read_text(encoding="utf-8").split("\n")[1:]  # splitlines() would also split at U+0085
             pairs = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
             self.start, self.end = self.ids[START], self.ids[END]
+            if len(self.ids) != 2 * 256 + len(pairs) + 2:  # bytes inside and at the end of a word, merges, two marks
+                raise ValueError(f"{len(pairs)} merges for {len(self.ids)} tokens")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: not a CLIP vocabulary ({error!r}); take the official tokenizer/.") from error
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}

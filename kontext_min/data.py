@@ -16,6 +16,7 @@ import functools
 import io
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,7 +81,10 @@ SMALLEST = 16  # pixels a side
 THREADS = 8  # reading headers is mostly waiting for the disk
 
 # Pillow refuses more than twice its limit, so that a small file cannot unpack to more than your memory.
-Image.MAX_IMAGE_PIXELS = int(float(os.environ.get("KONTEXT_MAX_PIXELS", "5e8"))) // 2
+LIMIT = os.environ.get("KONTEXT_MAX_PIXELS", "5e8")
+if not re.fullmatch(r"[1-9]\d{0,17}(e\d{1,2})?", LIMIT):
+    sys.exit(f"KONTEXT_MAX_PIXELS: got {LIMIT!r}, expected a number of pixels, such as 5e8.")
+Image.MAX_IMAGE_PIXELS = int(float(LIMIT)) // 2
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # It allows 1 MB for each text or color profile of a PNG; editors write more. The total stays limited to 64 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY

@@ -199,7 +199,13 @@ def test_missing_files(tmp_path, missing):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("vocab.json", "{"), ("vocab.json", "[1]"), ("vocab.json", '{"a": 0}'), ("merges.txt", "#version\na b c\n")],
+    [
+        ("vocab.json", "{"),
+        ("vocab.json", "[1]"),
+        ("vocab.json", '{"a": 0}'),
+        ("merges.txt", "#version\na b c\n"),
+        ("merges.txt", (VOCABULARY / "merges.txt").read_text()[:500].rpartition("\n")[0]),  # cut after a whole line
+    ],
 )
 def test_unusable_files(tmp_path, name, content):
     for other in ("vocab.json", "merges.txt"):

@@ -218,7 +218,7 @@ def commands(name: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_command_lines_in_the_texts_are_understood(name, monkeypatch):
+def test_command_lines_in_the_texts_are_understood(name, monkeypatch, tmp_path):
     """Unknown flags and values fail; `...` stands for flags that are left out, and those needed are then put in."""
     monkeypatch.setenv("WORLD_SIZE", "2")  # as under torchrun
     calls = commands(name)
@@ -230,7 +230,11 @@ def test_command_lines_in_the_texts_are_understood(name, monkeypatch):
         short = any(a in ("...", "--help") for a in argv)
         argv = [a for a in argv if a not in ("...", "--help")]
         settings = parse_flags(module.Settings, needed[program] + argv if short else argv, "")
-        if program == "sample":  # no files here
+        for field in fields(settings):  # no files here: an empty folder stands for each
+            if field.metadata["there"] and getattr(settings, field.name):
+                (tmp_path / field.name).mkdir(exist_ok=True)
+                settings = replace(settings, **{field.name: tmp_path / field.name})
+        if program == "sample":
             checks.check_sampling(replace(settings, reference=None, json=None, report=False))
         else:
             checks.check_training(settings)
@@ -243,6 +247,6 @@ def test_a_wrong_command_line_would_be_seen(monkeypatch, tmp_path, capsys):
     for line in ("python train.py --hr-root x --lr-rate 1", "`sample.py --input a --output b --solver rk4`"):
         (tmp_path / "README.md").write_text(f"```\n{line}\n```\nor `python train.py ...`\n")
         with pytest.raises(SystemExit):
-            test_command_lines_in_the_texts_are_understood("README.md", monkeypatch)
+            test_command_lines_in_the_texts_are_understood("README.md", monkeypatch, tmp_path)
     error = capsys.readouterr().err
     assert "--lr-rate" in error and "rk4" in error

@@ -5,25 +5,31 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import large_bench
 import processes
 import sample
+import train
 from kontext_min import data, degrade
 from kontext_min.checkpoints import load_flux
-from kontext_min.extras import fidelity, folders, metrics, pictures
+from kontext_min.extras import checks, fidelity, folders, metrics, pictures
 from kontext_min.extras.lora_files import save_lora
 from kontext_min.lora import add_lora
+from test_loop import HOLD
 from test_report import data_of
 
 ROOT = Path(__file__).parent.parent
@@ -192,7 +198,7 @@ def test_a_folder_of_fifty_with_eight_broken(mixed, small_bundle, tmp_path, caps
     for name in BROKEN:
         assert sum(line.startswith(f"not restored: {name}: ") for line in said.err.splitlines()) == 1, name
     names = {p.name for p in data.scan(mixed)[0]}
-    made = {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()} - {folders.RECORD}
+    made = {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()} - {folders.RECORD, ".lock"}
     assert made == {name + ".png" * name.endswith(".gif") for name in names} and len(made) == 42
     for name in names:
         with Image.open(mixed / name) as before, Image.open(out / (name + ".png" * name.endswith(".gif"))) as after:
@@ -216,21 +222,10 @@ def test_a_folder_of_fifty_with_eight_broken(mixed, small_bundle, tmp_path, caps
 def test_overwrite_and_an_output_inside_the_input(identity, small_bundle, tmp_path, capsys):
     crop(32, 32).save(tmp_path / "a.png")
     args = ["--input", tmp_path, "--output", tmp_path / "restored", "--weights", small_bundle]
-    assert (
-        run(
-            *args,
-        )
-        == 0
-    )
-    assert (
-        run(
-            *args,
-            "--overwrite",
-        )
-        == 0
-    )
+    assert run(*args) == 0
+    assert run(*args, "--overwrite") == 0
     assert len(identity) == 2  # what was restored is not taken for an input
-    assert sorted(f.name for f in (tmp_path / "restored").iterdir()) == [folders.RECORD, "a.png"]
+    assert sorted(f.name for f in (tmp_path / "restored").iterdir()) == [".lock", folders.RECORD, "a.png"]
 
 
 def test_a_failing_picture_is_counted_and_a_full_disk_stops(identity, small_bundle, tmp_path, capsys, monkeypatch):
@@ -601,6 +596,8 @@ def test_report_of_a_folder(scored, tmp_path):
             "report.html: is written by another flag",
         ),
         (["--device", "meta"], "--device: got 'meta'"),
+        (["--json", "{folder}", "--degrade", "guide"], "is a folder; name a file"),
+        (["--input", "{here}/nowhere"], "--input {here}/nowhere: no such file or folder; check the path"),
         (["--report"], "--report: is for folders"),
         (["--input", "{folder}", "--output", "{here}", "--report"], "report.html exists and is none of this program"),
     ],
@@ -618,7 +615,7 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--weights", small_bundle]
     assert run(*args, *(f.format(here=tmp_path, **names) for f in flags)) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("sample.py: ") and message in lines[-1]
+    assert lines[-1].startswith("sample.py: ") and message.format(here=tmp_path) in lines[-1]
     assert all(line.startswith("not restored: text.jpg") for line in lines[:-1])
     assert not (tmp_path / "out.png").exists()
     assert Image.open(tmp_path / "in.png").size == Image.open(tmp_path / "folder" / "a.png").size == (32, 32)
@@ -671,11 +668,82 @@ def test_a_signal_stops_a_folder_and_the_same_command_goes_on(small_bundle, tmp_
     assert "2 restored, 1 there before" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", ""], "--prompt: got an empty value; give one, or leave the flag out"),
+        (["--degrade", " "], "--degrade: got an empty value"),
+        (["--ouput", "x.png"], "--ouput: no such flag; did you mean --output"),
+        (["--steps", "x"], "--steps: invalid int value: 'x'"),
+        (["--output", ""], "--output: got an empty value"),
+    ],
+)
+def test_flags_that_cannot_be_read(capsys, flags, message):
+    with pytest.raises(SystemExit) as end:
+        run("--input", PHOTO, *flags)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and message in said and "--help shows all flags" in said
+
+
 def test_closed_outputs_stop_nothing(identity, small_bundle, tmp_path, monkeypatch):
     crop(32, 32).save(tmp_path / "in.png")
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     assert run("--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle) == 0
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(small_bundle, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    crop(32, 32).save(tmp_path / "in" / "a.png")
+    (tmp_path / "out").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        args = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle]
+        assert run(*args) == 2
+        assert f"--output {tmp_path / 'out'}: another run is using it" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.wait()
+    assert run(*args) == 0
+
+
+@pytest.mark.parametrize("place", ["in.png/cache", "folder"])
+def test_where_nothing_can_be_written(tmp_path, monkeypatch, place):
+    """A file where a folder is wanted, and a folder that another user owns: sample.py keeps its cache elsewhere."""
+    (tmp_path / "in.png").write_text("")
+    (tmp_path / "folder").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "folder" and access(path, mode))
+    assert not checks.can_write(tmp_path / place / "prompts") and checks.can_write(tmp_path / "new" / "er" / "prompts")
+    assert checks.cache_for(tmp_path / place) == Path(tempfile.gettempdir()) / "kontext_min"
+    with pytest.raises(ValueError, match=re.escape(f"--cache-dir {tmp_path / place}: can't be written")):
+        checks.check_training(
+            train.Settings(hr_root=tmp_path, output_dir=tmp_path / "x" / "y", cache_dir=tmp_path / place)
+        )
+
+
+@pytest.mark.parametrize("what", ["LoRA", "base", "--compare", "--quantize", "input"])
+def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, small_bundle, tmp_path, capsys, what):
+    """Whatever decides how they look is part of the record, by content: files keep their names when they change."""
+    weights, lora = shutil.copytree(small_bundle, tmp_path / "w"), tmp_path / "lora.safetensors"
+    shutil.copy(small / "lora.safetensors", lora)
+    (tmp_path / "in").mkdir()
+    crop(32, 32).save(tmp_path / "in" / "a.png")
+    args = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", weights, "--lora", lora]
+    assert run(*args) == run(*args) == run(*args[:-1], f"{lora}=1") == 0
+    if what in ("LoRA", "base"):
+        file = lora if what == "LoRA" else weights / "vae" / "diffusion_pytorch_model.safetensors"
+        with safe_open(file, "pt") as f:
+            tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118
+        save_file({name: x + 1e-3 for name, x in tensors.items()}, file, metadata=about)
+    if what == "input":
+        os.utime(tmp_path / "in" / "a.png", (2e9, 2e9))
+    more = {"--compare": ["--compare"], "--quantize": ["--quantize", "int8"]}.get(what, [])
+    assert run(*args, *more) == 2
+    named = {"LoRA": "lora was", "base": "base was", "input": "1 of their inputs have changed since"}
+    assert named.get(what, f"{what[2:]} was") in capsys.readouterr().err
+    assert run(*args, *more, "--overwrite") == 0
 
 
 def test_a_full_disk_ends_a_folder_and_names_the_file(identity, small_bundle, tmp_path, capsys, monkeypatch):

@@ -231,9 +231,21 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--val-root", "{here}/empty"], "--val-root {here}/empty: no usable picture"),
         (["--hr-root", "{here}", "--output-dir", "{here}/run"], "lies in --hr-root"),
         (["--full", "--dtype", "bfloat16"], "leave --dtype out"),
+        (["--full", "--init-lora", "{here}/text.jpg"], "--full trains no LoRA"),
+        (["--init-lora", "{here}/nowhere"], "--init-lora {here}/nowhere: no such file or folder; check the path"),
+        (["--lr-root", "{here}/nowhere"], "--lr-root {here}/nowhere: no such folder; check the path"),
+        (["--lr-root", "{hr}"], "--lr-root {hr}: is --hr-root"),
+        (["--lr-root", "{here}/empty", "--degrade", "guide"], "leave one of them out"),
+        (["--val-root", "{hr}"], "--val-root {hr}: is --hr-root"),
+        (["--workers", "5000"], "--workers: got 5000"),
+        (["--warmup", "7", "--steps", "6"], "--warmup: got 7, but the run has 6 steps"),
+        (["--resolution", "100000"], "--resolution: got 100000, expected at least 16 and at most 4096"),
+        (["--rank", "100000"], "--rank: got 100000, expected 1 to"),
+        (["--cache-dir", "{here}/text.jpg"], "--cache-dir {here}/text.jpg: can't be written"),
+        (["--weights", "{bad}"], "{bad}/defaults.json: batch_size is 2.5, expected a number such as 1"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, tmp_path, capsys, flags, message):
+def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures, tmp_path, capsys, flags, message):
     for name in ("empty", "broken"):
         (tmp_path / name).mkdir()
     (tmp_path / "text.jpg").write_text("this is no picture")
@@ -241,11 +253,15 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, tmp_path
     photo = (Path(__file__).parent / "photos" / "bowl.jpg").read_bytes()
     (tmp_path / "broken" / "cut.JPG").write_bytes(photo[: len(photo) // 3])
     flux = small_bundle / "transformer" / "diffusion_pytorch_model.safetensors"
-    assert run(*(f.format(here=tmp_path, flux=flux) for f in flags)) == 2
+    bad = shutil.copytree(small_bundle, tmp_path / "bad") if "{bad}" in flags else ""
+    if bad:
+        (bad / "defaults.json").write_text('{"batch_size": 2.5}')
+    names = {"here": tmp_path, "flux": flux, "bad": bad, "hr": pictures}
+    assert run(*(f.format(**names) for f in flags)) == 2
     printed = capsys.readouterr()
     error = printed.err.strip().splitlines()[-1]
     assert error.startswith("train.py: ")
-    assert message.format(here=tmp_path) in error
+    assert message.format(**names) in error
     assert "Traceback" not in printed.err
     if "broken" in flags[-1]:
         assert "text.jpg: not a picture" in printed.out

@@ -9,7 +9,7 @@ from PIL import Image
 
 from kontext_min.data import to_float, to_tensor
 from kontext_min.extras import metrics
-from kontext_min.extras.validation import SIGMAS, validate
+from kontext_min.extras.validation import SIGMAS, describe, validate
 from kontext_min.flow import Objective, Prompt
 
 PHOTO = Path(__file__).parent / "photos" / "bowl.jpg"
@@ -40,3 +40,9 @@ def test_scores_and_the_largest_shift_of_restored_pictures():
 def test_a_restored_picture_that_is_not_finite_is_an_error():
     with pytest.raises(ValueError, match="the result is not finite"):
         validate(lambda img, *_: img * torch.nan, PIXELS, [pair(0)[1]], PROMPT, Objective(), seed=0, steps=1)
+
+
+def test_a_picture_worse_than_its_input_is_said():
+    row = {"psnr_degraded": 20.0, "psnr": 19.99, "ssim": 0.5}
+    assert describe(row) == "PSNR 20.00 -> 19.99 dB, SSIM 0.500, worse than its input"
+    assert "worse" not in describe(row | {"psnr": 20.0})

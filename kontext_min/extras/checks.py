@@ -8,12 +8,14 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kontext_min import degrade
+from kontext_min.checkpoints import read_json
 from kontext_min.data import Size
 from kontext_min.extras.flags import check_values
 
@@ -32,6 +34,19 @@ def refuse(*rows: tuple[Any, str]) -> None:
 def same(a: Path | None, b: Path | None) -> bool:
     """Whether two paths lead to the same place."""
     return bool(a and b) and a.resolve() == b.resolve()
+
+
+def can_write(path: Path) -> bool:
+    """Whether a file can be made there, in folders that may have to be made too, or written if it is there."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return os.access(place, os.W_OK) and (place == path or place.is_dir())
+
+
+def cache_for(folder: Path) -> Path:
+    """The folder of a cache, or where nothing can be written there, one of the system's temporary folder."""
+    return folder if can_write(folder / "prompts") else Path(tempfile.gettempdir()) / "kontext_min"
 
 
 def number(text: str) -> float:
@@ -76,6 +91,7 @@ def check_training(s: Any) -> None:
             s.objective == "kontext" and (s.source_noise or auto or number(s.start_time) != 1),
             "--objective kontext starts from pure noise; leave out --source-noise and --start-time",
         ),
+        (not can_write(s.cache_dir / "prompts"), f"--cache-dir {s.cache_dir}: can't be written; name another folder"),
         (s.workers > most, f"--workers: got {s.workers}, expected at most {most}, four per CPU core"),
         (
             s.tensorboard and not find_spec("tensorboard"),
@@ -92,6 +108,20 @@ def check_training(s: Any) -> None:
             f"--output-dir {out}: lies in --hr-root, so its pictures would be trained on; move it",
         ),
     )
+
+
+def suited(file: Path, guide: dict[str, float]) -> dict[str, float]:
+    """The defaults of a base: those of its defaults.json, if there is one, in place of the guide's.
+
+    Raises:
+        ValueError: one of them is of another type.
+    """
+    found = guide | (read_json(file) if file.exists() else {})
+    for name, value in guide.items():
+        kinds = {int} if type(value) is int else {int, float}
+        wrong = type(found[name]) not in kinds
+        refuse((wrong, f"{file}: {name} is {found[name]!r:.40}, expected a number such as {value}"))
+    return found
 
 
 def check_lengths(s: Any) -> None:
@@ -134,6 +164,7 @@ def check_sampling(s: Any) -> None:
             f"--json {s.json}: is written by another flag; name another file",
         ),
         (s.json and not s.json.parent.is_dir(), f"--json {s.json}: no such folder; make it first"),
+        (s.json and not can_write(s.json), f"--json {s.json}: can't be written; name another file"),
         (
             s.json and s.json.exists() and not is_scores(s.json),
             f"--json {s.json}: exists and holds no scores; name another file",

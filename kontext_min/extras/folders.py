@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kontext_min.extras.pictures import Job
-from kontext_min.extras.runs import in_words, write_json
+from kontext_min.extras.runs import in_words, lock, write_json
 
 RECORD = ".restored-with.json"
 ENDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)  # every further picture would fail as this one did
@@ -30,11 +30,14 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
         overwrite: replace what is there.
 
     Raises:
-        ValueError: there is nothing to restore, or the output holds files that would be replaced, or pictures that were
-            made in another way.
+        ValueError: there is nothing to restore, the output holds files that would be replaced or pictures that were
+            made in another way, or another run writes into it.
     """
     if not jobs:
         raise ValueError(f"--input {source}: none of its pictures can be read.")
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        lock(target, "--output")
     there = [] if overwrite else [job for job in jobs if job.output.exists()]
     if not source.is_dir():
         if there:
@@ -45,6 +48,8 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
         try:
             before = json.loads(record.read_text(encoding="utf-8"))
             changed = [f"{k} was {before[k]}, is {how[k]}" for k in how if before[k] != how[k]]
+            newer = sum(job.path.stat().st_mtime > job.output.stat().st_mtime for job in there)
+            changed += [f"{newer} of their inputs have changed since"] * (newer > 0)
         except (OSError, ValueError, KeyError, TypeError):
             changed = [f"no {RECORD} says how they were made"]
         if changed:
@@ -54,7 +59,6 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
             )
     todo = [job for job in jobs if job not in there]
     if todo:
-        target.mkdir(parents=True, exist_ok=True)
         write_json(record, how)
     return todo
 
@@ -63,8 +67,9 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
 def spared(job: Job, jobs: Sequence[Job], failed: list[tuple[str, str]], stop: bool) -> Iterator[None]:
     """A picture that fails is named and added to `failed`, and the folder goes on.
 
-    With `stop` the error ends the run; so do Ctrl-C, a closed pipe and a disk that takes no more pictures, with a note
-    that says how many are there.
+    Raises:
+        ValueError, OSError: with `stop`, that of the picture.
+        OSError, KeyboardInterrupt: the disk takes no more pictures, or you stop it; a note says how many are there.
     """
     try:
         yield

@@ -4,17 +4,20 @@ The header of our LoRA files says how the LoRA was trained (lora_files.trained_w
 prompt, start time, source noise, resolution. train.py --full writes the same into the transformer's file.
 """
 
+import hashlib
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kontext_min import degrade
-from kontext_min.checkpoints import find, metadata
+from kontext_min.checkpoints import NOUNS, find, metadata
 from kontext_min.extras.base import Weights
 from kontext_min.extras.fingerprint import fingerprint
-from kontext_min.extras.lora_files import purpose, trained_with
+from kontext_min.extras.lora_files import lora_file, purpose, strength_of, trained_with
 from kontext_min.flow import Objective
 from kontext_min.restore import STEPS
+
+HOW = ("degrade", "seed", "strength", "fidelity", "color_fix", "tile", "resolution", "quantize", "compare")
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,11 @@ def method_of(settings: Any, weights: Weights) -> Method:
         solver=solver,
         resolution=about.get("resolution"),
     )
+
+
+def made_with(settings: Any, weights: Weights, method: Method) -> dict[str, Any]:
+    """All that decides what a restored picture looks like besides its input, as plain JSON values."""
+    loras = [(lora_file(path), strength) for path, strength in map(strength_of, settings.lora)]
+    contents = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}={x:g}" for file, x in loras]
+    base = [fingerprint(weights.path(part), part) for part in NOUNS]
+    return {name: getattr(settings, name) for name in HOW} | asdict(method) | {"lora": contents, "base": base}

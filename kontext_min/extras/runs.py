@@ -78,7 +78,7 @@ def open_run(
             _make(folder)
         except OSError as error:
             raise OSError(f"--output-dir {folder}: can't be made or written: {error.strerror}.") from error
-        _lock(folder)
+        lock(folder, "--output-dir")
         for path in (folder / "checkpoints").iterdir():
             if LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
@@ -105,8 +105,12 @@ def open_run(
     return last
 
 
-def _lock(folder: Path) -> None:
-    """Hold the folder until this process ends; the system lets go of it even after a kill."""
+def lock(folder: Path, flag: str) -> None:
+    """Hold the folder of a flag until this process ends; the system lets go of it even after a kill.
+
+    Raises:
+        ValueError: another process holds it.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -116,7 +120,7 @@ def _lock(folder: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader processes
     except OSError:
         file.close()
-        raise ValueError(f"--output-dir {folder}: another run is using it; wait for it, or choose another.") from None
+        raise ValueError(f"{flag} {folder}: another run is using it; wait for it, or choose another.") from None
     _held.append(file)
 
 
