@@ -165,7 +165,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"size exceeds limit of {2 * Image.MAX_IMAGE_PIXELS:,} pixels; set KONTEXT_MAX_PIXELS to raise it"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(_text(text).split()) or type(error).__name__
+    return " ".join(_text(text).split()) or f"broken, Pillow stops with {type(error).__name__}"
 
 
 def _text(name: str | Path) -> str:

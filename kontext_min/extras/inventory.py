@@ -12,7 +12,8 @@ from kontext_min.data import ENDINGS, Picture, Size, nearest_bucket, walk
 # Pictures that Pillow cannot read.
 UNREAD = {
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq",
-    ".jxl", ".nef", ".nrw", ".orf", ".pef", ".psb", ".raf", ".raw", ".rw2", ".srw", ".svg", ".wmf", ".x3f", ".xcf",
+    ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".srw", ".svg", ".wmf",
+    ".x3f", ".xcf",
 }  # fmt: skip
 
 
