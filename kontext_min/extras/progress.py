@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 DAY = 24 * 3600.0
@@ -86,16 +87,45 @@ def shorter(settings: Any, left: float, device: str) -> str:
 
 
 class Ticker:
-    """Counts small pieces of work and shows them in percent; `pause` shows that work goes on and counts nothing."""
+    """Shows how far sample.py is: which picture, and the part of its passes of a tile through a network that is done.
 
-    def __init__(self) -> None:
-        self.progress, self.done, self.total, self.text = Progress(), 0, 1, ""
+    Time follows the area, so the time left is known from the second picture on.
+
+        left = seconds per pixel of the pictures done * pixels left - seconds of this picture
+    """
+
+    def __init__(self, progress: Progress, sizes: Sequence[tuple[int, int]]) -> None:
+        self.progress, self.pictures, self.left = progress, len(sizes), sum(map(math.prod, sizes))
+        self.number = self.pixels = self.done_pixels = self.done = 0
+        self.name, self.passes, self.seconds, self.began = "", 1, 0.0, 0.0
+
+    def begin(self, name: str, size: tuple[int, int], passes: int) -> None:
+        """The next picture; the one before is done, or has failed."""
+        self.left -= self.pixels
+        self.name, self.pixels, self.passes, self.done = name, math.prod(size), passes, 0
+        self.number, self.began = self.number + 1, time.monotonic()
 
     def __call__(self) -> None:
-        """One more piece is done."""
+        """One more pass is done."""
         self.done += 1
-        self.pause()
+        self._show("")
 
     def pause(self) -> None:
-        """Show the line again, if it is time to."""
-        self.progress.show(f"{100 * self.done // max(self.total, 1)} percent, {self.text}")
+        """Work goes on that is no pass: the statistics that tiles are decoded with."""
+        self._show(", decoding")
+
+    def _show(self, what: str) -> None:
+        line = f"picture {self.number} of {self.pictures}, {self.name}: {100 * self.done // self.passes} %{what}"
+        if self.done_pixels:
+            left = self.seconds / self.done_pixels * self.left - (time.monotonic() - self.began)
+            line += f"  left {clock(max(left, 0))}"
+        self.progress.show(line)
+
+    def end(self) -> None:
+        """The picture is written."""
+        self.seconds, self.done_pixels = self.seconds + time.monotonic() - self.began, self.done_pixels + self.pixels
+
+    def pace(self) -> str:
+        """What all of it took, and a megapixel."""
+        pace = f", {1e6 * self.seconds / self.done_pixels:.3g} s a megapixel" if self.done_pixels else ""
+        return clock(time.monotonic() - self.progress.began) + pace
