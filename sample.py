@@ -109,7 +109,7 @@ def sample(settings: Settings) -> int:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
     how = {name: getattr(settings, name) for name in HOW} | asdict(method) | {"lora": list(settings.lora)}
     todo = folders.to_do(jobs, settings.input, settings.output, how, settings.overwrite)
-    scores = Scores(settings)
+    scores = Scores(settings, device)
     if not todo and not scores.wanted:
         print(f"{settings.output}: all {len(jobs)} pictures are there already; --overwrite restores them again")
         return 1 if failed else 0

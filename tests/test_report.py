@@ -356,7 +356,9 @@ def test_restored_pictures(tmp_path):
     pictures = [Image.new("RGB", SIZES[0], c) for c in COLOURS]
     figures = [figure("b.png", *pictures[:2], file="sub/b #1.png"), figure("a.png", *pictures, "20.00 → ∞ dB", "a.png")]
     mean = {"name": "mean", "input": scores(20.0), "restored": scores(math.inf, 0.75, 1.5)}
-    assert write_restored_report(tmp_path, figures, 3, mean) == str(tmp_path / "report.html")
+    settings = {"input": "my scans", "lora": ("a", "b=0.5"), "overwrite": True, "versions": {"torch": "2"}}
+    settings["defaults"] = {"input": None, "lora": (), "overwrite": False}
+    assert write_restored_report(tmp_path, figures, 3, mean, settings) == str(tmp_path / "report.html")
     data = data_of(tmp_path / "report.html")
     assert data["facts"] == [
         ["Gain in PSNR", "+∞ dB", "20.00 → ∞ dB"],
@@ -367,6 +369,8 @@ def test_restored_pictures(tmp_path):
     assert [one["title"] for one in data["figures"]] == ["a.png", "b.png"] and "2 of 3 pictures" in data["note"]
     assert [bool(one["clean"]) for one in data["figures"]] == [True, False]
     assert [one["after"][0]["file"] for one in data["figures"]] == ["a.png", "sub/b%20%231.png"]
+    assert data["settings"]["command"] == "python sample.py --input 'my scans' --lora a --lora b=0.5"
+    assert ["torch", "2"] in data["settings"]["about"] and ["overwrite", "true"] in data["settings"]["others"]
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser
@@ -482,7 +486,7 @@ def test_choices_change_the_pictures(opened, run):
 def test_zoom_pans_and_a_reload_keeps_what_was_chosen(tab, tmp_path):
     tab.errors.clear()
     photo = Image.open(PHOTOS / "picosdeeuropa.jpg").convert("RGB")
-    write_restored_report(tmp_path, [figure("own.jpg", photo, photo)], 1, None)
+    write_restored_report(tmp_path, [figure("own.jpg", photo, photo)], 1, None, {})
     tab.open(tmp_path / "report.html", 700)
     assert tab.js("document.querySelector('.stage .left').textContent") == "original"
     assert tab.js("getComputedStyle(document.querySelector('[name=left]').parentNode).display") == "none"
