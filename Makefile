@@ -22,7 +22,7 @@ test: $(VENV)/test
 
 # constraints.txt holds the exact versions that the tests ran with.
 $(VENV)/run: pyproject.toml constraints.txt
-	@echo "installing torch and five small packages into $(VENV): 1 to 5 GB, a few minutes"
+	@echo "installing torch and five small packages into $(VENV); with CUDA these are several gigabytes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable .
 	touch $@

@@ -66,7 +66,17 @@ def training_row(step, **changes):
 def validation_row(step, psnr=30.0, **changes):
     pictures = [{"width": w, "height": h, "psnr_degraded": 27.5, "psnr": psnr} for w, h in SIZES]
     row = {"step": step, "validation": True, "psnr": psnr, "ssim": 0.9, "psnr_degraded": 27.5, "ssim_degraded": 0.8}
-    return row | {"loss": 0.2, "loss_at": [k / 10 for k in range(1, 10)], "seconds": 60, "pictures": pictures} | changes
+    return (
+        row
+        | {
+            "loss": 0.2,
+            "loss_unchanged": 0.3,
+            "loss_at": [k / 10 for k in range(1, 10)],
+            "seconds": 60,
+            "pictures": pictures,
+        }
+        | changes
+    )
 
 
 def make_run(folder, rows, settings=None):
@@ -420,9 +430,9 @@ def test_page_fits_the_window_in_light_and_dark(opened, run, width, dark):
 
 
 def test_charts_have_points_and_five_colours(opened):
-    # PSNR 2, SSIM 2, loss 1, path 2; loss 2, the three intervals with values, norm 2, rate 1, speed 2
+    # PSNR 2, SSIM 2, loss 2, path 2; loss 2, the three intervals with values, norm 2, rate 1, speed 2
     lines = opened.js("[...document.querySelectorAll('polyline')].map(l => l.getAttribute('points').split(' ').length)")
-    assert len(lines) == 7 + 10 and sorted(set(lines)) == [2, 9, 100]
+    assert len(lines) == 8 + 10 and sorted(set(lines)) == [2, 9, 100]
     assert "NaN" not in opened.js("[...document.querySelectorAll('.charts svg')].map(s => s.outerHTML).join()")
     labels = opened.js("[...document.querySelectorAll('svg[role=img]')].map(s => s.getAttribute('aria-label'))")
     assert len(labels) == 9 and all(" over " in label and " to " in label for label in labels)
