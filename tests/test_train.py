@@ -24,7 +24,6 @@ import sample
 import train
 from kontext_min import degrade, flow
 from kontext_min.extras import base, checkpointing, held_out, plan, prompts, report, runs, validation
-from kontext_min.extras.progress import Progress
 from train import Settings
 
 FLAGS = "--resolution 64 --steps 4 --accumulate 1 --batch-size 2 --warmup 1 --workers 0 --checkpoint-every 2"
@@ -124,31 +123,6 @@ def test_what_is_filled_in_is_no_changed_setting(run, tmp_path):
     assert changed["resolution"] == "64" and {"prompt", "degrade", "gradient_checkpointing"} < others.keys()
     argv = shlex.split(table["command"])[2:]
     assert {word[2:].replace("-", "_") for word in argv if word.startswith("--")} == changed.keys()
-
-
-def row_after(step, seconds):
-    return {"step": step, "seconds": seconds, "loss": 0.5, "lr": 1e-4, "images_per_second": 4 / seconds}
-
-
-def test_the_time_left_leaves_out_the_first_step_and_counts_validations(capsys):
-    s = train.settled(Settings(hr_root=Path(), steps=104), plan.Sizes())
-    progress = Progress(every=0)
-    progress.validation = 30.0
-    for step, seconds in ((1, 100.0), (2, 2.0), (3, 4.0), (4, 3.0)):
-        progress.step(row_after(step, seconds), s, 2, "cpu")
-    ends = [line.split("left ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert ends == ["2h52m40s", "4m24s", "6m03s", "6m00s"]  # 103 * 100 s, 102 * 2 s, 101 * 3 s, 100 * 3 s, and 60 s
-
-
-def test_a_run_of_days_says_what_would_make_it_shorter(capsys):
-    s = train.settled(Settings(hr_root=Path(), cache_latents=4, steps=3000, resolution=1024), plan.Sizes())
-    for seconds, said in ((20.0, 0), (40.0, 1)):  # of 3000 steps
-        progress = Progress(every=0)
-        for step in range(1, 6):
-            progress.step(row_after(step, seconds), s, 0, "cpu")
-        out = capsys.readouterr().out
-        assert out.count("Shorter: --resolution 512") == said and "--cache-latents" not in out
-    assert "about 1d09h18m left" in out and "a GPU" in out
 
 
 def test_killed_and_resumed_runs_end_bit_for_bit_like_the_others():
