@@ -291,7 +291,8 @@ def train(settings: Settings) -> int:
 
         base = f"{settings.degrade} {written['fingerprint']['vae']}"
         pairs = CachedPairs(pairs, settings.cache_dir / "latents", base, settings.cache_latents)
-        for line in fill(pairs, encode, settings.workers, me.rank, me.world):
+        tell = lambda done, total: progress.show(f"caching latents, {done} of {total}")  # noqa: E731
+        for line in fill(pairs, encode, settings.workers, me.rank, me.world, tell):
             print(f"left out: {line}")
         parallel.wait()
     start = state["step"] * settings.accumulate
