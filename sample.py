@@ -32,7 +32,7 @@ from kontext_min.extras.method import method_of
 from kontext_min.extras.parallel import COMPUTE_DTYPES, compute_dtype
 from kontext_min.extras.progress import Progress, Ticker
 from kontext_min.extras.scores import Scores
-from kontext_min.extras.shared_norms import shared_norms
+from kontext_min.extras.shared_norms import passes, shared_norms
 from kontext_min.extras.tiles import Tiles
 from kontext_min.flow import SOLVERS
 from kontext_min.restore import STEPS, decode, restore_latent, to_image
@@ -49,13 +49,15 @@ picture, scoring, model, method, machine = (
 class Settings:
     """Every flag of sample.py."""
 
-    input: Path = picture(..., "picture to restore, or a folder of pictures")
+    input: Path = picture(..., "picture to restore, or a folder of pictures", there="file or folder")
     output: Path = picture(..., "file to write, in the format of its extension, or a folder")
     overwrite: bool = picture(False, "replace files that exist in --output")
     resolution: int | None = picture(None, "work size: side in pixels of an equal-area square", least=16, most=16384)
     degrade: str | None = picture(None, "degrade the input first, such as blur=1.5,noise=0.02 or a preset")
 
-    reference: Path | None = scoring(None, "clean picture, or folder with the same names, to score against")
+    reference: Path | None = scoring(
+        None, "clean picture, or folder with the same names, to score against", there="file or folder"
+    )
     json: Path | None = scoring(None, "also write the scores to this file")
     compare: bool = scoring(False, "write input | restored | clean side by side")
     report: bool = scoring(False, "for a folder: write report.html with before/after sliders")
@@ -139,18 +141,18 @@ def sample(settings: Settings) -> int:
     degradation = degrade.parse(settings.degrade) if settings.degrade else None
     restored = 0
     for job in jobs:
-        with folders.spared(job, failed, stop=not settings.input.is_dir()):
+        with folders.spared(job, jobs, failed, stop=not settings.input.is_dir()):
             if job not in todo and not scores.wanted:
                 continue
             photo = pictures.load(job, degradation, settings.reference, settings.seed)
             if job in todo:
-                tick.begin(job.name, at[job.size], apply.passes(*at[job.size], method.steps, method.solver))
                 small = photo.degraded.resize(at[job.size], Image.Resampling.LANCZOS)
+                tick.begin(job.name, small.size, passes(autoencoder, *small.size, apply, method.steps, method.solver))
                 z = restore_latent(
                     to_tensor(small)[None], flux, autoencoder, text, method.objective, method.steps, method.solver,
                     seed=settings.seed, strength=settings.strength, velocity=velocity, apply=apply,
                 )  # fmt: skip
-                with shared_norms(autoencoder, z, apply, tick.pause):  # decode tiles as parts of one picture
+                with shared_norms(autoencoder, z, apply, tick):  # decode tiles as parts of one picture
                     result = to_image(decode(autoencoder, z, small.size, apply)[0])
                 result = pictures.COLOUR_FIXES[settings.color_fix](result, small)
                 result = result.resize(job.size, Image.Resampling.LANCZOS)
@@ -178,8 +180,7 @@ def sample(settings: Settings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; the top of the file lists them."""
-    stopped = "stopped; the same command continues with the pictures that are left"
-    return program.run("sample.py", sample, parse_flags(Settings, argv, __doc__), stopped)
+    return program.run("sample.py", sample, parse_flags(Settings, argv, __doc__))
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ picture, model, method, training, validating, running, machine = (
 class Settings:
     """Every flag of train.py: name, type, default, help, range."""
 
-    hr_root: Path = picture(..., "folder of clean photos, read recursively")
-    lr_root: Path | None = picture(None, "folder of degraded pictures with the same names, instead of --degrade")
+    hr_root: Path = picture(..., "folder of clean photos, read recursively", there="folder")
+    lr_root: Path | None = picture(None, "degraded pictures of the same names, instead of --degrade", there="folder")
     degrade: str | None = picture(None, "preset or operators, such as blur=0.5:2,jpeg=40:95; default: guide")
     resolution: int | None = picture(None, "side of the square bucket, in pixels; default: 1024 *", least=16, most=4096)
     prompt: str | None = picture(None, "prompt for pictures without a .txt file; default: the preset's")
@@ -78,7 +78,7 @@ class Settings:
     rank: int = model(16, "rank of the LoRA", least=1)
     alpha: float | None = model(None, "scales the LoRA by alpha / rank; default: the rank", above=0)
     lora_targets: str = model("attention-mlp", f"{', '.join(TARGETS)}, or a pattern of module names")
-    init_lora: Path | None = model(None, "LoRA file to start from, of at most --rank")
+    init_lora: Path | None = model(None, "LoRA file to start from, of at most --rank", there="file or folder")
     full: bool = model(False, "train all weights of the transformer instead of a LoRA")
     quantize: str | None = model(None, "quantize the frozen weights to 8 or 4 bits", QUANTIZED)
 
@@ -99,7 +99,7 @@ class Settings:
     ema: float = training(0.0, "decay of the weights' moving average; 0 = off", least=0, most=0.999999)
     seed: int = training(42, "seed for every random number", least=0, most=2**63 - 1)
 
-    val_root: Path | None = validating(None, "pictures to validate on; default: a few of --hr-root, held out")
+    val_root: Path | None = validating(None, "pictures to validate on; default: a few of --hr-root", there="folder")
     validate_every_epochs: int | None = validating(None, "epochs between validations, 0 = none; default: 5+", least=0)
     validation_prompt: str | None = validating(None, "prompt for validation; default: --prompt")
 
@@ -167,6 +167,8 @@ def find_pairs(
     pictures, small = data.usable(pictures, buckets)
     left_out = rejected + small + inventory.unread(settings.hr_root, pictures)
     me.say(inventory.describe(pictures, left_out, buckets))
+    expected = "expected photographs at least as large as their bucket"
+    checks.refuse((not pictures, f"--hr-root {settings.hr_root}: no usable picture; {expected}"))
     pictures, held = held_out.split(settings, pictures, buckets)
     make = partial(data.Pairs, buckets=buckets, degrade=degradation, seed=settings.seed)
     pairs = make(pictures, prompt=settings.prompt)
@@ -291,8 +293,7 @@ def train(settings: Settings) -> int:
 
         base = f"{settings.degrade} {written['fingerprint']['vae']}"
         pairs = CachedPairs(pairs, settings.cache_dir / "latents", base, settings.cache_latents)
-        tell = lambda done, total: progress.show(f"caching latents, {done} of {total}")  # noqa: E731
-        for line in fill(pairs, encode, settings.workers, me.rank, me.world, tell):
+        for line in fill(pairs, encode, settings.workers, me.rank, me.world, progress.encoded):
             print(f"left out: {line}")
         parallel.wait()
     start = state["step"] * settings.accumulate
@@ -446,8 +447,7 @@ def train(settings: Settings) -> int:
         me.say(
             f"note: {state['skipped']} of {settings.steps} steps had no finite gradient and changed nothing. {ADVICE}"
         )
-    result = {"transformer": folder / "transformer"} if settings.full else {"lora": folder / "lora.safetensors"}
-    restore = program.restore_command(typed, result)
+    restore = program.restore_command(typed, folder)
     progress.phase(f"done; curves and pictures: {folder}/report.html; restore with\n    {restore}")
     return 0
 

@@ -82,15 +82,15 @@ class Panel:
         across, up = ((v - a) / (b - a) for v, (a, b) in ((x, self.x), (y, self.y)))
         return left + across * (right - left), bottom - up * (bottom - top)
 
-    def line(self, xs: Sequence[float], ys: Sequence[float], colour: tuple[int, ...], width: float = 1) -> None:
+    def line(self, xs: Sequence[float], ys: Sequence[float], color: tuple[int, ...], width: float = 1) -> None:
         """A line through points."""
         points = [self.at(x, y) for x, y in zip(xs, ys, strict=True)]
-        self.draw.line(points, fill=colour, width=round(SCALE * width), joint="curve")
+        self.draw.line(points, fill=color, width=round(SCALE * width), joint="curve")
 
-    def dot(self, x: float, y: float, colour: tuple[int, ...], radius: float = 3) -> None:
+    def dot(self, x: float, y: float, color: tuple[int, ...], radius: float = 3) -> None:
         """A disc."""
         (px, py), r = self.at(x, y), SCALE * radius
-        self.draw.ellipse([px - r, py - r, px + r, py + r], fill=colour)
+        self.draw.ellipse([px - r, py - r, px + r, py + r], fill=color)
 
     def ticks(self, xs: dict[float, str], ys: dict[float, str]) -> None:
         """Numbers beside the axes."""
@@ -168,17 +168,17 @@ def steps_figure() -> None:
         room = 0.08 * (high - low) or 1.0
         left = 60 + 440 * column
         panel = Panel(draw, (left, 40, left + 370, 280), (-0.3, len(places) - 0.7), (low - room, high + room))
-        for label, colour in zip(runs, COLOURS * len(runs), strict=False):
+        for label, color in zip(runs, COLOURS * len(runs), strict=False):
             xs = [places[s] for s in runs[label]["steps"]]
-            panel.line(xs, runs[label][key], colour, 2)
+            panel.line(xs, runs[label][key], color, 2)
             for x, y in zip(xs, runs[label][key], strict=True):
-                panel.dot(x, y, colour)
+                panel.dot(x, y, color)
         marks = [low + (high - low) * k / 4 for k in range(5)]
         panel.ticks({i: str(s) for s, i in places.items()}, {m: f"{m:.2f}" for m in marks})
         write(draw, SCALE * left, 18 * SCALE, title, "la", 14)
-    for i, (label, colour) in enumerate(zip(runs, COLOURS * len(runs), strict=False)):
+    for i, (label, color) in enumerate(zip(runs, COLOURS * len(runs), strict=False)):
         y = SCALE * (320 + 20 * i)
-        draw.line([(60 * SCALE, y), (85 * SCALE, y)], fill=colour, width=3 * SCALE)
+        draw.line([(60 * SCALE, y), (85 * SCALE, y)], fill=color, width=3 * SCALE)
         write(draw, 92 * SCALE, y, label, "lm")
     save(image, "steps.png")
 

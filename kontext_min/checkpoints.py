@@ -100,7 +100,7 @@ LONGEST = 100_000_000  # bytes of a header, the format's limit
 WIDENED = ("F8_E4M3", "F8_E5M2", "I8")  # read as float32, times their scale; I8 is what this project writes
 OTHER_FILES = {  # by their first bytes
     **dict.fromkeys((b"PK", b"\x80"), "a pickled PyTorch file, which can run code; convert it to safetensors"),
-    b"GGUF": "a GGUF file of llama.cpp; use the safetensors file, with --quantize to make it small",
+    b"GGUF": "a GGUF file of llama.cpp; use the safetensors file; a base becomes small with --quantize",
     b"version ": "a pointer of Git LFS; run git lfs pull to get the file itself",
 }
 
@@ -169,7 +169,10 @@ def _fault(file: Path, start: bytes, error: str) -> str:
     """What is wrong with a file that the library rejects; `start` is its beginning, up to the end of the header."""
     length, size = int.from_bytes(start[:8], "little"), file.stat().st_size
     if size > 8 and (start[8:9] != b"{" or length > LONGEST):
-        kind = next((kind for mark, kind in OTHER_FILES.items() if start.startswith(mark)), "of another kind")
+        kind = next(
+            (kind for mark, kind in OTHER_FILES.items() if start.startswith(mark)),
+            "of another kind; expected .safetensors",
+        )
         return f"not a safetensors file but {kind}"
     end = 8 + max(length, 1)
     if "not fully covered" in error:  # the header is complete; the data may be cut off, or be followed by other bytes

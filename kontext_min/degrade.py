@@ -330,7 +330,7 @@ def parse(spec: str) -> Step:
         if tokens:
             raise ValueError(f"unexpected {tokens[0]!r}; join steps by ',' or '|' and open every parenthesis")
     except ValueError as error:
-        raise ValueError(f"degradation {spec!r}: {error}") from error
+        raise ValueError(f"--degrade {spec!r}: {error}") from error
     return step
 
 

@@ -75,16 +75,16 @@ def add_lora(
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
     except re.error as error:
-        raise ValueError(f"LoRA targets: {targets!r} is no regular expression ({error}).") from None
+        raise ValueError(f"--lora-targets: {targets!r} is no regular expression ({error}).") from None
     chosen = {name: layer for name, layer in linears(model).items() if pattern.fullmatch(name)}
     if not chosen:
         raise ValueError(
-            f"LoRA targets: {targets!r} matches no Linear; use {', '.join(TARGETS)} or a pattern of names."
+            f"--lora-targets: {targets!r} matches no Linear; use {', '.join(TARGETS)} or a pattern of names."
         )
     alpha = rank if alpha is None else alpha
     widest = max(max(layer.in_features, layer.out_features) for layer in chosen.values())
     if not 1 <= rank <= widest:
-        raise ValueError(f"LoRA rank: got {rank}, expected 1 to {widest}, the widest side of the chosen Linears.")
+        raise ValueError(f"--rank: got {rank}, expected 1 to {widest}, the widest side of the chosen Linears.")
     if not math.isfinite(alpha) or alpha == 0:
         raise ValueError(f"LoRA alpha: got {alpha}, expected a finite number that is not 0: nothing would be learned.")
 

@@ -1,8 +1,9 @@
-"""Run train.py in processes of its own: killed, signalled or several together, without importing torch every time.
+"""Run train.py or sample.py in processes of their own: killed, signalled or several together.
 
 A fork server imports torch once; every process is forked from it, leads its own process group and writes into a log.
 """
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -15,13 +16,13 @@ for folder in (str(TESTS), str(TESTS.parent)):
         sys.path.insert(0, folder)
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "processes"])
+context.set_forkserver_preload(["train", "sample", "processes"])
 
 
-def start(argv, log, setup=None, env=None):
-    """A process that runs `train.main(argv)`, after `setup()`, a picklable function, has had its way with it."""
+def start(argv, log, setup=None, env=None, program="train"):
+    """A process that runs `main(argv)` of a program, after `setup()`, a picklable function, has had its way with it."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the fork server when it starts: two processes on two cores
-    process = context.Process(target=_run, args=([str(a) for a in argv], str(log), setup, env or {}))
+    process = context.Process(target=_run, args=(program, [str(a) for a in argv], str(log), setup, env or {}))
     process.start()
     return process
 
@@ -46,7 +47,7 @@ def joined(processes, seconds=300):
     return processes
 
 
-def _run(argv, log, setup, env):
+def _run(program, argv, log, setup, env):
     os.setsid()
     os.environ.update(env)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -54,14 +55,12 @@ def _run(argv, log, setup, env):
     os.dup2(file, 2)
     import torch
 
-    import train
-
     torch.set_num_threads(1)
     code = 70
     try:
         if setup:
             setup()
-        code = train.main(argv)
+        code = importlib.import_module(program).main(argv)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

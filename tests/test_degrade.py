@@ -426,7 +426,7 @@ def test_error_lines(spec, says):
     with pytest.raises(ValueError) as caught:
         parse(spec)
     message = str(caught.value)
-    assert says in message and "\n" not in message and message.startswith(f"degradation {spec!r}: ")
+    assert says in message and "\n" not in message and message.startswith(f"--degrade {spec!r}: ")
 
 
 def test_contact_sheet_command(tmp_path, capsys):

@@ -94,6 +94,15 @@ def before_batch(count, action):
     loader.__next__ = wrapped
 
 
+def under_nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    after_step(3, partial(send, signal.SIGHUP))
+
+
+def before_loading(number):
+    train.load_base = lambda *args: send(number)
+
+
 def send(*numbers, group=False):
     """Signals to this process, or to its loaders too, as terminals and schedulers do."""
     for number in numbers:
@@ -116,6 +125,19 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(outside, whole
     code, said = outside(tmp_path / "run", "--workers", workers)
     assert code == 0, said
     assert (tmp_path / "run" / "lora.safetensors").read_bytes() == (whole / "lora.safetensors").read_bytes()
+
+
+def test_what_the_program_was_started_to_ignore_stays_ignored(outside, whole, tmp_path):
+    """`nohup train.py &`: the run outlives its terminal."""
+    code, said = outside(tmp_path / "run", "--workers", 0, setup=under_nohup)
+    assert code == 0 and "stopp" not in said
+    assert (tmp_path / "run" / "lora.safetensors").read_bytes() == (whole / "lora.safetensors").read_bytes()
+
+
+def test_a_signal_before_the_first_step_is_one_line(outside, tmp_path):
+    code, said = outside(tmp_path / "run", "--workers", 0, setup=partial(before_loading, signal.SIGTERM))
+    assert code == 130
+    assert said.strip().splitlines()[-1] == "train.py: stopped" and "Traceback" not in said
 
 
 @pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -169,16 +191,21 @@ def test_a_folder_that_cannot_be_a_run_is_refused(flags, tmp_path, capsys):
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(flags, tmp_path):
-    for name in ("checkpoints/step-000002", "validation", "mine"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("checkpoints/step-000002/state.json", "lora.safetensors", "mine/photo.jpg", "notes.txt"):
+    """Whatever folder it lies in: a copied checkpoint, pictures beside those of the validation, a vocabulary."""
+    written = ("checkpoints/step-000002/state.json", "validation/step-000002.png", "lora.safetensors", "settings.json",
+               "checkpoints/.step-000001/state.json", "transformer/config.json",
+               "transformer/diffusion_pytorch_model-00001-of-00002.safetensors")  # fmt: skip
+    mine = ("mine/photo.jpg", "notes.txt", "checkpoints/step-000002-good/state.json", "checkpoints/hr/photo.jpg",
+            "checkpoints/.git/x.y", "validation/photo.png", "transformer/notes.txt")  # fmt: skip
+    for name in (*written, *mine):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match="holds a run already"):
         runs.open_run(tmp_path, {}, resume=False, accept=False, overwrite=False, write=True)
     runs.close_run()
     runs.delete_run(tmp_path)
     left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*"))
-    assert left == [".lock", "mine/photo.jpg", "notes.txt"]
+    assert left == sorted([".lock", "checkpoints/.git", "checkpoints/.git/x.y", *set(mine) - {"checkpoints/.git/x.y"}])
     assert runs.open_run(tmp_path, {}, resume=False, accept=False, overwrite=False, write=True) is None
     runs.close_run()
 
@@ -190,11 +217,32 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
         assert train.main([str(f) for f in [*flags, "--output-dir", folder, *more]]) == 2
         return capsys.readouterr().err
 
+    assert "may be deleted" in refused("--init-lora", folder / "lora.safetensors", "--overwrite")
     assert "--rank and --lora-targets can't change" in refused("--rank", 4, "--accept-changes")
     assert json.loads((folder / "settings.json").read_text())["rank"] == 16  # a refused run changes nothing
-    file = runs.latest_checkpoint(folder) / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    assert "step-000006: broken" in refused()
+    file = runs.latest_checkpoint(folder) / "state.json"
+    state = json.loads(file.read_text())
+    bad = (
+        {},
+        [],
+        None,
+        state | {"step": 5},
+        state | {"step": "x"},
+        state | {"skipped": "x"},
+        state | {"unreadable": 3},
+    )
+    for text in (*map(json.dumps, bad), "[" * 200_000, file.read_text()[:20]):
+        file.write_text(text)
+        assert "step-000006: broken" in refused(), text[:100]
+    file.write_text(json.dumps(state))
+    for name in ("trained", "optimizer"):
+        file = runs.latest_checkpoint(folder) / f"{name}.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1000])
+        assert "step-000006: broken" in refused()
+        file.unlink()
+        assert "step-000006: broken" in refused()
+        file.write_bytes(content)
 
 
 def test_only_what_is_whole_counts_as_a_checkpoint(tmp_path):
@@ -237,9 +285,22 @@ def test_a_folder_is_used_by_one_run_at_a_time(tmp_path, flags, capsys):
     assert train.main([str(f) for f in [*flags, "--steps", 1, "--warmup", 0, "--output-dir", tmp_path / "run"]]) == 0
 
 
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--accept-changes",)])
+@pytest.mark.parametrize("name", ["transformer/config.json", "settings.json", "validation/step-000000.png"])
+def test_a_folder_that_no_run_wrote_is_left_alone(flags, tmp_path, capsys, name, more):
+    """Such as the base model, another program's settings, or your own pictures; --overwrite is for runs."""
+    file = tmp_path / "mine" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"mine": 1}')
+    assert train.main([str(f) for f in [*flags, "--output-dir", tmp_path / "mine", *more]]) == 2
+    assert f"holds {name}, which no run wrote; choose another folder" in capsys.readouterr().err
+    assert file.read_text() == '{"mine": 1}' and [p for p in tmp_path.rglob("*.*") if p.is_file()] == [file]
+
+
 @pytest.mark.parametrize("lost", ["checkpoints", "settings.json"])
 def test_results_are_not_replaced_without_overwrite(whole, flags, tmp_path, capsys, lost):
     """Neither a run whose checkpoints were deleted to save disk, nor files of these names that no run wrote."""
+    message = {"checkpoints": "but no checkpoint to continue from", "settings.json": "which no run wrote"}[lost]
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints")
     if lost == "settings.json":
@@ -248,7 +309,7 @@ def test_results_are_not_replaced_without_overwrite(whole, flags, tmp_path, caps
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
     for seed in (42, 43):
         assert train.main([str(f) for f in [*flags, "--seed", seed, "--output-dir", folder]]) == 2
-        assert "but no checkpoint to continue from" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
 
 

@@ -64,8 +64,8 @@ def test_targets():
 @pytest.mark.parametrize(
     ("rank", "alpha", "message"),
     [
-        (0, None, "LoRA rank: got 0, expected 1 to 144"),
-        (145, None, "LoRA rank: got 145, expected 1 to 144"),  # linear2 reads 48 + 2 * 48 numbers
+        (0, None, "--rank: got 0, expected 1 to 144"),
+        (145, None, "--rank: got 145, expected 1 to 144"),  # linear2 reads 48 + 2 * 48 numbers
         (4, 0.0, "LoRA alpha: got 0.0, expected a finite number that is not 0: nothing would be learned"),
         (4, float("nan"), "LoRA alpha: got nan"),
         (4, float("inf"), "LoRA alpha: got inf"),

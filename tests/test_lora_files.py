@@ -807,9 +807,9 @@ def test_mistakes_on_the_command_line_are_one_clear_line(pair, tmp_path):
         (f"{empty}", "a folder without lora.safetensors"),
         (f"{tmp_path / 'nowhere'}=1", f"{tmp_path / 'nowhere'}: no such LoRA file"),
         (f"{tmp_path / 'lr=1' / 'lora.safetensors'}", "no such LoRA file"),
-        (f"{tmp_path / 'old.pt'}", "a PyTorch checkpoint (.pt, .bin, .ckpt), which may run code"),
-        (f"{tmp_path / 'old.bin'}", "an old PyTorch checkpoint"),
-        (f"{tmp_path / 'q4.gguf'}", "a GGUF file; expected a LoRA as safetensors"),
+        (f"{tmp_path / 'old.pt'}", "a pickled PyTorch file, which can run code; convert it"),
+        (f"{tmp_path / 'old.bin'}", "a pickled PyTorch file, which can run code; convert it"),
+        (f"{tmp_path / 'q4.gguf'}", "a GGUF file of llama.cpp; use the safetensors file"),
         (f"{tmp_path / 'base.safetensors'}", "it is no LoRA (double_blocks.0.img_attn.qkv.weight)"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)) as error:
@@ -1124,7 +1124,7 @@ def test_bad_starts_are_one_clear_line(kontext_run, tmp_path, capsys):
     lora = kontext_run / "run" / "lora.safetensors"
     for more, message in (
         (["--init-lora", lora, "--rank", 2], "its rank is 4, the one to train 2; expected --rank 4 or more"),
-        (["--init-lora", tmp_path / "nowhere"], "no such LoRA file"),
+        (["--init-lora", tmp_path / "nowhere"], f"--init-lora {tmp_path / 'nowhere'}: no such file or folder"),
         (["--init-lora", lora, "--full"], "merge it into the base first"),
     ):
         assert run_training(kontext_run, tmp_path / "run", *more) == 2

@@ -1,9 +1,13 @@
 """sample.py: a picture or a folder in, the same names, sizes and metadata out; bad input named in one line."""
 
 import contextlib
+import errno
 import functools
 import json
+import os
 import re
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -11,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import large_bench
+import processes
 import sample
 from kontext_min import data, degrade
 from kontext_min.checkpoints import load_flux
@@ -581,7 +586,24 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--json", "{folder}/a.png", "--degrade", "guide", "--overwrite"], "exists and holds no scores"),
         (["--json", "{here}/mine.json", "--degrade", "guide", "--overwrite"], "exists and holds no scores"),
         (["--json", "{weights}/vae/config.json", "--degrade", "guide"], "exists and holds no scores"),
+        (["--json", "{here}/out.png", "--degrade", "guide"], "out.png: is written by another flag"),
+        (
+            [
+                "--input",
+                "{folder}",
+                "--output",
+                "{here}/d",
+                "--json",
+                "{here}/d/report.html",
+                "--report",
+                "--degrade",
+                "guide",
+            ],
+            "report.html: is written by another flag",
+        ),
+        (["--device", "meta"], "--device: got 'meta'"),
         (["--report"], "--report: is for folders"),
+        (["--input", "{folder}", "--output", "{here}", "--report"], "report.html exists and is none of this program"),
     ],
 )
 def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
@@ -592,6 +614,7 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
     for path in (tmp_path / "text.jpg", tmp_path / "broken" / "text.jpg"):
         path.write_text("this is no picture")
     (tmp_path / "mine.json").write_text('{"mine": 1}')
+    (tmp_path / "report.html").write_text("<!doctype html>\n<title>mine</title>")
     names = {name: tmp_path / name for name in ("folder", "empty", "broken")} | {"weights": small_bundle}
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--weights", small_bundle]
     assert run(*args, *(f.format(here=tmp_path, **names) for f in flags)) == 2
@@ -603,6 +626,52 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
     assert (tmp_path / "mine.json").read_text() == '{"mine": 1}'
 
 
+@pytest.mark.parametrize("source", ["in.png", "folder"])
+def test_a_base_that_is_damaged_writes_nothing_and_names_the_picture(small_bundle, tmp_path, capsys, source):
+    broken = shutil.copytree(small_bundle, tmp_path / "weights")
+    file = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.weight"][0, 0] = torch.nan
+    save_file(weights, file)
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "in.png", tmp_path / "folder" / "in.png"):
+        crop(32, 32).save(path)
+    output = tmp_path / ("out" if source == "folder" else "out.png")
+    assert run("--input", tmp_path / source, "--output", output, "--weights", broken) == 2
+    assert "in.png: the result is not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out.png").exists()
+
+
+def after_first_picture(number):
+    """For a process of its own: a signal arrives when a picture has been written."""
+    write = pictures.write
+
+    def wrapped(*args):
+        write(*args)
+        os.kill(os.getpid(), number)
+
+    pictures.write = wrapped
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_a_folder_and_the_same_command_goes_on(small_bundle, tmp_path, capsys, number):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        crop(32, 32).save(tmp_path / "in" / f"{name}.png")
+    args = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle]
+    log = tmp_path / "log"
+    [process] = processes.joined(
+        [processes.start(args, log, functools.partial(after_first_picture, number), program="sample")]
+    )
+    assert process.exitcode == 130
+    last = log.read_text().splitlines()[-1]
+    assert last == "sample.py: stopped; 1 of 3 pictures are there, and the same command continues"
+    assert "Traceback" not in log.read_text()
+    assert [p.name for p in (tmp_path / "out").glob("*.png")] == ["a.png"]
+    assert run(*args) == 0
+    assert "2 restored, 1 there before" in capsys.readouterr().out
+
+
 def test_closed_outputs_stop_nothing(identity, small_bundle, tmp_path, monkeypatch):
     crop(32, 32).save(tmp_path / "in.png")
     for name in ("stdout", "stderr"):
@@ -610,10 +679,33 @@ def test_closed_outputs_stop_nothing(identity, small_bundle, tmp_path, monkeypat
     assert run("--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle) == 0
 
 
+def test_a_full_disk_ends_a_folder_and_names_the_file(identity, small_bundle, tmp_path, capsys, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        crop(32, 32).save(tmp_path / "in" / f"{name}.png")
+    save, written = Image.Image.save, []
+
+    def until_full(self, file, *args, **options):
+        written.append(file)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, file, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", until_full)
+    assert run("--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    full = f"{tmp_path / 'out' / 'b.png'}: No space left on device"
+    assert said == f"sample.py: {full}; 1 of 3 pictures are there, and the same command continues"
+    assert len(written) == 2
+
+
 @pytest.mark.parametrize(("error", "goes_on"), [(BrokenPipeError(32, ""), True), (PermissionError(13, ""), False)])
 def test_a_closed_pipe_is_no_fault_of_the_picture(error, goes_on, tmp_path):
     job, failed = pictures.Job(tmp_path / "a.png", "a.png", tmp_path / "b.png", (1, 1)), []
-    with pytest.raises(OSError) if goes_on else contextlib.nullcontext(), folders.spared(job, failed, stop=False):
+    with (
+        pytest.raises(OSError) if goes_on else contextlib.nullcontext(),
+        folders.spared(job, [job], failed, stop=False),
+    ):
         raise error
     assert bool(failed) != goes_on
 

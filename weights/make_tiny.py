@@ -60,7 +60,7 @@ SLOTS = {
     ),
     "kind": (
         "old low light high quality resolution clean sharp clear blurred blurry noisy dark bright faded damaged "
-        "scratched torn compressed detailed natural vivid black white color colour original degraded small large "
+        "scratched torn compressed detailed natural vivid black white color color original degraded small large "
         "real fine"
     ),
 }
@@ -76,7 +76,7 @@ GENERAL = (
     "house building garden forest beach city street road car boat bridge wall window door table food fruit glass wood "
     "stone metal paper cloth hair eye skin red green blue yellow orange purple brown grey pink sun moon star cloud "
     "night morning evening summer winter spring autumn text detail details texture edges contrast exposure balance "
-    "tone tones colors colours shadows highlights focus resize crop background foreground camera lens grainy soft "
+    "tone tones colors colors shadows highlights focus resize crop background foreground camera lens grainy soft "
     "softer smooth sharper clearer brighter darker warmer cooler vintage historic ancient modern"
 )
 PATTERNS = (

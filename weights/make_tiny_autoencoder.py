@@ -14,7 +14,7 @@ divides by a constant, and
     swish(a) - swish(-a) = a sigmoid(a) + a sigmoid(-a) = a.
 
 That needs three channels in a norm group, and every Flux autoencoder has 32 groups: hence the width of 96. (With one or
-two channels a group, the last norm of the decoder removes the mean colour: a plain wall has no way through.)
+two channels a group, the last norm of the decoder removes the mean color: a plain wall has no way through.)
 Shapes: B batch, H, W sides in pixels, z latent channels, N patches.
 """
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from kontext_min import degrade
 from kontext_min.data import Size
-from kontext_min.extras.flags import check_ranges
-from kontext_min.extras.lora_files import strength_of
+from kontext_min.extras.flags import check_values
 
 
 def refuse(*rows: tuple[Any, str]) -> None:
@@ -49,11 +48,14 @@ def check_training(s: Any) -> None:
     Raises:
         ValueError: a value outside its range, or flags that contradict each other.
     """
-    check_ranges(s)
+    check_values(s)
     most, out = 4 * (os.cpu_count() or 1), s.output_dir or Path("runs")
     whole = "so it excludes --quantize and --stream; leave them out"
     auto = s.start_time == "auto"
+    weights = [p for p in (s.init_lora, s.weights, s.transformer, s.vae, s.clip, s.t5) if p and s.overwrite]
+    lost = next((p for p in weights if p.resolve().is_relative_to(out.resolve())), None)
     refuse(
+        (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),
         (s.full and (s.quantize or s.stream), f"--full trains all weights, {whole}"),
         (s.shard and (s.quantize or s.stream), f"--shard spreads the weights themselves, {whole}"),
         (
@@ -98,7 +100,7 @@ def check_lengths(s: Any) -> None:
     Raises:
         ValueError: a number is outside its range, or the warm-up is longer than the run.
     """
-    check_ranges(s)
+    check_values(s)
     longer = s.warmup and s.warmup > s.steps
     refuse((longer, f"--warmup: got {s.warmup}, but the run has {s.steps} steps and would never reach --lr; give less"))
 
@@ -109,17 +111,15 @@ def check_sampling(s: Any) -> None:
     Raises:
         ValueError: a value outside its range, or flags that contradict each other.
     """
-    check_ranges(s)
+    check_values(s)
     if s.degrade:
         degrade.parse(s.degrade)
-    folder, loras = s.input.is_dir(), [strength_of(text)[0].resolve() for text in s.lora]
+    folder, page = s.input.is_dir(), s.output / "report.html"
     refuse(
-        (len(set(loras)) < len(loras), "--lora: the same file is given twice; set its strength with FILE=2 instead"),
         (
             s.degrade and s.reference,
             "--reference: with --degrade the input is the clean picture; leave one of the two out",
         ),
-        (s.reference and not s.reference.exists(), f"--reference {s.reference}: no such file or folder"),
         (
             s.reference and folder and not s.reference.is_dir(),
             f"--reference {s.reference}: is a file, but --input is a folder; name a folder",
@@ -129,12 +129,20 @@ def check_sampling(s: Any) -> None:
             "--json: scores need a clean picture; add --reference, or --degrade on a clean input",
         ),
         (s.json and s.json.is_dir(), f"--json {s.json}: is a folder; name a file"),
+        (
+            same(s.json, s.output) or same(s.json, page),
+            f"--json {s.json}: is written by another flag; name another file",
+        ),
         (s.json and not s.json.parent.is_dir(), f"--json {s.json}: no such folder; make it first"),
         (
             s.json and s.json.exists() and not is_scores(s.json),
             f"--json {s.json}: exists and holds no scores; name another file",
         ),
         (s.report and not folder, "--report: is for folders; of one picture, --compare shows before and after"),
+        (
+            s.report and page.exists() and not is_report(page),
+            f"--report: {page} exists and is none of this program; choose another --output",
+        ),
     )
 
 
@@ -156,6 +164,12 @@ def check_shared_memory(buckets: Sequence[Size], batch_size: int, workers: int) 
             f"/dev/shm: {free / 1e6:.0f} MB free, but {workers} workers need {needed / 1e6:.0f} MB for their "
             "batches; use --workers 0 or fewer workers, or give the container more (docker run --shm-size=2g)."
         )
+
+
+def is_report(file: Path) -> bool:
+    """Whether a file may be replaced by report.html: it was made from the page beside report.py."""
+    template = Path(__file__).with_name("report.html").read_bytes()[:50]
+    return file.is_file() and file.read_bytes()[:50] == template
 
 
 def is_scores(file: Path) -> bool:

@@ -31,13 +31,15 @@ def flag(
     most: float | None = None,
     above: float | None = None,
     bare: str | None = None,
+    there: str | None = None,
 ) -> Any:
-    """A field of a settings dataclass with the numbers it allows.
+    """A field of a settings dataclass with the values it allows.
 
-    `default=...` (Ellipsis) makes it required; `bare` is its value where the flag is given without one.
+    `default=...` (Ellipsis) makes it required; `bare` is its value where the flag is given without one; `there` is what
+    its path must lead to: "folder" or "file or folder".
     """
     metadata = {"help": help, "group": group, "choices": tuple(choices) if choices else None}
-    metadata |= {"least": least, "most": most, "above": above, "bare": bare}
+    metadata |= {"least": least, "most": most, "above": above, "bare": bare, "there": there}
     if default is ...:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -121,15 +123,17 @@ def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str,
     return settings(**found)
 
 
-def check_ranges(settings: Any) -> None:
-    """Check the range of every number.
+def check_values(settings: Any) -> None:
+    """Check the range of every number, and that the files and folders to read are there.
 
     Raises:
-        ValueError: a number is not finite or outside its range; it names the flag.
+        ValueError: a number is not finite or outside its range, or there is no such file; it names the flag.
     """
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), name_of(field.name)
-        least, most, above = (field.metadata[key] for key in ("least", "most", "above"))
+        least, most, above, there = (field.metadata[key] for key in ("least", "most", "above", "there"))
+        if there and value and not (value.is_dir() if there == "folder" else value.exists()):
+            raise ValueError(f"{name} {value}: no such {there}; check the path.")
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         bounds = [f"at least {least}"] * (least is not None) + [f"more than {above}"] * (above is not None)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from kontext_min.extras.pictures import Job
-from kontext_min.extras.runs import write_json
+from kontext_min.extras.runs import in_words, write_json
 
 RECORD = ".restored-with.json"
+ENDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)  # every further picture would fail as this one did
 
 
 def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], overwrite: bool) -> list[Job]:
@@ -59,12 +60,22 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
 
 
 @contextmanager
-def spared(job: Job, failed: list[tuple[str, str]], stop: bool) -> Iterator[None]:
-    """A picture that fails is named and added to `failed`; it goes on with `stop`, a full disk, a closed pipe."""
+def spared(job: Job, jobs: Sequence[Job], failed: list[tuple[str, str]], stop: bool) -> Iterator[None]:
+    """A picture that fails is named and added to `failed`, and the folder goes on.
+
+    With `stop` the error ends the run; so do Ctrl-C, a closed pipe and a disk that takes no more pictures, with a note
+    that says how many are there.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
-        if stop or getattr(error, "errno", None) in (errno.ENOSPC, errno.EPIPE):
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        if stop:
+            if isinstance(error, ValueError) and job.name not in str(error):
+                raise ValueError(f"{job.name}: {error}") from None
             raise
-        print(f"not restored: {job.name}: {error}", file=sys.stderr)
-        failed.append((job.name, str(error)))
+        if isinstance(error, KeyboardInterrupt) or getattr(error, "errno", None) in ENDS:
+            there = sum(other.output.exists() for other in jobs)
+            error.add_note(f"{there} of {len(jobs)} pictures are there, and the same command continues")
+            raise
+        print(f"not restored: {job.name}: {in_words(error)}", file=sys.stderr)
+        failed.append((job.name, in_words(error)))

@@ -35,8 +35,8 @@ def split(
         found, small = data.usable(found, buckets)
         if not found:
             unused = rejected + small + unread(settings.val_root, found)
-            name, reason = (unused or [("it", "holds no picture")])[0]
-            raise ValueError(f"--val-root {settings.val_root}: no usable picture; {name}: {reason}.")
+            reason = ": ".join(unused[0]) if unused else "the folder holds none"
+            raise ValueError(f"--val-root {settings.val_root}: no usable picture; {reason}.")
         return list(pictures), sorted(found, key=_by_name)[:MOST]
     held = {p.name for p in sorted(pictures, key=_by_name)[: min(MOST, len(pictures) // 8)]}
     return [p for p in pictures if p.name not in held], [p for p in pictures if p.name in held]

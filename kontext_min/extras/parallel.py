@@ -12,6 +12,7 @@ Sources: torch.distributed; torch.distributed.fsdp.fully_shard (FSDP2).
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,8 +68,8 @@ def start(device: str) -> Processes:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-        if chosen.type not in ("cpu", "cuda"):  # such as mps: it must at least hold a number
-            torch.zeros(1, device=chosen)
+        if chosen.type not in ("cpu", "cuda"):  # such as mps: it must at least give back a number
+            torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device: got {device!r}, but there is no such device here; use auto or cpu.") from None
     if chosen.type == "cuda":
@@ -143,7 +144,13 @@ def first_goes_ahead(processes: Processes) -> Iterator[None]:
         wait()
 
 
-def finish() -> None:
-    """Leave the other processes in order."""
+def finish(code: int) -> int:
+    """Leave the other processes in order; the exit code."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # gloo's threads outlive the group. One that lets go of a tensor while the interpreter shuts down aborts the
+        # process, and torchrun reports a failure. So there is no shutdown.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -36,6 +36,7 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
 from kontext_min.extras.inventory import unread
+from kontext_min.extras.saving import naming
 from kontext_min.utils import numpy_generator
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
@@ -76,7 +77,7 @@ class Photo:
 
     job: Job
     file: File
-    degraded: Image.Image  # what is to be restored, in the colours of its file
+    degraded: Image.Image  # what is to be restored, in the colors of its file
     clean: Image.Image | None  # in sRGB
 
 
@@ -254,7 +255,7 @@ def load_restored(job: Job) -> Image.Image:
 
 
 def to_srgb(picture: Image.Image, file: File) -> Image.Image:
-    """A picture in the colours of this file -> in sRGB. It counts as sRGB if the profile is missing or broken."""
+    """A picture in the colors of this file -> in sRGB. It counts as sRGB if the profile is missing or broken."""
     if profile := file.keep.get("icc_profile"):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -281,7 +282,7 @@ def read(path: Path) -> File:
                 if (space := profile[16:20].decode("latin1").strip()) == "RGB":
                     keep["icc_profile"] = profile
                 else:
-                    notes.append(f"its {space} colour profile does not fit RGB: dropped")
+                    notes.append(f"its {space} color profile does not fit RGB: dropped")
             if min(dpi := image.info.get("dpi", (0, 0))) > 0:
                 keep["dpi"] = tuple(map(float, dpi))
             if xmp := image.info.get("xmp"):
@@ -304,7 +305,7 @@ def read(path: Path) -> File:
                 if alpha.getextrema() == (255, 255):
                     alpha = None
                 else:
-                    # The colours themselves, not laid on white: else a half transparent edge would be whitened twice.
+                    # The colors themselves, not laid on white: else a half transparent edge would be whitened twice.
                     rgb.paste(straight.convert("RGB"), mask=alpha.point(lambda a: 255 * (a > 0)))
                     notes.append("transparency is kept as it is (a JPEG is laid on white)")
     except Exception as error:  # see data._read_header: Pillow's parsers raise anything
@@ -352,7 +353,7 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
 
     Args:
         path: its ending chooses the format; folders are made.
-        rgb: of the size of file.rgb, in the colours of its profile.
+        rgb: of the size of file.rgb, in the colors of its profile.
         file: whence EXIF and so on come; None for a sheet of several pictures, in sRGB.
 
     Raises:
@@ -369,7 +370,7 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     if kind in ("JPEG", "WEBP"):
         options["quality"] = QUALITY
     if kind == "JPEG":
-        options["subsampling"] = 0  # colour at full resolution: halved, it shows on red edges
+        options["subsampling"] = 0  # color at full resolution: halved, it shows on red edges
     if "xmp" in options and kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode("utf-8", "replace"))
@@ -382,13 +383,14 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     # A short name: one made of path.name could be longer than file systems take.
     aside = path.with_name(f".{secrets.token_hex(4)}.tmp")
     try:
-        rgb.save(aside, kind, **options)
-        aside.replace(path)
+        with naming(path):
+            rgb.save(aside, kind, **options)
+            aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
-# -------------------------------------------------------------------------------------------------------------- colours
+# -------------------------------------------------------------------------------------------------------------- colors
 
 DILATIONS = (1, 2, 4, 8, 16)
 HALO = sum(DILATIONS)  # pixels that the five kernels together reach

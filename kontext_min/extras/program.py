@@ -5,6 +5,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import traceback
@@ -20,21 +21,20 @@ def beside_the_programs(path: str) -> Path:
     return Path(path) if Path(path).exists() else Path(__file__).parents[2] / path
 
 
-def restore_command(settings: Any, trained: dict[str, Path]) -> str:
+def restore_command(settings: Any, folder: Path) -> str:
     """The command that restores a picture with what train.py has trained, for the shell of this system.
 
     Args:
         settings: of train.py, as given; flags that load the base model are repeated.
-        trained: the flag of the result and its path.
+        folder: of the run.
     """
     words = [_near(Path(sys.executable)), _near(Path(__file__).parents[2] / "sample.py")]
     words += ["--input", "PICTURE", "--output", "restored.png"]
     for name in ("weights", "transformer", "vae", "clip", "t5", "quantize", "device", "dtype", "stream"):
-        value = trained.get(name, getattr(settings, name))
-        if value == type(settings).__dataclass_fields__[name].default:
-            continue
-        words += [f"--{name}"] + [str(value)] * (value is not True)
-    words += ["--lora", str(trained["lora"])] if "lora" in trained else []
+        value = folder / "transformer" if settings.full and name == "transformer" else getattr(settings, name)
+        if value != type(settings).__dataclass_fields__[name].default:
+            words += [f"--{name}"] + [str(value)] * (value is not True)
+    words += [] if settings.full else ["--lora", str(folder / "lora.safetensors")]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
@@ -43,27 +43,37 @@ def _near(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def run(name: str, program: Callable[[Any], int], settings: Any, stopped: str = "stopped") -> int:
-    """The exit code of a program; `stopped` is what to print after Ctrl-C."""
+def run(name: str, program: Callable[[Any], int], settings: Any) -> int:
+    """The exit code of a program."""
+    code = _attempt(name, program, settings)
+    runs.close_run()
+    return parallel.finish(code)
+
+
+def _more(error: BaseException) -> str:
+    """What a part of the program has to add to an error on its way."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+
+
+def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
     for stream in ("stdout", "stderr"):  # None if they were closed before the start: `sample.py >&-`
         setattr(sys, stream, getattr(sys, stream) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    runs.on_stop(signal.default_int_handler)  # `kill` and a closed terminal end a program as Ctrl-C does
     try:
         return program(settings)
     except runs.Stopped as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # nobody reads the output any more: `sample.py ... | head`
+    except BrokenPipeError as error:  # `sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"{name}: stopped, since nobody reads its output any more{_more(error)}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {runs.in_words(error)}{_more(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: {stopped}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\n{name}: stopped{_more(error)}", file=sys.stderr)
         return 130
     except Exception:  # shown here and not by the interpreter, which would keep the loader's processes alive for it
         traceback.print_exc()
         return 1
-    finally:
-        runs.close_run()
-        parallel.finish()

@@ -46,6 +46,10 @@ class Progress:
         else:
             print(f"\r\033[K{text}", end="", flush=True)
 
+    def encoded(self, done: int, total: int) -> None:
+        """How many pictures are encoded for the cache."""
+        self.show(f"caching latents, {done} of {total}")
+
     def step(self, row: dict[str, Any], settings: Any, validations: int, device: str) -> None:
         """The line of a step that is done; after the third one also what would make a run of days shorter.
 
@@ -108,14 +112,7 @@ class Ticker:
     def __call__(self) -> None:
         """One more pass is done."""
         self.done += 1
-        self._show("")
-
-    def pause(self) -> None:
-        """Work goes on that is no pass: the statistics that tiles are decoded with."""
-        self._show(", decoding")
-
-    def _show(self, what: str) -> None:
-        line = f"picture {self.number} of {self.pictures}, {self.name}: {100 * self.done // self.passes} %{what}"
+        line = f"picture {self.number} of {self.pictures}, {self.name}: {100 * self.done // self.passes} %"
         if self.done_pixels:
             left = self.seconds / self.done_pixels * self.left - (time.monotonic() - self.began)
             line += f"  left {clock(max(left, 0))}"

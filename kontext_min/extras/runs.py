@@ -11,7 +11,6 @@ A checkpoint is written to a temporary folder, flushed to disk and renamed, so a
 old state or the new one. Only the first of several processes writes, and only one run at a time uses a folder.
 """
 
-import atexit
 import hashlib
 import json
 import math
@@ -34,10 +33,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.extras.saving import save_file
+from kontext_min.extras.saving import naming, save_file
 
-FOLDERS = ("checkpoints", "validation", "tensorboard", "transformer")
-FILES = ("settings.json", "metrics.jsonl", "report.html", "lora.safetensors", "left-out.txt")
+# What a run writes. Nothing else in its folder is replaced or deleted.
+WRITTEN = re.compile(
+    r"settings\.json|left-out\.txt|metrics\.jsonl|report\.html|lora\.safetensors|checkpoints/step-\d+"
+    r"|validation/step-\d+\.png|tensorboard/events\.[^/]*|transformer/(config\.json|diffusion_pytorch_model[^/]*)"
+)
+LEFTOVER = re.compile(r"\.step-\d+(\.\d+)?")  # of a process that was killed while it wrote or deleted a checkpoint
 KEEP = 3  # checkpoints besides the best one
 MAY_CHANGE = (  # settings that change no result, apart from rounding
     *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions", "defaults"),
@@ -66,24 +69,27 @@ def open_run(
         ValueError: another run uses the folder, holds files that this run did not write, or settings changed.
         OSError: the folder can't be written.
     """
+    last, there = latest_checkpoint(folder), [path.relative_to(folder).as_posix() for path in written(folder)]
+    if there and not last and not _settings_of_a_run(folder):
+        shown = ", ".join(there[:3]) + ", ..." * (len(there) > 3)
+        raise ValueError(f"--output-dir {folder}: holds {shown}, which no run wrote; choose another folder.")
     if write:
         try:
-            for name in FOLDERS[:2]:
-                (folder / name).mkdir(parents=True, exist_ok=True)
+            _make(folder)
         except OSError as error:
             raise OSError(f"--output-dir {folder}: can't be made or written: {error.strerror}.") from error
         _lock(folder)
-        for leftover in (folder / "checkpoints").glob(".*"):  # of a process that was killed while writing
-            shutil.rmtree(leftover, ignore_errors=True)
+        for path in (folder / "checkpoints").iterdir():
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
     if overwrite:
         return None
-    last = latest_checkpoint(folder)
-    there = [name for name in (*FOLDERS[2:], *FILES) if (folder / name).exists()]
     instead = "start again with --overwrite or another --output-dir"
     if last and not resume:
         raise ValueError(f"{folder}: holds a run already ({last.name}); leave out --no-resume, or {instead}.")
-    if not last and ({"lora.safetensors", "transformer"} & set(there) or (there and "settings.json" not in there)):
-        raise ValueError(f"{folder}: holds {', '.join(there)}, but no checkpoint to continue from; {instead}.")
+    results = [name for name in there if name.startswith(("lora", "transformer"))]
+    if results and not last:
+        raise ValueError(f"{folder}: holds {results[0]}, but no checkpoint to continue from; {instead}.")
     if there and not accept:
         try:
             before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
@@ -118,19 +124,40 @@ _held: list[Any] = []
 
 
 def close_run() -> None:
-    """Let another run use the folder."""
+    """Let another run use the folder, and close tensorboard's file."""
     while _held:
         _held.pop().close()
 
 
+def _make(folder: Path) -> None:
+    for name in ("checkpoints", "validation"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
+def _settings_of_a_run(folder: Path) -> bool:
+    """Whether settings.json is that of a run, and not of another program."""
+    try:
+        return {"hr_root", "lr", "steps"} <= set(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def written(folder: Path) -> list[Path]:
+    """The files and checkpoints in a folder that a run wrote, or that have their names."""
+    found = (*folder.glob("*"), *folder.glob("*/*"))
+    return sorted(path for path in found if WRITTEN.fullmatch(path.relative_to(folder).as_posix()))
+
+
 def delete_run(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else that lies there."""
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in FOLDERS[:2]:
-        (folder / name).mkdir()
+    for path in written(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def in_words(error: BaseException) -> str:
+    """An error without the [Errno 28] of the system's own, and with the file it is about."""
+    system = [getattr(error, part, None) for part in ("filename", "strerror")]
+    return ": ".join(str(part) for part in system if part) or str(error).strip()
 
 
 class Stopped(Exception):
@@ -147,7 +174,7 @@ def under_way(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[-1]  # that of a loader process is the last line of a traceback
+        reason = in_words(error).splitlines()[-1]  # that of a loader process is the last line of a traceback
         last = latest_checkpoint(folder)
         kept = f"{last} is whole, and the same command continues from it" if last else "there is no checkpoint yet"
         raise Stopped(f"{folder}: the run had to stop, {reason}; {kept}.") from error
@@ -164,8 +191,9 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file aside and rename it."""
     aside = file.with_name(f".{os.getpid()}.{file.suffix}.tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(file)
+        with naming(file):
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -243,8 +271,15 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
     """
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}, state
-    except (SafetensorError, ValueError) as error:
+        files = {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}
+        numbers = [v for k, v in state.items() if k != "unreadable" and v is not None]
+        if not {"trained", "optimizer"} <= files.keys():
+            raise ValueError("trained.safetensors or optimizer.safetensors is missing")
+        right = state.get("step") == int(checkpoint.name[5:]) and all(isinstance(v, int | float) for v in numbers)
+        if not right or not isinstance(state.get("unreadable", []), list):
+            raise ValueError("state.json is not the state of this step")
+        return files, state
+    except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{checkpoint}: broken ({error}); delete it to continue from the one before.") from None
 
 
@@ -327,7 +362,7 @@ def open_tensorboard(folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-    atexit.register(board.close)
+    _held.append(board)
     return board
 
 
@@ -354,14 +389,21 @@ def rewind_metrics(folder: Path, step: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
+def on_stop(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Call a handler on Ctrl-C, `kill` and a closed terminal; what the program was started to ignore stays ignored."""
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows has no SIGHUP, `nohup` ignores it
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
+
+
 class StopSignal:
     """A signal, a closed terminal or pipe asks the loop to finish its step; a second signal ends it at once."""
 
     def __init__(self) -> None:
         self.received = False
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self._handle)
+        on_stop(self._handle)
         sys.stdout = _Output(sys.stdout, self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

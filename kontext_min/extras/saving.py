@@ -6,7 +6,8 @@ Sources: the format, https://github.com/huggingface/safetensors#format; diffuser
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,16 @@ from torch import Tensor
 
 from kontext_min.checkpoints import DTYPES, SWAPPED, flux_modules
 from kontext_min.flux import Flux
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in the block names the file: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = path
+        raise
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -32,7 +43,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
     text += b" " * (-len(text) % 8)
     aside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")  # machines may share the folder
     try:
-        with aside.open("wb") as f:
+        with naming(path), aside.open("wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
             for name in order:
                 f.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -27,7 +27,7 @@ class Scores:
         self.figures: list[dict[str, Any]] = []
 
     def add(self, photo: pictures.Photo, restored: Image.Image) -> None:
-        """A picture with its restored one, both in sRGB or in the colours of the file."""
+        """A picture with its restored one, both in sRGB or in the colors of the file."""
         name, degraded = photo.job.name, pictures.to_srgb(photo.degraded, photo.file)
         score = ""
         if photo.clean:
