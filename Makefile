@@ -22,12 +22,13 @@ test: $(VENV)/test
 
 # constraints.txt holds the exact versions that the tests ran with.
 $(VENV)/run: pyproject.toml constraints.txt
+	@echo "installing torch and five small packages into $(VENV); with CUDA these are several gigabytes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/test: $(VENV)/run
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 bench: $(VENV)/test

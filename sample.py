@@ -13,7 +13,6 @@ Exit codes: 0 all restored; 1 some failed (each is named); 2 all failed, or bad 
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +30,9 @@ from kontext_min.extras.flags import flag, parse_flags
 from kontext_min.extras.lora_files import load_lora, lora_file, strength_of
 from kontext_min.extras.method import made_with, method_of
 from kontext_min.extras.parallel import COMPUTE_DTYPES, compute_dtype
-from kontext_min.extras.progress import Ticker, clock
+from kontext_min.extras.progress import Progress, Ticker
 from kontext_min.extras.scores import Scores
-from kontext_min.extras.shared_norms import shared_norms
+from kontext_min.extras.shared_norms import passes, shared_norms
 from kontext_min.extras.tiles import Tiles
 from kontext_min.flow import SOLVERS
 from kontext_min.restore import STEPS, decode, restore_latent, to_image
@@ -94,7 +93,7 @@ class Settings:
 def sample(settings: Settings) -> int:
     """Restore a picture, or every picture of a folder. Returns the exit code."""
     checks.check_sampling(settings)
-    began, device = time.monotonic(), parallel.start(settings.device).device
+    progress, device = Progress(), parallel.start(settings.device).device
     dtype = compute_dtype(settings.dtype, device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     method, sizes = method_of(settings, weights), plan.Sizes.of(weights)
@@ -111,7 +110,7 @@ def sample(settings: Settings) -> int:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
     how = made_with(settings, weights, method)
     todo = folders.to_do(jobs, settings.input, settings.output, how, settings.overwrite)
-    scores = Scores(settings)
+    scores = Scores(settings, device)
     if not todo and not scores.wanted:
         print(f"{settings.output}: all {len(jobs)} pictures are there already; --overwrite restores them again")
         return 1 if failed else 0
@@ -119,6 +118,7 @@ def sample(settings: Settings) -> int:
     plan.fit(asked, sizes, device, pixels=max((w * h for w, h in at.values()), default=0))
 
     # ---- the networks: the text encoders are freed before the transformer is loaded
+    progress.phase("loading the networks")
     cache = checks.cache_for(CACHE)
     encoded = prompts.encode([method.prompt], weights, cache / "prompts", dtype, device, settings.stream)
     text = prompts.batch(encoded, [method.prompt], method.guidance, dtype, device)
@@ -136,9 +136,8 @@ def sample(settings: Settings) -> int:
         velocity = pulled(settings.fidelity)
 
     # ---- picture after picture
-    tick = Ticker()
+    tick = Ticker(progress, [at[job.size] for job in todo])
     apply = Tiles(settings.tile or method.resolution or 128 * autoencoder.factor, autoencoder, tick)  # 64 x 64 tokens
-    tick.total = sum(apply.passes(*at[job.size], method.steps, method.solver) for job in todo)
     degradation = degrade.parse(settings.degrade) if settings.degrade else None
     restored = 0
     for job in jobs:
@@ -147,29 +146,30 @@ def sample(settings: Settings) -> int:
                 continue
             photo = pictures.load(job, degradation, settings.reference, settings.seed)
             if job in todo:
-                tick.text = f"{restored + 1} of {len(todo)}, {job.name}"
                 small = photo.degraded.resize(at[job.size], Image.Resampling.LANCZOS)
+                tick.begin(job.name, small.size, passes(autoencoder, *small.size, apply, method.steps, method.solver))
                 z = restore_latent(
                     to_tensor(small)[None], flux, autoencoder, text, method.objective, method.steps, method.solver,
                     seed=settings.seed, strength=settings.strength, velocity=velocity, apply=apply,
                 )  # fmt: skip
-                with shared_norms(autoencoder, z, apply, tick.pause):  # decode tiles as parts of one picture
+                with shared_norms(autoencoder, z, apply, tick):  # decode tiles as parts of one picture
                     result = to_image(decode(autoencoder, z, small.size, apply)[0])
                 result = pictures.COLOUR_FIXES[settings.color_fix](result, small)
                 result = result.resize(job.size, Image.Resampling.LANCZOS)
                 sheet = validation.grid([[p for p in (photo.degraded, result, photo.clean) if p]])
                 pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))
                 result, restored = pictures.to_srgb(result, photo.file), restored + 1
+                tick.end()
             else:  # restored by an earlier call: it still counts in the scores and the report
                 result = pictures.load_restored(job)
             scores.add(photo, result)
 
     # ---- summary
-    there, seconds = len(jobs) - len(todo), clock(time.monotonic() - began)
+    there = len(jobs) - len(todo)
     done = f"{restored} restored, {there} there before, {len(failed)} not restored"
     done = done if settings.input.is_dir() else "x".join(map(str, jobs[0].size))
     evaluated = f"{flow.evaluations(method.steps, method.solver)} network evaluations, {method.solver}"
-    print(f"{settings.output}: {done}, {method.objective.name}, {evaluated}, {seconds}")
+    progress.say(f"{settings.output}: {done}, {method.objective.name}, {evaluated}, {tick.pace()}")
     if stream:
         print(stream.report())
     scores.write(restored + there)

@@ -35,7 +35,7 @@ from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.flags import defaults, flag, given, parse_flags, to_json
 from kontext_min.extras.lora_files import init_lora, save_lora
 from kontext_min.extras.parallel import COMPUTE_DTYPES, compute_dtype
-from kontext_min.extras.progress import Progress, clock
+from kontext_min.extras.progress import Progress
 from kontext_min.extras.report import write_report
 from kontext_min.extras.saving import save_flux
 from kontext_min.extras.stand_ins import StandIns
@@ -62,9 +62,7 @@ class Settings:
     """Every flag of train.py: name, type, default, help, range."""
 
     hr_root: Path = picture(..., "folder of clean photos, read recursively", there="folder")
-    lr_root: Path | None = picture(
-        None, "folder of degraded pictures with the same names, instead of --degrade", there="folder"
-    )
+    lr_root: Path | None = picture(None, "degraded pictures of the same names, instead of --degrade", there="folder")
     degrade: str | None = picture(None, "preset or operators, such as blur=0.5:2,jpeg=40:95; default: guide")
     resolution: int | None = picture(None, "side of the square bucket, in pixels; default: 1024 *", least=16, most=4096)
     prompt: str | None = picture(None, "prompt for pictures without a .txt file; default: the preset's")
@@ -101,10 +99,8 @@ class Settings:
     ema: float = training(0.0, "decay of the weights' moving average; 0 = off", least=0, most=0.999999)
     seed: int = training(42, "seed for every random number", least=0, most=2**63 - 1)
 
-    val_root: Path | None = validating(
-        None, "pictures to validate on; default: a few of --hr-root, held out", there="folder"
-    )
-    validate_every_epochs: int = validating(5, "epochs between validations; 0 = none, nothing held out", least=0)
+    val_root: Path | None = validating(None, "pictures to validate on; default: a few of --hr-root", there="folder")
+    validate_every_epochs: int | None = validating(None, "epochs between validations, 0 = none; default: 5+", least=0)
     validation_prompt: str | None = validating(None, "prompt for validation; default: --prompt")
 
     output_dir: Path | None = running(None, "run folder; default: runs/DATE-TIME")
@@ -229,13 +225,13 @@ def find_start_time(settings: Settings, pairs: Any, encode: Any) -> float:
 def train(settings: Settings) -> int:
     """The whole run, from the folder of pictures to the LoRA file, top to bottom. Returns the exit code."""
     checks.check_training(settings)
-    began = time.monotonic()
     me = parallel.start(settings.device)
+    progress = Progress(shown=me.first)
     # In bfloat16's 8 bits an update of 1e-4 of a weight rounds to nothing, so every weight that trains is float32.
     dtype = torch.float32 if settings.full else compute_dtype(settings.dtype, me.device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     sizes = plan.Sizes.of(weights)
-    settings = settled(settings, sizes)
+    typed, settings = settings, settled(settings, sizes)
     asked, at_512 = plan.for_training(settings, sizes, dtype, me.device)
     if settings.plan:  # loads no weights
         me.say(plan.show(asked, sizes, at_512))
@@ -263,11 +259,13 @@ def train(settings: Settings) -> int:
 
     # ---- prompts: the text encoders are freed before the transformer is loaded
     texts = {*pairs.prompts, settings.validation_prompt}
+    progress.phase(f"encoding {len(texts)} prompt{'s' * (len(texts) > 1)}")
     with parallel.first_goes_ahead(me):
         encoded = prompts.encode(texts, weights, settings.cache_dir / "prompts", dtype, me.device, settings.stream)
     validation_pairs = held_out.load(held, me.device)
 
     # ---- the transformer and its LoRA, restored from the last checkpoint if there is one
+    progress.phase("loading the transformer")
     flux, stream = load_model(settings, me, weights.path("transformer"), dtype)
     trained = {name: p for name, p in flux.named_parameters() if p.requires_grad}
     params = list(trained.values())
@@ -295,7 +293,7 @@ def train(settings: Settings) -> int:
 
         base = f"{settings.degrade} {written['fingerprint']['vae']}"
         pairs = CachedPairs(pairs, settings.cache_dir / "latents", base, settings.cache_latents)
-        for line in fill(pairs, encode, settings.workers, me.rank, me.world):
+        for line in fill(pairs, encode, settings.workers, me.rank, me.world, progress.encoded):
             print(f"left out: {line}")
         parallel.wait()
     start = state["step"] * settings.accumulate
@@ -305,21 +303,24 @@ def train(settings: Settings) -> int:
     start_time = find_start_time(settings, readable, encode)
     objective = Objective(settings.objective, settings.context, settings.source_noise, start_time)
     header = trained_for(settings, objective, written)
+    between = held_out.batches_between(settings, sampler.batches_per_epoch, len(validation_pairs))
 
     # ---- from here on the run folder changes
     board = None
     if me.first:
         if settings.overwrite:
             runs.delete_run(folder)
-        runs.write_json(folder / "settings.json", written | {"defaults": defaults(Settings)})
+        runs.write_json(folder / "settings.json", written | {"defaults": defaults(typed, written)})
         runs.write_text(folder / "left-out.txt", "".join(f"{name}: {reason}\n" for name, reason in left_out))
         runs.rewind_metrics(folder, state["step"] if last else -1)
         if settings.tensorboard:
             board = runs.open_tensorboard(folder, state["step"])
-    me.say(f"{folder}: {given(settings)}")
+    pictures_a_step = settings.accumulate * settings.batch_size * me.world
     me.say(
-        f"{len(pairs)} pictures, {sampler.batches_per_epoch} batches per epoch, {len(validation_pairs)} to validate "
-        f"on, {sum(p.numel() for p in params):,} parameters train"
+        f"{folder}: {given(typed)}\n{settings.steps} steps of {pictures_a_step} pictures at about "
+        f"{settings.resolution} x {settings.resolution} pixels, {settings.objective}, lr {settings.lr:g}\n"
+        f"{len(pairs)} pictures to train on, {len(validation_pairs)} to validate on, "
+        f"{sum(p.numel() for p in params):,} parameters train, {me.device}, {str(dtype)[6:]}"
     )
 
     def save_result(values: dict[str, Tensor], where: Path) -> None:
@@ -340,20 +341,20 @@ def train(settings: Settings) -> int:
     def measure() -> None:
         text = prompts.batch(encoded, [settings.validation_prompt], settings.guidance, dtype, me.device)
         with validation.averaged(params, ema):
-            row, sheet = validation.validate(flux, autoencoder, validation_pairs, text, objective, settings.seed)
-        psnr = parallel.from_first(row["psnr"])
+            row, sheet = validation.validate(flux, autoencoder, validation_pairs, text, objective, settings.seed, busy)
+        psnr, progress.validation = parallel.from_first(row["psnr"]), row["seconds"]
         if state["best_psnr"] is None or psnr > state["best_psnr"]:
             state.update(best_psnr=psnr, best_step=state["step"])
         if me.first:
             runs.append_metrics(folder, {"step": state["step"], "validation": True, **row}, board)
             runs.save_picture(folder, state["step"], sheet, board)
             write_report(folder)
-        me.say(f"step {state['step']}: {validation.describe(row)}")
+        progress.say(f"step {state['step']}: {validation.describe(row)}")
 
     # ---- THE LOOP: degrade, encode, draw a point on the path, learn the velocity there
-    progress, stop, stopping = Progress(state["step"]), runs.StopSignal(), False
-    pictures_a_step = settings.accumulate * settings.batch_size * me.world
+    stop, stopping, busy = runs.StopSignal(), False, partial(progress.show, every=15)  # in a long step
     with runs.under_way(folder):
+        progress.phase("training")
         if validation_pairs and not last:
             measure()
         while state["step"] < settings.steps and not stopping:
@@ -382,6 +383,7 @@ def train(settings: Settings) -> int:
                 interval = (sigma * INTERVALS).long().clamp(0, INTERVALS - 1)
                 losses[0].index_add_(0, interval, error.detach().cpu())
                 losses[1].index_add_(0, interval, torch.ones_like(sigma))
+                busy(f"step {step + 1}: batch {micro + 1} of {settings.accumulate} done")
             if me.world > 1:  # each process has seen only a part of the batch
                 parallel.average_gradients(params)
                 parallel.add_up(losses)
@@ -416,14 +418,13 @@ def train(settings: Settings) -> int:
             }
             if me.first:
                 runs.append_metrics(folder, row, board)
-                speed = f"{row['images_per_second']:.2f} images/s"
-                progress.show(done, settings.steps, f"loss {row['loss']:.4f}  lr {lr:.1e}  {speed}")
+            progress.step(row, settings, held_out.still_due(settings, between, done), me.device.type)
             if state["skipped_in_a_row"] >= MAX_SKIPS:
                 last = runs.latest_checkpoint(folder)
                 raise runs.Stopped(
                     f"{folder}: no finite loss for {MAX_SKIPS} steps; the last checkpoint is {last}. {ADVICE}"
                 )
-            if validation_pairs and held_out.due(settings, sampler.batches_per_epoch, done):
+            if validation_pairs and held_out.due(settings, between, done):
                 measure()
             stopping = parallel.any_of(stop.received)
             due = done % settings.checkpoint_every == 0 and not state["skipped_in_a_row"]  # else it may be broken
@@ -446,9 +447,8 @@ def train(settings: Settings) -> int:
         me.say(
             f"note: {state['skipped']} of {settings.steps} steps had no finite gradient and changed nothing. {ADVICE}"
         )
-    result = f"--transformer {folder}/transformer" if settings.full else f"--lora {folder}/lora.safetensors"
-    me.say(f"done in {clock(time.monotonic() - began)}; curves and pictures: {folder}/report.html; restore with")
-    me.say(f"    python sample.py --input PICTURE --output restored.png --weights {settings.weights} {result}")
+    restore = program.restore_command(typed, folder)
+    progress.phase(f"done; curves and pictures: {folder}/report.html; restore with\n    {restore}")
     return 0
 
 

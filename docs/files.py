@@ -1,7 +1,7 @@
-"""Write README's tables of files from the files themselves: name, lines, first line of the docstring.
+"""Write the tables of files from the files themselves: name, lines, first line of the docstring.
 
-python docs/files.py            rewrites README.md between its two marks
-python docs/files.py --check    exit code 1 if the tables are stale
+python docs/files.py            rewrites them in README.md (core, programs) and docs/extras.md, between two marks
+python docs/files.py --check    exit code 1 if a table is stale
 """
 
 import ast
@@ -33,26 +33,22 @@ def table(paths: list[str]) -> str:
     return "\n".join([*lines, f"| | {sum(n for _, n, _ in rows):,} | |"])
 
 
-def tables() -> str:
-    """Core in reading order, the two scripts, the extras."""
-    core = table([f"kontext_min/{name}.py" for name in CORE])
-    more = "Extras. No file of the core imports them; most belong to one flag:"
-    return (
-        f"The core; a file imports only files above it:\n\n{core}\n\nThe two programs:\n\n{table(SCRIPTS)}\n\n"
-        f"{more}\n\n{table(extras())}"
-    )
+def core_and_scripts() -> str:
+    """Core in reading order, then the two scripts."""
+    return table([f"kontext_min/{name}.py" for name in CORE]) + "\n\n" + table(SCRIPTS)
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0, or 1 if --check finds the tables stale."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(MARKS[0])
-    new = f"{before}{MARKS[0]}\n\n{tables()}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
-    if "--check" in argv:
-        return int(new != text)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    """Exit code 0, or 1 if --check finds a table stale."""
+    stale = False
+    for page, tables in (("README.md", core_and_scripts()), ("docs/extras.md", table(extras()))):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        before, rest = text.split(MARKS[0])
+        new = f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+        stale = stale or new != text
+        if "--check" not in argv:
+            (ROOT / page).write_text(new, encoding="utf-8")
+    return int(stale and "--check" in argv)
 
 
 if __name__ == "__main__":

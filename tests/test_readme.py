@@ -144,6 +144,16 @@ def test_the_demo_is_the_same_with_and_without_make():
     assert len(made) == 2 and spelled[:2] == made
 
 
+def test_a_minute_is_enough():
+    """A photograph first, then the first recipe within 9 KB, and 14 KB in all."""
+    first = README.index("python sample.py --input old.jpg")
+    assert len(README.encode()) <= 14_000 and len(README[:first].encode()) <= 9_000
+    assert README.index("![") < README.index("\n## ") and README.index("docs/demo.jpg") == README.index("](") + 2
+    contents = set(re.findall(r"\]\(#([\w-]+)\)", README[: README.index("\n## ")]))
+    heads = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"\n## (.+)", README)}
+    assert contents == heads
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8")):

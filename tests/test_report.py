@@ -66,7 +66,17 @@ def training_row(step, **changes):
 def validation_row(step, psnr=30.0, **changes):
     pictures = [{"width": w, "height": h, "psnr_degraded": 27.5, "psnr": psnr} for w, h in SIZES]
     row = {"step": step, "validation": True, "psnr": psnr, "ssim": 0.9, "psnr_degraded": 27.5, "ssim_degraded": 0.8}
-    return row | {"loss": 0.2, "loss_at": [k / 10 for k in range(1, 10)], "seconds": 60, "pictures": pictures} | changes
+    return (
+        row
+        | {
+            "loss": 0.2,
+            "loss_unchanged": 0.3,
+            "loss_at": [k / 10 for k in range(1, 10)],
+            "seconds": 60,
+            "pictures": pictures,
+        }
+        | changes
+    )
 
 
 def make_run(folder, rows, settings=None):
@@ -356,7 +366,9 @@ def test_restored_pictures(tmp_path):
     pictures = [Image.new("RGB", SIZES[0], c) for c in COLOURS]
     figures = [figure("b.png", *pictures[:2], file="sub/b #1.png"), figure("a.png", *pictures, "20.00 → ∞ dB", "a.png")]
     mean = {"name": "mean", "input": scores(20.0), "restored": scores(math.inf, 0.75, 1.5)}
-    assert write_restored_report(tmp_path, figures, 3, mean) == str(tmp_path / "report.html")
+    settings = {"input": "my scans", "lora": ("a", "b=0.5"), "overwrite": True, "versions": {"torch": "2"}}
+    settings["defaults"] = {"input": None, "lora": (), "overwrite": False}
+    assert write_restored_report(tmp_path, figures, 3, mean, settings) == str(tmp_path / "report.html")
     data = data_of(tmp_path / "report.html")
     assert data["facts"] == [
         ["Gain in PSNR", "+∞ dB", "20.00 → ∞ dB"],
@@ -367,6 +379,8 @@ def test_restored_pictures(tmp_path):
     assert [one["title"] for one in data["figures"]] == ["a.png", "b.png"] and "2 of 3 pictures" in data["note"]
     assert [bool(one["clean"]) for one in data["figures"]] == [True, False]
     assert [one["after"][0]["file"] for one in data["figures"]] == ["a.png", "sub/b%20%231.png"]
+    assert data["settings"]["command"] == "python sample.py --input 'my scans' --lora a --lora b=0.5"
+    assert ["torch", "2"] in data["settings"]["about"] and ["overwrite", "true"] in data["settings"]["others"]
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser
@@ -416,9 +430,9 @@ def test_page_fits_the_window_in_light_and_dark(opened, run, width, dark):
 
 
 def test_charts_have_points_and_five_colours(opened):
-    # PSNR 2, SSIM 2, loss 1, path 2; loss 2, the three intervals with values, norm 2, rate 1, speed 2
+    # PSNR 2, SSIM 2, loss 2, path 2; loss 2, the three intervals with values, norm 2, rate 1, speed 2
     lines = opened.js("[...document.querySelectorAll('polyline')].map(l => l.getAttribute('points').split(' ').length)")
-    assert len(lines) == 7 + 10 and sorted(set(lines)) == [2, 9, 100]
+    assert len(lines) == 8 + 10 and sorted(set(lines)) == [2, 9, 100]
     assert "NaN" not in opened.js("[...document.querySelectorAll('.charts svg')].map(s => s.outerHTML).join()")
     labels = opened.js("[...document.querySelectorAll('svg[role=img]')].map(s => s.getAttribute('aria-label'))")
     assert len(labels) == 9 and all(" over " in label and " to " in label for label in labels)
@@ -482,7 +496,7 @@ def test_choices_change_the_pictures(opened, run):
 def test_zoom_pans_and_a_reload_keeps_what_was_chosen(tab, tmp_path):
     tab.errors.clear()
     photo = Image.open(PHOTOS / "picosdeeuropa.jpg").convert("RGB")
-    write_restored_report(tmp_path, [figure("own.jpg", photo, photo)], 1, None)
+    write_restored_report(tmp_path, [figure("own.jpg", photo, photo)], 1, None, {})
     tab.open(tmp_path / "report.html", 700)
     assert tab.js("document.querySelector('.stage .left').textContent") == "original"
     assert tab.js("getComputedStyle(document.querySelector('[name=left]').parentNode).display") == "none"

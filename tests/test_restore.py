@@ -384,4 +384,6 @@ def test_norms_of_tiles_see_what_they_see_of_the_whole():
                 assert (1 / its_variance - 1).abs().max() < 0.02
                 assert not torch.allclose(norm(x + 1), norm(x))  # its own statistics would take the 1 out
     assert len(ticks) == len(norms) * 3 * 2
+    size, apply = (4 * 56, 4 * 80), Tiles(32 * 4, autoencoder)
+    assert shared_norms.passes(autoencoder, *size, apply, 1, "euler") == len(ticks) + apply.passes(*size, 1, "euler")
     assert all(norm.forward.__func__ is torch.nn.GroupNorm.forward for norm in norms)

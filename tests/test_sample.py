@@ -194,7 +194,7 @@ def test_a_folder_of_fifty_with_eight_broken(mixed, small_bundle, tmp_path, caps
     assert run(*args) == 1
     said = capsys.readouterr()
     assert "42 restored, 0 there before, 8 not restored, bridge, 1 network evaluations, euler" in said.out
-    assert "left 0s" in said.out
+    assert "picture 1 of 42, " in said.out and re.search(r"[\d.]+ s a megapixel", said.out)
     for name in BROKEN:
         assert sum(line.startswith(f"not restored: {name}: ") for line in said.err.splitlines()) == 1, name
     names = {p.name for p in data.scan(mixed)[0]}

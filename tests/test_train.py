@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
+import shlex
 import shutil
+import subprocess
 import weakref
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,7 @@ import peer_training
 import sample
 import train
 from kontext_min import degrade, flow
-from kontext_min.extras import base, checkpointing, held_out, plan, prompts, runs, validation
+from kontext_min.extras import base, checkpointing, held_out, plan, prompts, report, runs, validation
 from train import Settings
 
 FLAGS = "--resolution 64 --steps 4 --accumulate 1 --batch-size 2 --warmup 1 --workers 0 --checkpoint-every 2"
@@ -58,7 +61,21 @@ def test_the_warm_up_is_a_tenth_of_a_short_run():
 
 def test_validation_comes_with_every_few_epochs_and_at_the_end():
     s = Settings(hr_root=Path(), steps=22, accumulate=2, validate_every_epochs=2)
-    assert [k for k in range(1, 23) if held_out.due(s, 5, k)] == [5, 10, 15, 20, 22]
+    between = held_out.batches_between(s, 5, held=8)
+    assert [k for k in range(1, 23) if held_out.due(s, between, k)] == [5, 10, 15, 20, 22]
+    for k in range(23):
+        assert held_out.still_due(s, between, k) == sum(n > k for n in (5, 10, 15, 20, 22))
+
+
+@pytest.mark.parametrize("batches_per_epoch", [2, 14, 300])
+@pytest.mark.parametrize("held", [1, 3, 8])
+@pytest.mark.parametrize(("steps", "batch", "accumulate"), [(300, 4, 1), (3000, 1, 4), (7, 1, 1)])
+def test_validation_costs_a_tenth_of_a_run_at_most(batches_per_epoch, held, steps, batch, accumulate):
+    s = Settings(hr_root=Path(), steps=steps, batch_size=batch, accumulate=accumulate)
+    between = held_out.batches_between(s, batches_per_epoch, held)
+    count = 1 + sum(held_out.due(s, between, k) for k in range(1, steps + 1))  # one before the first step
+    assert between >= 5 * batches_per_epoch and count == 1 + held_out.still_due(s, between, 0)
+    assert count == 2 or count * held * held_out.COST <= steps * batch * accumulate / 10
 
 
 def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
@@ -83,6 +100,29 @@ def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
     assert all(torch.equal(last[k], kept[k]) for k in last)
     assert any(v.abs().max() > 0 for k, v in last.items() if "lora_up" in k)
     assert "parameters train" in capsys.readouterr().out
+
+
+def test_phases_are_named_and_the_last_line_restores_a_picture(run, pictures, tmp_path, capsys):
+    folder = tmp_path / "it's my run"
+    assert run("--output-dir", folder, "--dtype", "float32") == 0
+    *lines, command = capsys.readouterr().out.splitlines()
+    for phase in ("encoding ", "loading the transformer", "training", f"done; curves and pictures: {folder}"):
+        assert any(re.match(r"\d+s: ", line) and phase in line for line in lines), phase
+    assert "--dtype float32" in command and "--output-dir" not in command
+    command = command.replace("PICTURE", shlex.quote(str(next(pictures.glob("*.png")))))
+    command = command.replace("restored.png", shlex.quote(str(tmp_path / "restored.png")))
+    done = subprocess.run(f"{command} --steps 1 --tile 64", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "restored.png").exists()
+
+
+def test_what_is_filled_in_is_no_changed_setting(run, tmp_path):
+    assert run("--steps", 1) == 0
+    table = report.settings_table(json.loads((tmp_path / "run" / "settings.json").read_text()))
+    changed, others = dict(table["changed"]), dict(table["others"])
+    assert changed["resolution"] == "64" and {"prompt", "degrade", "gradient_checkpointing"} < others.keys()
+    argv = shlex.split(table["command"])[2:]
+    assert {word[2:].replace("-", "_") for word in argv if word.startswith("--")} == changed.keys()
 
 
 def test_killed_and_resumed_runs_end_bit_for_bit_like_the_others():

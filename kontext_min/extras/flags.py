@@ -149,9 +149,14 @@ def given(settings: Any) -> str:
     return " ".join(name_of(k) if v is True else f"{name_of(k)} {shlex.quote(str(v))}" for k, v in changed.items())
 
 
-def defaults(settings: type) -> dict[str, Any]:
-    """The default of every flag as plain JSON values; null where the flag is required."""
-    found = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(settings)}
+def defaults(settings: Any, settled: dict[str, Any]) -> dict[str, Any]:
+    """The default of every flag as plain JSON values; null where the flag is required.
+
+    A flag of `settings` that was left at its default has the value that the program has put in its place in `settled`.
+    """
+    fields = dataclasses.fields(settings)
+    found = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
+    found |= {f.name: settled[f.name] for f in fields if getattr(settings, f.name) == f.default}
     return {k: str(v) if isinstance(v, Path) else v for k, v in found.items()}
 
 

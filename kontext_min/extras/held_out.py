@@ -5,6 +5,7 @@ a resumed run holds out the same pictures, and if you add a few pictures, nearly
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from kontext_min import data
 from kontext_min.extras.inventory import unread
 
 MOST = 8  # pictures; of --hr-root at most one in eight
+EPOCHS = 5  # between validations, unless they would cost too much
+COST = 5  # training pictures that take as long as one to validate on: 4.6 with weights/tiny on a CPU
 
 
 def split(
@@ -25,7 +28,7 @@ def split(
     Raises:
         ValueError: --val-root has no usable picture.
     """
-    if not settings.validate_every_epochs:
+    if settings.validate_every_epochs == 0:
         return list(pictures), []
     if settings.val_root:
         found, rejected = data.scan(settings.val_root)
@@ -56,8 +59,33 @@ def load(held: data.Pairs | None, device: torch.device) -> list[tuple[Tensor, Te
     return loaded
 
 
-def due(settings: Any, batches_per_epoch: int, done: int) -> bool:
-    """Whether to validate after `done` steps: whenever some epochs more are full, and at the end."""
-    batches = batches_per_epoch * settings.validate_every_epochs
-    filled, before = (n * settings.accumulate // batches for n in (done, done - 1))
+def batches_between(settings: Any, batches_per_epoch: int, held: int) -> int:
+    """Batches from one validation to the next; 0 for none.
+
+    By default these are the batches of five epochs, or as many more as it takes for all validations, with those before
+    the first step and after the last one, to cost no more than a tenth of the run.
+
+    Args:
+        settings: of train.py.
+        batches_per_epoch: of this process.
+        held: pictures to validate on.
+    """
+    if settings.validate_every_epochs is not None:
+        return batches_per_epoch * settings.validate_every_epochs
+    batches = settings.steps * settings.accumulate
+    affordable = batches * settings.batch_size // (10 * COST * max(held, 1))
+    return max(batches_per_epoch * EPOCHS, math.ceil(batches / max(affordable - 1, 1)))
+
+
+def due(settings: Any, between: int, done: int) -> bool:
+    """Whether to validate after `done` steps: whenever `between` batches more are full, and at the end."""
+    filled, before = (n * settings.accumulate // between for n in (done, done - 1))
     return filled > before or done == settings.steps
+
+
+def still_due(settings: Any, between: int, done: int) -> int:
+    """How many validations follow after `done` steps."""
+    if not between or done >= settings.steps:
+        return 0
+    before, last, end = (n * settings.accumulate // between for n in (done, settings.steps - 1, settings.steps))
+    return end - before + (end == last)  # the end counts once

@@ -4,7 +4,9 @@
 """
 
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +19,28 @@ from kontext_min.extras import parallel, runs
 def beside_the_programs(path: str) -> Path:
     """A path below the working directory, or where there is none, below the folder of train.py and sample.py."""
     return Path(path) if Path(path).exists() else Path(__file__).parents[2] / path
+
+
+def restore_command(settings: Any, folder: Path) -> str:
+    """The command that restores a picture with what train.py has trained, for the shell of this system.
+
+    Args:
+        settings: of train.py, as given; flags that load the base model are repeated.
+        folder: of the run.
+    """
+    words = [_near(Path(sys.executable)), _near(Path(__file__).parents[2] / "sample.py")]
+    words += ["--input", "PICTURE", "--output", "restored.png"]
+    for name in ("weights", "transformer", "vae", "clip", "t5", "quantize", "device", "dtype", "stream"):
+        value = folder / "transformer" if settings.full and name == "transformer" else getattr(settings, name)
+        if value != type(settings).__dataclass_fields__[name].default:
+            words += [f"--{name}"] + [str(value)] * (value is not True)
+    words += [] if settings.full else ["--lora", str(folder / "lora.safetensors")]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _near(path: Path) -> str:
+    """A path from the working directory, if it is below that."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def run(name: str, program: Callable[[Any], int], settings: Any) -> int:

@@ -41,6 +41,7 @@ RESTORED = 24  # figures of a report on restored pictures: below 25 MB in sum
 LIMIT = 600  # points of a curve
 SCORES = ("psnr_degraded", "psnr", "ssim_degraded", "ssim")  # of a validation
 LIST = 10  # elements of a list that are drawn
+ONCE = ("overwrite", "accept_changes")  # flags of one call
 
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -77,7 +78,7 @@ def write_report(folder: Path) -> Path:
     return save_page(folder, data)
 
 
-def write_restored_report(folder: Path, figures: list[Row], restored: int, mean: Row | None) -> str:
+def write_restored_report(folder: Path, figures: list[Row], restored: int, mean: Row | None, settings: Row) -> str:
     """Write report.html beside restored pictures (first under another name, then renamed); returns its path.
 
     Args:
@@ -85,6 +86,7 @@ def write_restored_report(folder: Path, figures: list[Row], restored: int, mean:
         figures: from `figure`, at most RESTORED of them.
         restored: number of pictures that were restored.
         mean: metrics.mean_row if there are clean pictures, or None.
+        settings: every flag of sample.py, with `defaults` and `versions` as in settings.json of a run.
 
     Raises:
         OSError: the folder can't be written.
@@ -97,7 +99,8 @@ def write_restored_report(folder: Path, figures: list[Row], restored: int, mean:
     note = "" if len(figures) == restored else f"{len(figures)} of {restored:,} pictures are shown. "
     note += f"Pictures above {SIDE} pixels are shrunk here; the links lead to the whole files."
     figures = sorted(figures, key=lambda f: f["title"])
-    return str(save_page(folder, {"facts": facts, "figures": figures, "note": note}))
+    data = {"facts": facts, "figures": figures, "note": note, "settings": settings_table(settings, "sample.py")}
+    return str(save_page(folder, data))
 
 
 def figure(
@@ -214,25 +217,26 @@ def curves(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:
     return {name: {"each": short(p), "mean": short(smooth(p))} for name, p in points.items()}
 
 
-def settings_table(settings: Row) -> Row:
+def settings_table(settings: Row, program: str = "train.py") -> Row:
     """[name, value] pairs: flags that differ from their defaults, and all else; and the command line of the former.
 
-    settings["defaults"] holds every flag, null for a required one. Without it no flag counts as changed.
+    settings["defaults"] holds every flag, null for a required one. Without it no flag counts as changed. The command
+    line leaves out what holds for one call only: it must not delete anything where it is pasted.
     """
     defaults, versions = (settings.get(key) for key in ("defaults", "versions"))
     defaults, versions = (part if isinstance(part, dict) else {} for part in (defaults, versions))
-    changed = {k: v for k, v in settings.items() if k in defaults and v != defaults[k]}
+    changed = {k: v for k, v in settings.items() if k in defaults and v != defaults[k] and k not in ONCE}
     others: Row = {}
     for key, value in settings.items():
         if key not in ("defaults", *changed):
             others |= {f"{key} {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    words = ["python", "train.py"]
+    words = ["python", program]
     for name, value in changed.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None:
-            for word in map(str, value if isinstance(value, list) else [value]):
+            for word in map(str, value if isinstance(value, list | tuple) else [value]):
                 words += [f"{flag}={word}"] if word.startswith("-") else [flag, word]
     table = {"changed": changed, "others": others, "about": {"device": settings.get("device", "unknown")} | versions}
     texts = {k: [[n, v if isinstance(v, str) else json.dumps(v)] for n, v in part.items()] for k, part in table.items()}

@@ -5,16 +5,22 @@ Pictures are converted to sRGB: with different color profiles they could not be 
 
 from typing import Any
 
+import torch
 from PIL import Image
 
+from kontext_min import __version__
 from kontext_min.extras import metrics, pictures, report
+from kontext_min.extras.flags import defaults, to_json
 from kontext_min.extras.runs import finite, write_json
 
 
 class Scores:
     """What is collected picture by picture and written at the end, as the flags of sample.py ask for it."""
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: Any, device: torch.device) -> None:
+        values = to_json(settings)
+        versions = {"kontext_min": __version__, "torch": torch.__version__, "device": str(device)}
+        self.settings = values | {"defaults": defaults(settings, values), "versions": versions}
         self.json, self.folder = settings.json, settings.output if settings.report else None
         self.wanted = bool(settings.degrade or settings.reference or settings.report)
         self.rows: list[metrics.Row] = []
@@ -40,4 +46,4 @@ class Scores:
         if self.json:
             write_json(self.json, finite(rows))
         if self.figures:
-            print(report.write_restored_report(self.folder, self.figures, restored, mean))
+            print(report.write_restored_report(self.folder, self.figures, restored, mean, self.settings))

@@ -15,6 +15,7 @@ the transformer takes 75. What remains is the attention of the smallest level, w
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -65,6 +66,14 @@ def shared_norms(
     finally:
         for norm in norms:
             vars(norm).pop("forward", None)  # the class's own is left
+
+
+def passes(autoencoder: Autoencoder, width: int, height: int, apply: Tiles, steps: int, solver: str) -> int:
+    """How often a tile passes through a network until a picture is restored: here, and as Tiles.passes counts."""
+    token = GRID * autoencoder.factor
+    tiles = math.prod(len(_cores(math.ceil(length / token) * GRID, apply.side)) for length in (width, height))
+    here = tiles * len(_norms(autoencoder)) if tiles > 1 else 0
+    return here + apply.passes(width, height, steps, solver)
 
 
 def statistics(norm: nn.GroupNorm, x: Tensor) -> Statistics:
