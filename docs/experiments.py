@@ -611,10 +611,11 @@ def head(tables: dict[str, Table]) -> str:
     """The table at the head of the page: one row for each question."""
     lines = ["| | question | right | | broken | |", "|--:|---|---|--:|---|--:|"]
     for number, q in QUESTIONS.items():
-        cells = [
-            f"{row}: {column} | {cell(tables[str(number)][row][column], column)}" for row, column in (q.right, q.broken)
-        ]
-        lines.append(f"| [{number}](#q{number}) | {q.text} | {' | '.join(cells)} |")
+        line = f"| [{number}](#q{number}) | {q.text} |"
+        for row, column in (q.right, q.broken):
+            name = row if column == G else f"{row}: {column}"
+            line += f" {name} | {cell(tables[str(number)][row][column], column)} |"
+        lines.append(line)
     return "\n".join(lines)
 
 
