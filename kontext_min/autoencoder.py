@@ -7,7 +7,8 @@
 One level halves the side, except the last: four levels give the factor 8.
 
 Source: black-forest-labs/flux, src/flux/modules/autoencoder.py at 802fb47 (after Rombach et al. 2022, "High-Resolution
-Image Synthesis with Latent Diffusion Models", section 3.1). Attribute names are those of `ae.safetensors`.
+Image Synthesis with Latent Diffusion Models", section 3.1). Attribute names are those of `ae.safetensors`. diffusers'
+AutoencoderKL does the same from a config of block classes; this file holds the one model that Flux needs.
 Shapes: B batch, C channels, H, W sides at the current level, z latent channels.
 """
 

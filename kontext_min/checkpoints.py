@@ -12,7 +12,8 @@ config.json next to the file or from `config` in its metadata; otherwise they ar
 
 Sources: for the names black-forest-labs/flux 802fb47, src/flux/modules/layers.py and autoencoder.py; diffusers 0.42.1,
 transformer_flux.py, normalization.py (AdaLayerNormContinuous) and autoencoder_kl.py; ComfyUI (October 2025) for
-prefixes and fp8 scales; transformers for CLIP and T5, whose names are used as they are.
+prefixes and fp8 scales; transformers for CLIP and T5, whose names are used as they are. diffusers' from_single_file
+reads many of these layouts; here one table shows each name, and a missing, extra or misshapen tensor is an error.
 """
 
 import json

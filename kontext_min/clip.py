@@ -8,7 +8,8 @@
 Sources: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.4;
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units" (byte pairs); openai/CLIP,
 clip/simple_tokenizer.py; transformers 5.23, models/clip/modeling_clip.py and tokenization_clip.py.
-Attribute names are the hub's without their leading `text_model.`.
+Attribute names are the hub's without their leading `text_model.`. transformers' CLIPTextModel and CLIPTokenizer do the
+same; by hand, it shows where the pooled vector comes from, and a prompt is cleaned up in one known way.
 Shapes: B batch, L tokens (77), D width, H heads, K = D / H.
 
 There are three conventions for cleaning up a prompt; this file follows A:

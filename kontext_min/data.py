@@ -10,6 +10,7 @@
 
 Sizes are (width, height) as in Pillow and in Kontext's list. Pictures are bytes (3, H, W), batches (B, 3, H, W).
 Source: the shapes are PREFERRED_KONTEXT_RESOLUTIONS of black-forest-labs/flux at 802fb47, src/flux/util.py.
+torchvision's ImageFolder reads a folder too, but has no buckets, and no order that is the same after a resume.
 """
 
 import functools

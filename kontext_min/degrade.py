@@ -19,6 +19,7 @@ Sources: [1] Real-ESRGAN, Wang et al. 2021, arXiv 2107.10833, section 3, and the
 Poissonian-Gaussian noise modeling; [4] W3C, Filter Effects Module Level 1, which defines the filters of CSS and SVG;
 [5] Potmesil and Chakravarty 1981, A lens and aperture camera model for synthetic image generation; [6] the same, 1983,
 Modeling motion blur in computer-generated images; [7] SRCNN, Dong et al. 2015, arXiv 1501.00092, section 3.
+albumentations has most of these operators; here each is its formula, seeded by picture, and a text composes them.
 """
 
 import inspect

@@ -15,6 +15,7 @@ so t = 1 - sigma and v_pred = -flux(x, t): the pretrained network keeps its own 
 Sources: Lipman et al. 2023, "Flow Matching for Generative Modeling"; Liu et al. 2023, "Flow Straight and Fast"; Albergo
 & Vanden-Eijnden 2023 (bridges between two data sets); Esser et al. 2024, "Scaling Rectified Flow Transformers" (SD3:
 densities of t, weightings, shift); black-forest-labs/flux at 802fb47, src/flux/sampling.py (schedule, packing, ids).
+diffusers' FlowMatchEulerDiscreteScheduler has the schedule and the step; here path, loss, sign and step share one file.
 Shapes: B batch, C latent channels, h, w sides of the latent, L = (h/2)(w/2) tokens. Latents and losses are float32,
 a schedule is float64; only the inputs of the network are cast to the compute dtype.
 """

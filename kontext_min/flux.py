@@ -13,7 +13,8 @@ Every block modulates its LayerNorm by vec (Peebles & Xie 2023, "Scalable Diffus
 Positions enter only by a rotation of q and k (Su et al. 2021, "RoFormer"), along three axes (index, row, column).
 
 Source: black-forest-labs/flux at 802fb47, src/flux/model.py, modules/layers.py, math.py. Attribute names are those of
-`flux1-kontext-dev.safetensors`, so its 780 tensors load by their own names.
+`flux1-kontext-dev.safetensors`, so its 780 tensors load by their own names. diffusers' FluxTransformer2DModel computes
+the same; here no attention processor or mixin stands between a block and its equations.
 Shapes: B batch, L tokens (L_txt text, L_img picture), D hidden size, H heads, d = D / H.
 """
 

@@ -6,7 +6,8 @@ A starts random and B at zero, so training starts from the unchanged model. Rank
 million of 11.9 billion parameters.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; A is uniform
-in +-1/sqrt(in) as in the authors' code (kaiming_uniform with a = sqrt(5)) and in peft.
+in +-1/sqrt(in) as in the authors' code (kaiming_uniform with a = sqrt(5)) and in peft. peft does the same for any model
+and many adapters; LoRALinear is its one line of mathematics, and needs no wrapper around the model.
 """
 
 import math

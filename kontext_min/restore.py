@@ -3,7 +3,8 @@
     pad to the grid  ->  encode  ->  follow the velocity from sigma = 0 to 1  ->  decode  ->  crop
 
 The grid is one token: two latent positions, 16 pixels with the Flux autoencoder. Here every network sees the whole
-picture; extras/tiles.py applies the networks to overlapping tiles of a large one.
+picture; extras/tiles.py applies the networks to overlapping tiles of a large one. diffusers' FluxKontextPipeline
+edits a picture too, but only from noise, and resizes it; a bridge starts elsewhere, and a photo keeps its size.
 
 A strength S < 1 starts at s0 = 1 - S with x = (1 - s0) z_source + s0 z_control and follows the path from s0 to 1
 (Meng et al. 2022, "SDEdit", on this path). Flux's times are then S times those of the whole path.

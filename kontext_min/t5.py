@@ -10,7 +10,8 @@ There is no mask either: official Flux passes none, so tokens attend to the padd
 Sources: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
 section 2.1; Shazeer 2020, "GLU Variants Improve Transformer" (the gated feed-forward of T5 v1.1); Zhang and Sennrich
 2019, "Root Mean Square Layer Normalization"; transformers 5.23, models/t5/modeling_t5.py and tokenization_t5.py;
-black-forest-labs/flux at 802fb47, src/flux/modules/conditioner.py. Attribute names are the hub's.
+black-forest-labs/flux at 802fb47, src/flux/modules/conditioner.py. Attribute names are the hub's. transformers'
+T5EncoderModel does the same; here the missing mask and the missing scale are in plain sight.
 Shapes: B batch, L tokens, D width, H heads, K = d_kv (H * K need not be D), F = d_ff.
 
 Run it in bfloat16 or float32. In float16 the residual stream of T5-XXL exceeds 65504; transformers clamps it and keeps
