@@ -227,6 +227,7 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
         [],
         None,
         state | {"step": 5},
+        state | {"step": 6.0},
         state | {"step": "x"},
         state | {"skipped": "x"},
         state | {"unreadable": 3},
@@ -235,6 +236,11 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
         file.write_text(text)
         assert "step-000006: broken" in refused(), text[:100]
     file.write_text(json.dumps(state))
+    known = (folder / "settings.json").read_text()
+    for text in ("[]", '"x"', "{}", "null", "[" * 200_000, known[:100]):
+        (folder / "settings.json").write_text(text)
+        assert "settings.json: missing or broken" in refused(), text[:100]
+    (folder / "settings.json").write_text(known)
     for name in ("trained", "optimizer"):
         file = runs.latest_checkpoint(folder) / f"{name}.safetensors"
         content = file.read_bytes()
@@ -295,6 +301,34 @@ def test_a_folder_that_no_run_wrote_is_left_alone(flags, tmp_path, capsys, name,
     assert train.main([str(f) for f in [*flags, "--output-dir", tmp_path / "mine", *more]]) == 2
     assert f"holds {name}, which no run wrote; choose another folder" in capsys.readouterr().err
     assert file.read_text() == '{"mine": 1}' and [p for p in tmp_path.rglob("*.*") if p.is_file()] == [file]
+
+
+def test_a_link_to_the_base_in_a_run_folder_is_refused(whole, flags, small_bundle, tmp_path, capsys):
+    folder, base = shutil.copytree(whole, tmp_path / "run"), shutil.copytree(small_bundle, tmp_path / "base")
+    (folder / "transformer").symlink_to(base / "transformer")
+    before = {p.name: p.read_bytes() for p in (base / "transformer").iterdir()}
+    assert train.main([str(f) for f in [*flags, "--output-dir", folder, "--overwrite"]]) == 2
+    assert "its transformer/ is a link" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in (base / "transformer").iterdir()}
+
+
+def test_moments_of_other_parameters_are_refused():
+    def optimizer():
+        p = torch.nn.Parameter(torch.ones(3, 2))
+        p.grad = torch.ones(3, 2)
+        return torch.optim.AdamW([p])
+
+    first = optimizer()
+    first.step()
+    good = runs.optimizer_tensors(first)
+    runs.load_optimizer(second := optimizer(), good)
+    assert torch.equal(second.state_dict()["state"][0]["exp_avg"], good["0.exp_avg"])
+    runs.load_optimizer(optimizer(), {})  # every step was skipped
+    moved = {f"1.{name[2:]}": x for name, x in good.items()}
+    less = {name: x for name, x in good.items() if name != "0.exp_avg_sq"}
+    for bad in (moved, less, good | {"0.exp_avg": torch.ones(2, 3)}, good | {"x.step": good["0.step"]}):
+        with pytest.raises(ValueError, match="not the moments of these parameters"):
+            runs.load_optimizer(optimizer(), bad)
 
 
 @pytest.mark.parametrize("lost", ["checkpoints", "settings.json"])

@@ -599,7 +599,10 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--json", "{folder}", "--degrade", "guide"], "is a folder; name a file"),
         (["--input", "{here}/nowhere"], "--input {here}/nowhere: no such file or folder; check the path"),
         (["--report"], "--report: is for folders"),
-        (["--input", "{folder}", "--output", "{here}", "--report"], "report.html exists and is none of this program"),
+        (
+            ["--input", "{folder}", "--output", "{here}", "--report"],
+            "report.html exists and is not that of a restored folder",
+        ),
     ],
 )
 def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):

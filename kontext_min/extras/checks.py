@@ -171,8 +171,8 @@ def check_sampling(s: Any) -> None:
         ),
         (s.report and not folder, "--report: is for folders; of one picture, --compare shows before and after"),
         (
-            s.report and page.exists() and not is_report(page),
-            f"--report: {page} exists and is none of this program; choose another --output",
+            s.report and page.exists() and (page.with_name("settings.json").exists() or not is_report(page)),
+            f"--report: {page} exists and is not that of a restored folder; choose another --output",
         ),
     )
 

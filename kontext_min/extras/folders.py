@@ -50,7 +50,7 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
             changed = [f"{k} was {before[k]}, is {how[k]}" for k in how if before[k] != how[k]]
             newer = sum(job.path.stat().st_mtime > job.output.stat().st_mtime for job in there)
             changed += [f"{newer} of their inputs have changed since"] * (newer > 0)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             changed = [f"no {RECORD} says how they were made"]
         if changed:
             raise ValueError(

@@ -70,7 +70,7 @@ def start(device: str) -> Processes:
         chosen = torch.device(device)
         if chosen.type not in ("cpu", "cuda"):  # such as mps: it must at least give back a number
             torch.zeros(1, device=chosen).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError):
         raise ValueError(f"--device: got {device!r}, but there is no such device here; use auto or cpu.") from None
     if chosen.type == "cuda":
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -70,7 +70,10 @@ def open_run(
         OSError: the folder can't be written.
     """
     last, there = latest_checkpoint(folder), [path.relative_to(folder).as_posix() for path in written(folder)]
-    if there and not last and not _settings_of_a_run(folder):
+    if (folder / "transformer").is_symlink():
+        raise ValueError(f"--output-dir {folder}: its transformer/ is a link, and a run may replace it; remove it.")
+    before = _settings_of_a_run(folder)
+    if there and not last and before is None:
         shown = ", ".join(there[:3]) + ", ..." * (len(there) > 3)
         raise ValueError(f"--output-dir {folder}: holds {shown}, which no run wrote; choose another folder.")
     if write:
@@ -91,14 +94,12 @@ def open_run(
     if results and not last:
         raise ValueError(f"{folder}: holds {results[0]}, but no checkpoint to continue from; {instead}.")
     if there and not accept:
-        try:
-            before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-            changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
-        except (OSError, ValueError, TypeError):
+        if before is None:
             raise ValueError(
                 f"{folder}/settings.json: missing or broken, so changed settings can't be seen; continue with "
                 f"--accept-changes, or {instead}."
-            ) from None
+            )
+        changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
         what = "; ".join(f"{k} was {v}, is {settings[k]}" for k, v in changed.items() if k not in MAY_CHANGE)
         if what:
             raise ValueError(f"{folder}: settings changed: {what}. Continue with --accept-changes, or {instead}.")
@@ -138,12 +139,13 @@ def _make(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
 
 
-def _settings_of_a_run(folder: Path) -> bool:
-    """Whether settings.json is that of a run, and not of another program."""
+def _settings_of_a_run(folder: Path) -> dict[str, Any] | None:
+    """What settings.json holds, or None if there is none, or it is broken or of another program."""
     try:
-        return {"hr_root", "lr", "steps"} <= set(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+        found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and {"hr_root", "lr", "steps"} <= found.keys() else None
 
 
 def written(folder: Path) -> list[Path]:
@@ -155,7 +157,7 @@ def written(folder: Path) -> list[Path]:
 def delete_run(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else that lies there."""
     for path in written(folder):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def in_words(error: BaseException) -> str:
@@ -279,7 +281,8 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
         numbers = [v for k, v in state.items() if k != "unreadable" and v is not None]
         if not {"trained", "optimizer"} <= files.keys():
             raise ValueError("trained.safetensors or optimizer.safetensors is missing")
-        right = state.get("step") == int(checkpoint.name[5:]) and all(isinstance(v, int | float) for v in numbers)
+        step, named = state.get("step"), int(checkpoint.name[5:])
+        right = type(step) is int and step == named and all(isinstance(v, int | float) for v in numbers)
         if not right or not isinstance(state.get("unreadable", []), list):
             raise ValueError("state.json is not the state of this step")
         return files, state
@@ -300,6 +303,9 @@ def put_back(params: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Non
             p.copy_(_like(p, tensors[name]))
 
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # that AdamW keeps of a parameter
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The moments of an optimizer as named tensors: `17.exp_avg` belongs to its 18th parameter."""
     state = optimizer.state_dict()["state"]
@@ -307,8 +313,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put the moments back, sharded like the parameters that they belong to."""
+    """Put the moments back, sharded like the parameters that they belong to.
+
+    Raises:
+        ValueError: they are those of other parameters, or not whole.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = [torch.Size() if key == "step" else p.shape for p in params for key in MOMENTS]
+    wanted = dict(zip((f"{i}.{key}" for i in range(len(params)) for key in MOMENTS), shapes, strict=True))
+    incomplete = any(f"{name.partition('.')[0]}.{key}" not in tensors for name in tensors for key in MOMENTS)
+    if incomplete or any(wanted.get(name) != tensor.shape for name, tensor in tensors.items()):
+        raise ValueError("optimizer.safetensors: not the moments of these parameters; delete this checkpoint.")
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
