@@ -157,7 +157,8 @@ def sample(settings: Settings) -> int:
                 result = pictures.COLOUR_FIXES[settings.color_fix](result, small)
                 result = result.resize(job.size, Image.Resampling.LANCZOS)
                 sheet = validation.grid([[p for p in (photo.degraded, result, photo.clean) if p]])
-                pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))
+                with folders.noted(job, settings.input, settings.output, how):
+                    pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))
                 result, restored = pictures.to_srgb(result, photo.file), restored + 1
                 tick.end()
             else:  # restored by an earlier call: it still counts in the scores and the report

@@ -309,6 +309,15 @@ def test_a_link_to_the_base_in_a_run_folder_is_refused(whole, flags, small_bundl
     before = {p.name: p.read_bytes() for p in (base / "transformer").iterdir()}
     assert train.main([str(f) for f in [*flags, "--output-dir", folder, "--overwrite"]]) == 2
     assert "its transformer/ is a link" in capsys.readouterr().err
+    (folder / "transformer").unlink()
+    full = shutil.copytree(base / "transformer", tmp_path / "full" / "transformer")  # and the other way round
+    shutil.rmtree(base / "transformer")
+    (base / "transformer").symlink_to(full)
+    argv = [*flags, "--weights", base, "--output-dir", full.parent, "--overwrite"]
+    assert train.main([str(f) for f in argv]) == 2
+    assert "transformer lies in --output-dir" in capsys.readouterr().err
+    (base / "transformer").unlink()
+    shutil.copytree(full, base / "transformer")
     assert before == {p.name: p.read_bytes() for p in (base / "transformer").iterdir()}
 
 

@@ -741,12 +741,42 @@ def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, 
             tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118
         save_file({name: x + 1e-3 for name, x in tensors.items()}, file, metadata=about)
     if what == "input":
-        os.utime(tmp_path / "in" / "a.png", (2e9, 2e9))
+        os.utime(tmp_path / "in" / "a.png", (1e9, 1e9))  # even by an older one
     more = {"--compare": ["--compare"], "--quantize": ["--quantize", "int8"]}.get(what, [])
     assert run(*args, *more) == 2
-    named = {"LoRA": "lora was", "base": "base was", "input": "1 of their inputs have changed since"}
+    named = {"LoRA": "lora was", "base": "base was", "input": "their inputs have changed since"}
     assert named.get(what, f"{what[2:]} was") in capsys.readouterr().err
     assert run(*args, *more, "--overwrite") == 0
+
+
+def test_the_record_is_of_each_picture(identity, small_bundle, tmp_path, capsys, monkeypatch):
+    """Two methods in one folder, and an --overwrite that was stopped, are told apart; a cut line is not read."""
+    for folder, names in (("in", "abc"), ("other", "d")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            crop(32, 32).save(tmp_path / folder / f"{name}.png")
+    args = ["--output", tmp_path / "out", "--weights", small_bundle, "--input"]
+    first, second = [*args, tmp_path / "in"], [*args, tmp_path / "in", "--seed", 1]
+    assert run(*first) == run(*args, tmp_path / "other", "--seed", 1) == run(*first) == 0
+    assert run(*second) == 2
+    assert "holds 3 of these pictures, but seed was 42, is 1; --overwrite" in capsys.readouterr().err
+
+    write, written = pictures.write, []
+
+    def stopped(path, *rest):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "write", stopped)
+        assert run(*second, "--overwrite") == 130
+    assert run(*second) == 2
+    assert "holds 2 of these pictures, but seed was 42, is 1" in capsys.readouterr().err
+    record = tmp_path / "out" / folders.RECORD
+    record.write_text(record.read_text()[:-20] + "\n[[[\n3\n")
+    assert run(*second) == 2 and "holds 3 of these" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_a_folder_and_names_the_file(identity, small_bundle, tmp_path, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kontext_min import degrade
-from kontext_min.checkpoints import read_json
+from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
 from kontext_min.extras.flags import check_values
 
@@ -67,8 +67,9 @@ def check_training(s: Any) -> None:
     most, out = 4 * (os.cpu_count() or 1), s.output_dir or Path("runs")
     whole = "so it excludes --quantize and --stream; leave them out"
     auto = s.start_time == "auto"
-    weights = [p for p in (s.init_lora, s.weights, s.transformer, s.vae, s.clip, s.t5) if p and s.overwrite]
-    lost = next((p for p in weights if p.resolve().is_relative_to(out.resolve())), None)
+    weights = [s.init_lora, s.transformer, s.vae, s.clip, s.t5, *(s.weights / name for name in ("", *FOLDERS.values()))]
+    replaced = s.overwrite and s.output_dir and s.output_dir.resolve()
+    lost = next((p for p in weights if replaced and p and p.resolve().is_relative_to(replaced)), None)
     refuse(
         (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),
         (s.full and (s.quantize or s.stream), f"--full trains all weights, {whole}"),

@@ -1,21 +1,23 @@
 """Restore a folder: skip what is done, check that it was made the same way, and go on if one file fails.
 
-`.restored-with.json` in the output folder records how its pictures were made. A folder that was stopped continues with
-the same method, and pictures from another LoRA do not count as finished.
+`.restored-with.jsonl` in the output folder has a line for each picture: how it was made, and from which input. A folder
+that was stopped continues, and pictures made in another way do not count as restored.
 """
 
 import errno
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from kontext_min.extras.pictures import Job
-from kontext_min.extras.runs import in_words, lock, write_json
+from kontext_min.extras.runs import in_words, lock
+from kontext_min.extras.saving import naming
 
-RECORD = ".restored-with.json"
+RECORD = ".restored-with.jsonl"
 ENDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)  # every further picture would fail as this one did
 
 
@@ -26,7 +28,7 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
         jobs: from pictures.find.
         source: --input.
         target: --output.
-        how: what the pictures are made with, as plain JSON values; written into the folder.
+        how: what the pictures are made with, as plain JSON values.
         overwrite: replace what is there.
 
     Raises:
@@ -43,24 +45,54 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
         if there:
             raise ValueError(f"--output {there[0].output}: exists; --overwrite replaces it, or choose another.")
         return list(jobs)
-    record = target / RECORD
-    if there:
-        try:
-            before = json.loads(record.read_text(encoding="utf-8"))
-            changed = [f"{k} was {before[k]}, is {how[k]}" for k in how if before[k] != how[k]]
-            newer = sum(job.path.stat().st_mtime > job.output.stat().st_mtime for job in there)
-            changed += [f"{newer} of their inputs have changed since"] * (newer > 0)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            changed = [f"no {RECORD} says how they were made"]
-        if changed:
-            raise ValueError(
-                f"--output {target}: holds {len(there)} of these pictures, but {'; '.join(changed)}; --overwrite "
-                "restores them again, or choose another folder."
-            )
-    todo = [job for job in jobs if job not in there]
-    if todo:
-        write_json(record, how)
-    return todo
+    made = _read(target / RECORD)
+    reasons = Counter(reason for job in there if (reason := _difference(made.get(job.name), job, how)))
+    if reasons:
+        raise ValueError(
+            f"--output {target}: holds {reasons.total()} of these pictures, but {'; '.join(reasons)}; --overwrite "
+            "restores them again, or choose another folder."
+        )
+    return [job for job in jobs if job not in there]
+
+
+def _read(record: Path) -> dict[str, dict[str, Any]]:
+    """The last line of each picture; a line that a kill cut short is left out."""
+    made = {}
+    for text in record.read_text(encoding="utf-8", errors="replace").splitlines() if record.is_file() else []:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            line = json.loads(text)
+            made[line["picture"]] = {"how": dict(line["how"]), "input": line["input"]}
+    return made
+
+
+def _difference(line: dict[str, Any] | None, job: Job, how: dict[str, Any]) -> str:
+    """Why a picture that is there does not count as restored; empty if it does."""
+    if line is None:
+        return f"no {RECORD} says how they were made"
+    changed = [f"{k} was {line['how'].get(k)}, is {how[k]}" for k in how if line["how"].get(k) != how[k]]
+    return "; ".join(changed) or "their inputs have changed since" * (line["input"] != _state(job.path))
+
+
+def _state(file: Path) -> list[int]:
+    """What changes when a file is replaced."""
+    return [file.stat().st_size, file.stat().st_mtime_ns]
+
+
+@contextmanager
+def noted(job: Job, source: Path, target: Path, how: dict[str, Any]) -> Iterator[None]:
+    """Say in the record how the picture that the block writes is made.
+
+    That is before a new picture is written, but after an old one is replaced: wherever a kill falls in between, no
+    picture counts as made in a way that it was not.
+    """
+    replaces = job.output.exists()
+    line = json.dumps({"picture": job.name, "input": _state(job.path), "how": how}) + "\n"
+    for step in ("before", "after"):
+        if source.is_dir() and replaces == (step == "after"):
+            with naming(target / RECORD), (target / RECORD).open("a", encoding="utf-8") as f:
+                f.write(line)
+        if step == "before":
+            yield
 
 
 @contextmanager
