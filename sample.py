@@ -138,8 +138,7 @@ def sample(settings: Settings) -> int:
     # ---- picture after picture
     tick = Ticker(progress, [at[job.size] for job in todo])
     apply = Tiles(settings.tile or method.resolution or 128 * autoencoder.factor, autoencoder, tick)  # 64 x 64 tokens
-    degradation = degrade.parse(settings.degrade) if settings.degrade else None
-    restored = 0
+    degradation, restored = settings.degrade and degrade.parse(settings.degrade), 0
     for job in jobs:
         with folders.spared(job, jobs, failed, stop=not settings.input.is_dir()):
             if job not in todo and not scores.wanted:
@@ -169,8 +168,7 @@ def sample(settings: Settings) -> int:
     there = len(jobs) - len(todo)
     done = f"{restored} restored, {there} there before, {len(failed)} not restored"
     done = done if settings.input.is_dir() else "x".join(map(str, jobs[0].size))
-    evaluated = f"{flow.evaluations(method.steps, method.solver)} network evaluations, {method.solver}"
-    progress.say(f"{settings.output}: {done}, {method.objective.name}, {evaluated}, {tick.pace()}")
+    progress.say(f"{settings.output}: {done}, {method}, {tick.pace()}")
     if stream:
         print(stream.report())
     scores.write(restored + there)

@@ -342,7 +342,7 @@ def test_what_is_not_kept_is_said_in_one_line(identity, small_bundle, tmp_path, 
         )
         == 0
     )
-    words = {"16": "8 bits", "gr": "GRAY colour profile", "fr": "2 frames", "br": "EXIF", "op": "", "pl": ""}[kind[:2]]
+    words = {"16": "8 bits", "gr": "GRAY color profile", "fr": "2 frames", "br": "EXIF", "op": "", "pl": ""}[kind[:2]]
     error = capsys.readouterr().err
     assert error.count("\n") == bool(words) and words in error
     with Image.open(tmp_path / "o.png") as made:

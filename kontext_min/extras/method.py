@@ -14,7 +14,7 @@ from kontext_min.checkpoints import NOUNS, find, metadata
 from kontext_min.extras.base import Weights
 from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.lora_files import lora_file, purpose, strength_of, trained_with
-from kontext_min.flow import Objective
+from kontext_min.flow import Objective, evaluations
 from kontext_min.restore import STEPS
 
 HOW = ("degrade", "seed", "strength", "fidelity", "color_fix", "tile", "resolution", "quantize", "compare")
@@ -30,6 +30,9 @@ class Method:
     steps: int  # network evaluations
     solver: str  # of flow.SOLVERS
     resolution: int | None  # that the LoRA was trained at, in pixels
+
+    def __str__(self) -> str:
+        return f"{self.objective.name}, {evaluations(self.steps, self.solver)} network evaluations, {self.solver}"
 
 
 def method_of(settings: Any, weights: Weights) -> Method:
