@@ -108,7 +108,7 @@ def sample(settings: Settings) -> int:
     jobs, failed = pictures.find(settings.input, settings.output, [f for f in files if f])
     for name, reason in failed:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
-    how = made_with(settings, weights, method)
+    how = made_with(settings, weights, method) if settings.input.is_dir() else {}
     todo = folders.to_do(jobs, settings.input, settings.output, how, settings.overwrite)
     scores = Scores(settings, device)
     if not todo and not scores.wanted:

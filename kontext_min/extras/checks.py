@@ -18,6 +18,7 @@ from kontext_min import degrade
 from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
 from kontext_min.extras.flags import check_values
+from kontext_min.extras.pictures import existing
 
 
 def refuse(*rows: tuple[Any, str]) -> None:
@@ -38,9 +39,7 @@ def same(a: Path | None, b: Path | None) -> bool:
 
 def can_write(path: Path) -> bool:
     """Whether a file can be made there, in folders that may have to be made too, or written if it is there."""
-    place = path
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = existing(path)
     return os.access(place, os.W_OK) and (place == path or place.is_dir())
 
 

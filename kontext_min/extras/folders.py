@@ -85,14 +85,18 @@ def noted(job: Job, source: Path, target: Path, how: dict[str, Any]) -> Iterator
     That is before a new picture is written, but after an old one is replaced: wherever a kill falls in between, no
     picture counts as made in a way that it was not.
     """
-    replaces = job.output.exists()
-    line = json.dumps({"picture": job.name, "input": _state(job.path), "how": how}) + "\n"
-    for step in ("before", "after"):
-        if source.is_dir() and replaces == (step == "after"):
-            with naming(target / RECORD), (target / RECORD).open("a", encoding="utf-8") as f:
-                f.write(line)
-        if step == "before":
-            yield
+    replaces, record = job.output.exists(), target / RECORD
+
+    def note() -> None:
+        if source.is_dir():
+            with naming(record), record.open("a", encoding="utf-8") as f:
+                f.write(json.dumps({"picture": job.name, "input": _state(job.path), "how": how}) + "\n")
+
+    if not replaces:
+        note()
+    yield
+    if replaces:
+        note()
 
 
 @contextmanager

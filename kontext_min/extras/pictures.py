@@ -126,7 +126,7 @@ def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[li
         if place in taken:
             raise ValueError(f"--output {job.output}: would replace {taken[place]}; choose another name or folder.")
         taken[place] = f"the output of {job.path}"
-    for folder in {_existing(job.output.parent) for job in jobs}:
+    for folder in {existing(job.output.parent) for job in jobs}:
         try:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
@@ -183,9 +183,9 @@ def _identity(path: Path) -> object:
         return path.resolve()
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return folder if folder.exists() else _existing(folder.parent)
+def existing(path: Path) -> Path:
+    """The path, or the nearest one above it that exists."""
+    return path if path.exists() else existing(path.parent)
 
 
 def reference_of(job: Job, folder_or_file: Path) -> Path | None:

@@ -78,7 +78,8 @@ def open_run(
         raise ValueError(f"--output-dir {folder}: holds {shown}, which no run wrote; choose another folder.")
     if write:
         try:
-            _make(folder)
+            for name in ("checkpoints", "validation"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"--output-dir {folder}: can't be made or written: {error.strerror}.") from error
         lock(folder, "--output-dir")
@@ -132,11 +133,6 @@ def close_run() -> None:
     """Let another run use the folder, and close tensorboard's file."""
     while _held:
         _held.pop().close()
-
-
-def _make(folder: Path) -> None:
-    for name in ("checkpoints", "validation"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
 
 
 def _settings_of_a_run(folder: Path) -> dict[str, Any] | None:
@@ -303,9 +299,6 @@ def put_back(params: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Non
             p.copy_(_like(p, tensors[name]))
 
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # that AdamW keeps of a parameter
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The moments of an optimizer as named tensors: `17.exp_avg` belongs to its 18th parameter."""
     state = optimizer.state_dict()["state"]
@@ -318,16 +311,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     Raises:
         ValueError: they are those of other parameters, or not whole.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    shapes = [torch.Size() if key == "step" else p.shape for p in params for key in MOMENTS]
-    wanted = dict(zip((f"{i}.{key}" for i in range(len(params)) for key in MOMENTS), shapes, strict=True))
-    incomplete = any(f"{name.partition('.')[0]}.{key}" not in tensors for name in tensors for key in MOMENTS)
-    if incomplete or any(wanted.get(name) != tensor.shape for name, tensor in tensors.items()):
-        raise ValueError("optimizer.safetensors: not the moments of these parameters; delete this checkpoint.")
+    known = {str(i): p for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor if key == "step" else _like(params[int(index)], tensor)
+        found.setdefault(index, {})[key] = tensor
+    for index, moments in found.items():
+        shape = known[index].shape if index in known else None
+        if {k: x.shape for k, x in moments.items()} != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise ValueError("optimizer.safetensors: not the moments of these parameters; delete this checkpoint.")
+        state[int(index)] = {k: x if k == "step" else _like(known[index], x) for k, x in moments.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
