@@ -43,6 +43,7 @@ def test_a_restored_picture_that_is_not_finite_is_an_error():
 
 
 def test_a_picture_worse_than_its_input_is_said():
-    row = {"psnr_degraded": 20.0, "psnr": 19.99, "ssim": 0.5}
-    assert describe(row) == "PSNR 20.00 -> 19.99 dB, SSIM 0.500, worse than its input"
+    row = {"psnr_degraded": 20.0, "psnr": 19.99, "ssim": 0.5, "loss": 0.02, "loss_unchanged": 0.03}
+    scores = "PSNR 20.00 -> 19.99 dB, SSIM 0.500, loss 0.020 (no change: 0.030)"
+    assert describe(row) == f"{scores}, worse than its input"
     assert "worse" not in describe(row | {"psnr": 20.0})
