@@ -196,7 +196,7 @@ def test_loading_never_holds_the_wide_model(tmp_path):
         "model = load_quantized(sys.argv[1], 'int8', torch.bfloat16)\nprint(peak() - before)"
     )
     command = [sys.executable, "-c", code, tmp_path / "f.safetensors", WEIGHTS]
-    # One thread, and buffers that go back to the system when they are freed: what glibc keeps is not what this is about.
+    # One thread, and freed buffers go back to the system: what glibc keeps is not what this is about.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
     more, largest = float(done.stdout), max(x.nbytes for x in state.values()) / 1e6
