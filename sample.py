@@ -87,7 +87,7 @@ class Settings:
     device: str = machine("auto", "cpu, cuda, cuda:1 ...; auto: cuda if there is one")
     dtype: str = machine("auto", "compute dtype; auto: bfloat16 if the hardware supports it", COMPUTE_DTYPES)
     stream: bool = machine(False, "stream weights from disk; two blocks are in memory")
-    plan: bool = machine(False, "print the memory that the restoration needs, and exit")
+    plan: bool = machine(False, "print the memory and the time that it takes, and exit")
 
 
 def sample(settings: Settings) -> int:
@@ -97,10 +97,6 @@ def sample(settings: Settings) -> int:
     dtype = compute_dtype(settings.dtype, device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     method, sizes = method_of(settings, weights), plan.Sizes.of(weights)
-    asked, small = plan.for_sampling(settings, sizes, method.resolution, method.objective.sees_control, dtype, device)
-    if settings.plan:  # loads no weights
-        print(plan.show(asked, sizes, small))
-        return 0
 
     # ---- which pictures: every bad input is rejected before the models are loaded
     files = [settings.reference, settings.json, *(lora_file(strength_of(text)[0]) for text in settings.lora)]
@@ -108,14 +104,18 @@ def sample(settings: Settings) -> int:
     jobs, failed = pictures.find(settings.input, settings.output, [f for f in files if f])
     for name, reason in failed:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
+    at = {job.size: pictures.working_size(*job.size, settings.resolution) for job in jobs}  # size to restore at
+    asked, small = plan.for_sampling(settings, sizes, method, at.values(), dtype, device)
+    if settings.plan:  # loads no weights
+        print(plan.show(asked, sizes, small, device))
+        return 0
     how = made_with(settings, weights, method) if settings.input.is_dir() else {}
     todo = folders.to_do(jobs, settings.input, settings.output, how, settings.overwrite)
     scores = Scores(settings, device)
     if not todo and not scores.wanted:
         print(f"{settings.output}: all {len(jobs)} pictures are there already; --overwrite restores them again")
         return 1 if failed else 0
-    at = {job.size: pictures.working_size(*job.size, settings.resolution) for job in todo}  # size to restore at
-    plan.fit(asked, sizes, device, pixels=max((w * h for w, h in at.values()), default=0))
+    plan.fit(asked, sizes, device)
 
     # ---- the networks: the text encoders are freed before the transformer is loaded
     progress.phase("loading the networks")
@@ -137,7 +137,7 @@ def sample(settings: Settings) -> int:
 
     # ---- picture after picture
     tick = Ticker(progress, [at[job.size] for job in todo])
-    apply = Tiles(settings.tile or method.resolution or 128 * autoencoder.factor, autoencoder, tick)  # 64 x 64 tokens
+    apply = Tiles(settings.tile or method.resolution, autoencoder, tick, plan.room(autoencoder.params, device))
     degradation, restored = settings.degrade and degrade.parse(settings.degrade), 0
     for job in jobs:
         with folders.spared(job, jobs, failed, stop=not settings.input.is_dir()):

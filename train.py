@@ -121,7 +121,7 @@ class Settings:
         bare="all",
     )
     compile: bool = machine(False, "compile the blocks with torch.compile")
-    plan: bool = machine(False, "print the memory that the run needs, and exit")
+    plan: bool = machine(False, "print the memory and the time that the run needs, and exit")
 
 
 # ------------------------------------------------------------------------------------------------------- small helpers
@@ -234,7 +234,7 @@ def train(settings: Settings) -> int:
     typed, settings = settings, settled(settings, sizes)
     asked, at_512 = plan.for_training(settings, sizes, dtype, me.device)
     if settings.plan:  # loads no weights
-        me.say(plan.show(asked, sizes, at_512))
+        me.say(plan.show(asked, sizes, at_512, me.device))
         return 0
     if not settings.shard:
         plan.fit(asked, sizes, me.device)

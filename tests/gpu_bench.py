@@ -15,6 +15,8 @@ the plan of kontext_min/extras/plan.py without its half GB for the CUDA context.
 import argparse
 import gc
 import json
+import math
+import resource
 import statistics
 import subprocess
 import sys
@@ -42,9 +44,9 @@ RUNS = {  # name -> script and flags
     "train, bf16": ["train.py", *CHECKPOINTED],
     "train, nf4": ["train.py", *CHECKPOINTED, "--quantize", "nf4"],
     "train, int8, context": ["train.py", *CHECKPOINTED, "--quantize", "int8", "--context"],
-    "sample, int8": ["sample.py", "--steps", "8", "--quantize", "int8"],
-    "sample, stream": ["sample.py", "--steps", "8", "--stream"],
-    "sample, bf16": ["sample.py", "--steps", "8"],
+    "sample, int8": ["sample.py", "--steps", "4", "--quantize", "int8"],
+    "sample, stream": ["sample.py", "--steps", "4", "--stream"],
+    "sample, bf16": ["sample.py", "--steps", "4"],
     "train, stream, 512": ["train.py", *LORA, "--stream", "--resolution", "512"],
     "train, bf16, compiled": ["train.py", *CHECKPOINTED, "--compile"],
 }
@@ -52,8 +54,17 @@ RUNS = {  # name -> script and flags
 PARTS = ("forward", "step", "step, checkpointed", "step, checkpointed, ours compiled")
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU tries the script itself
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
 def card() -> str:
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}"
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def seconds(*functions: Callable[[], object], repeats: int = 5) -> list[float]:
@@ -61,10 +72,10 @@ def seconds(*functions: Callable[[], object], repeats: int = 5) -> list[float]:
     taken: list[list[float]] = [[] for _ in functions]
     for k in range(repeats + 1):
         for f, found in zip(functions, taken, strict=True):
-            torch.cuda.synchronize()
+            synchronize()
             began = time.perf_counter()
             f()
-            torch.cuda.synchronize()
+            synchronize()
             if k:
                 found.append(time.perf_counter() - began)
     return [statistics.median(found) for found in taken]
@@ -72,6 +83,8 @@ def seconds(*functions: Callable[[], object], repeats: int = 5) -> list[float]:
 
 def peak_of(f: Callable[[], object]) -> float:
     """Peak of the memory that a call allocates, in GB."""
+    if DEVICE == "cpu":  # resident memory of a process tells nothing about one call
+        return math.nan
     f()  # workspaces
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
@@ -86,7 +99,7 @@ def both_networks(size: str) -> tuple[Flux, torch.nn.Module]:
 
     with torch.device("meta"):
         ours, theirs = Flux(bench.SIZES[size][0]), bench.their_flux(size)
-    ours = ours.to(torch.bfloat16).to_empty(device="cuda").requires_grad_(False)
+    ours = ours.to(DTYPE).to_empty(device=DEVICE).requires_grad_(False)
     torch.manual_seed(0)
     for name, p in ours.named_parameters():
         if p.ndim == 2:
@@ -110,11 +123,12 @@ def part(size: str, what: str) -> None:
     from kontext_min.extras.checkpointing import checkpoint_blocks
     from kontext_min.extras.compiling import compile_blocks
 
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    peak = 2 * 8192**3 / seconds(lambda: a @ b, repeats=20)[0]
+    side = 8192 if DEVICE == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    peak = 2 * side**3 / seconds(lambda: a @ b, repeats=20)[0]
     ours, theirs = both_networks(size)
-    x = [v.cuda() if isinstance(v, torch.Tensor) else v for v in bench.inputs(size)]
-    x = [v.bfloat16() if i in (0, 2, 5) else v for i, v in enumerate(x)]
+    x = [v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in bench.inputs(size)]
+    x = [v.to(DTYPE) if i in (0, 2, 5) else v for i, v in enumerate(x)]
     x[4], x[6] = torch.full_like(x[4], 0.5), torch.ones_like(x[6])  # diffusers rounds 1000 times these to bfloat16
     if what == "forward":
         pair = [lambda: bench.forward(bench.their_call, theirs, x), lambda: bench.forward(bench.our_call, ours, x)]
@@ -157,11 +171,11 @@ def child(argv: list[str]) -> None:
     plan.fit = lambda setting, sizes, device: planned.append(plan.measure(setting, sizes).device) or setting
 
     def timed(function, taken):
-        def call(*arguments):
-            torch.cuda.synchronize()
+        def call(*arguments, **options):
+            synchronize()
             began = time.perf_counter()
-            result = function(*arguments)
-            torch.cuda.synchronize()
+            result = function(*arguments, **options)
+            synchronize()
             taken.append(time.perf_counter() - began)
             return result
 
@@ -170,33 +184,42 @@ def child(argv: list[str]) -> None:
     train.to_latents = timed(train.to_latents, encoding)
     sample.restore_latent, sample.decode = (timed(f, restoring) for f in (sample.restore_latent, sample.decode))
     code = {"train.py": train, "sample.py": sample}[argv[0]].main(argv[1:])
-    peak, held = torch.cuda.max_memory_allocated() / GB, torch.cuda.max_memory_reserved() / GB
+    if DEVICE == "cuda":
+        peak, held = torch.cuda.max_memory_allocated() / GB, torch.cuda.max_memory_reserved() / GB
+        planned[0] -= plan.CUDA_CONTEXT
+    else:  # the whole process, with Python and torch in it
+        peak = held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     encoded = statistics.median(encoding) if encoding else 0.0
-    memory = f"{(planned[0] - plan.CUDA_CONTEXT) / GB:.2f} {peak:.2f} {held:.2f}"
+    memory = f"{planned[0] / GB:.2f} {peak:.2f} {held:.2f}"
     print(f"child: {code} {memory} {encoded:.3f} {sum(restoring):.2f}")
 
 
-def runs(folder: Path, chosen: str) -> None:
-    """Run both programs on a random Kontext of full size."""
+def runs(folder: Path, chosen: str, small: bool) -> None:
+    """Run both programs on a random Kontext of full size, or on weights/tiny."""
     from full_size import write_weights
 
-    write_weights(folder / "weights", 512)
+    weights, side = (ROOT / "weights" / "tiny", 128) if small else (folder / "weights", 1024)
+    if not small:
+        write_weights(weights, 512)
     (folder / "pictures").mkdir(exist_ok=True)
     for k, photo in enumerate(sorted((TESTS / "photos").glob("*.jpg"))):
-        Image.open(photo).convert("RGB").resize((1024, 1024)).save(folder / "pictures" / f"{k}.png")
-    shared = ["--weights", str(folder / "weights"), "--device", "cuda"]
-    print(f"\n{card()}, 1024x1024 (another size is in the name), batch 1, rank 16, 512 text tokens\n")
+        Image.open(photo).convert("RGB").resize((side, side)).save(folder / "pictures" / f"{k}.png")
+    shared = ["--weights", str(weights), "--device", DEVICE]
+    print(f"\n{card()}, {side}x{side} (another size is in the name), batch 1, rank 16, 512 text tokens\n")
     print("| run | planned, GB | allocated, GB | ratio | reserved, GB | s a step | of it encoding | s in all |")
     print("|---|" + "--:|" * 7, flush=True)
     streamed = []
     for name, (script, *flags) in RUNS.items():
-        if chosen not in name:
+        if chosen not in name or (chosen in RUNS and chosen != name):
             continue
         out, began = folder / name.replace(", ", "-"), time.monotonic()
         if script == "train.py":
             where = ["--hr-root", str(folder / "pictures"), "--output-dir", str(out), "--overwrite"]
         else:
             where = ["--input", str(folder / "pictures" / "0.png"), "--output", f"{out}.png"]
+        if small:
+            flags = ["64" if flag == "512" else flag for flag in flags]
+            flags = [*flags, *(["--resolution", str(side)] if "--resolution" not in flags else [])]
         command = [sys.executable, __file__, "child", script, *where, *shared, *flags]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)  # its cache is runs/cache below it
         whole, lines = time.monotonic() - began, done.stdout.splitlines()
@@ -208,7 +231,7 @@ def runs(folder: Path, chosen: str) -> None:
             metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             step = statistics.median(row["seconds"] for row in metrics[2:])
         else:
-            step = float(restored) / 8
+            step = float(restored) / 4
         cells = planned, peak, f"{float(peak) / float(planned):.2f}", held, f"{step:.2f}", encoded, f"{whole:.0f}"
         print(f"| {name} |", " | ".join(cells), "|", flush=True)
         streamed += [f"{name}: {line}" for line in lines if line.startswith("streamed")]
@@ -221,6 +244,7 @@ def main() -> None:
     commands.add_parser("network").add_argument("--size", default="12B", choices=bench.SIZES, help="default: 12B")
     one = commands.add_parser("runs")
     one.add_argument("folder", type=Path, help="for weights, pictures, cache and results; 46 GB")
+    one.add_argument("--small", action="store_true", help="weights/tiny at 128 pixels")
     one.add_argument("chosen", nargs="?", default="", help="only the runs with this text in their name")
     if sys.argv[1:2] in (["child"], ["part"]):  # the processes that the two commands start
         child(sys.argv[2:]) if sys.argv[1] == "child" else part(*sys.argv[2:])
@@ -229,7 +253,7 @@ def main() -> None:
     if arguments.command == "network":
         network(arguments.size)
     else:
-        runs(arguments.folder.resolve(), arguments.chosen)
+        runs(arguments.folder.resolve(), arguments.chosen, arguments.small)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from conftest import make_pictures
 from kontext_min.extras import plan
 from kontext_min.extras.base import Weights
 from kontext_min.extras.flags import parse_flags
+from kontext_min.flow import Objective
 from kontext_min.flux import FluxParams
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # runpy, of what is imported
@@ -202,5 +204,6 @@ def test_the_table_of_cards(program, flags, said, card, request):
         if program == "train.py":
             setting, _ = plan.for_training(train.settled(settings, sizes), sizes, torch.bfloat16, cuda)
         else:
-            setting, _ = plan.for_sampling(settings, sizes, None, False, torch.bfloat16, cuda)
+            method = SimpleNamespace(resolution=None, steps=4, solver="euler", objective=Objective())
+            setting, _ = plan.for_sampling(settings, sizes, method, [(1024, 1024)], torch.bfloat16, cuda)
         assert plan.measure(setting, sizes).device / plan.GB == pytest.approx(float(said), abs=0.06)

@@ -26,6 +26,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,16 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from kontext_min import data, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.checkpoints import DTYPES, outline
-from kontext_min.extras import held_out, prompts
+from kontext_min.extras import held_out, prompts, speed
 from kontext_min.extras.base import Weights
 from kontext_min.extras.checkpointing import checkpoint_blocks
+from kontext_min.extras.method import Method
 from kontext_min.extras.quantize import QuantizedLinear, quantize_
+from kontext_min.extras.tiles import OVERLAP, Room, tile_side, tiles
 from kontext_min.flow import Objective, Prompt
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
+from kontext_min.restore import GRID
 from kontext_min.t5 import T5Encoder, T5Params
 
 GB = 2.0**30  # a card of 16 GB has 16 times this
@@ -55,8 +59,10 @@ FULL = 0.9
 # Kernels and workspaces of CUDA and cuBLAS, about.
 CUDA_CONTEXT = 0.5 * GB
 # A run is planned before its start if width of the model * pixels of the batch is at least this part of the free bytes.
-PICTURE = 40  # bytes per pixel of a picture on its way: bytes of it and of its resized form, latents, one row of tiles
 SMALL = 0.05
+# A picture on its way: bytes of a pixel in Pillow and in tensors, before and after; copies of its latent; floats of the
+# row of tiles that is being blended.
+PIXEL, LATENTS, ROW = 20, 6, 3 * 12
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 ATEN = torch.ops.aten
 # torch's table lacks the fused attention of CPUs.
@@ -108,18 +114,22 @@ class Setting:
     dtype: torch.dtype = torch.bfloat16  # of the computation
     cuda: bool = True
     held: int = 0  # pictures of the largest size that stay on the device, for validation
+    picture: tuple[int, int] | None = None  # sampling: width and height of the largest picture
+    coded: tuple[int, int] | None = None  # of the largest tile of the autoencoder; None: as `size`
+    passes: int = 1  # of the network, in an optimizer step or for a picture
     text: bool = True  # the text encoders run
     pictures: bool = True  # the autoencoder runs
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by part, peaks by phase, FLOPs of one forward (and backward) pass."""
+    """Bytes by part, peaks by phase, FLOPs of one forward (and backward) pass and of the autoencoder for a step."""
 
     parts: dict[str, float]
     phases: dict[str, float]
     host: float
     flops: float
+    coding: float
 
     @property
     def device(self) -> float:
@@ -319,25 +329,40 @@ def extrapolate(
     return peak, flops
 
 
-def pictures(setting: Setting, sizes: Sizes) -> tuple[float, float]:
-    """The autoencoder: bytes of its weights, and the most that is alive in encoding a batch or decoding a result."""
+@cache
+def coder(params: AutoencoderParams, cuda: bool) -> tuple[int, Room, Room]:
+    """The autoencoder: bytes of its weights, what n latent positions take in the encoder and in the decoder.
+
+    Two sizes tell both coefficients of the FLOPs: those of the attention grow by n^2, all others by n, as the bytes.
+    """
     with torch.device("meta"):
-        autoencoder = Autoencoder(sizes.autoencoder)
+        autoencoder = Autoencoder(params)
     with FakeTensorMode():
         hollow(autoencoder, torch.float32)
-        width, height = setting.size
-        if not setting.cuda:
+        if not cuda:
             # On a CPU a convolution first copies its input into an order of its own.
             for conv in (module for module in autoencoder.modules() if isinstance(module, nn.Conv2d)):
                 conv.forward = lambda x, forward=conv.forward: (x.clone(), forward(x))[1]
-        latent = [1, sizes.autoencoder.z_channels, height // autoencoder.factor, width // autoencoder.factor]
-        peaks = []
-        for f, shape in ((autoencoder.encode, [1, 3, height, width]), (autoencoder.decode, latent)):  # one at a time
-            tally = Tally(autoencoder.parameters())
-            with tally, torch.no_grad():
-                f(torch.empty(shape))
-            peaks.append(tally.segment.peak)
-        return size_of(autoencoder), max(peaks)
+        rooms, few, many = [], 16**2, 32**2
+        for f, channels, scale in (
+            (autoencoder.encode, params.in_channels, autoencoder.factor),
+            (autoencoder.decode, params.z_channels, 1),
+        ):
+            found = []
+            for n in (few, many):
+                tally, side = Tally(autoencoder.parameters()), math.isqrt(n) * scale
+                with tally, torch.no_grad():
+                    f(torch.empty(1, channels, side, side))
+                found.append(tally.segment)
+            quadratic = (found[1].flops / many - found[0].flops / few) / (many - few)
+            rooms.append(Room(math.inf, found[1].peak / many, found[0].flops / few - few * quadratic, quadratic))
+    return size_of(autoencoder), *rooms
+
+
+def room(params: AutoencoderParams, device: torch.device, weights: float = 0.0) -> Room:
+    """For tiles of the autoencoder: half of what is free once `weights` bytes more are loaded."""
+    _, _, decoder = coder(params, device.type == "cuda")
+    return replace(decoder, free=max(free_bytes(device) - weights, 0) / 2)
 
 
 def text(setting: Setting, sizes: Sizes) -> tuple[float, float]:
@@ -359,25 +384,50 @@ def text(setting: Setting, sizes: Sizes) -> tuple[float, float]:
         return weights, tally.segment.peak
 
 
+def positions(sizes: Sizes, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the latent of a picture of this width and height, padded to whole tokens."""
+    token = 2 ** len(sizes.autoencoder.ch_mult)
+    return math.ceil(size[1] / token) * GRID, math.ceil(size[0] / token) * GRID
+
+
 def measure(setting: Setting, sizes: Sizes) -> Plan:
     """The plan of one setting."""
     parts, alive, flops = network(setting, sizes)
-    on_host = parts.pop("host", 0.0)
+    host = parts.pop("host", 0.0)
     context = CUDA_CONTEXT if setting.cuda else 0.0
     if setting.held:
         parts["validation pictures"] = 4.0 * 3 * setting.held * setting.size[0] * setting.size[1]
+    if setting.picture:
+        on_host, parts["picture"] = of_picture(setting, sizes)
+        host += on_host if setting.cuda else 0.0
+        parts["picture"] += 0.0 if setting.cuda else on_host
     resident = sum(parts.values()) + context
-    phases = {}
+    phases, coding = {}, 0.0
     if setting.pictures:
-        parts["autoencoder"], drawn = pictures(setting, sizes)
+        parts["autoencoder"], encoder, decoder = coder(sizes.autoencoder, setting.cuda)
         resident += parts["autoencoder"]
-        phases["pictures"] = resident + drawn
+        h, w = positions(sizes, setting.coded or setting.size)
+        phases["pictures"] = resident + h * w * max(encoder.alive, decoder.alive)
+        if setting.picture:
+            coding = encoder.flops(*positions(sizes, setting.picture), h) + decoder.flops(
+                *positions(sizes, setting.picture), h, shared=True
+            )
+        else:  # the control and the target of every batch
+            coding = 2 * setting.passes * setting.batch * encoder.flops(h, w, max(h, w))
     phases["network"] = resident + alive
     parts["activations, gradients"] = alive
     if setting.text:
         parts["text encoder, before"], read = text(setting, sizes)
         phases["text"] = parts["text encoder, before"] + read + context
-    return Plan(parts, phases, on_host, flops)
+    return Plan(parts, phases, host, flops, coding)
+
+
+def of_picture(setting: Setting, sizes: Sizes) -> tuple[float, float]:
+    """Besides the networks, the largest picture takes: bytes of its pixels; bytes of its latents and a row of tiles."""
+    width, height = setting.picture
+    h, w = positions(sizes, setting.picture)
+    row = ROW * width * min(height, (setting.coded or setting.size)[1])
+    return PIXEL * width * height, LATENTS * 4 * sizes.autoencoder.z_channels * h * w + row
 
 
 # ------------------------------------------------------------------------------------------------ what a run asks for
@@ -401,25 +451,38 @@ def for_training(settings: Any, sizes: Sizes, dtype: torch.dtype, device: torch.
         dtype=dtype,
         cuda=device.type == "cuda",
         held=2 * held_out.MOST,
+        passes=settings.accumulate,
     ), small
 
 
 def for_sampling(
-    settings: Any, sizes: Sizes, trained: int | None, reference: bool, dtype: torch.dtype, device: torch.device
+    settings: Any, sizes: Sizes, method: Method, pictures: Iterable[data.Size], dtype: torch.dtype, device: torch.device
 ) -> tuple[Setting, data.Size]:
-    """The Setting of sample.py's flags for a whole tile, which bounds the memory, and the size with --tile 512."""
+    """The Setting of sample.py's flags for the largest of these pictures, and the size of a tile with --tile 512."""
+    picture = max(pictures, key=math.prod, default=(1, 1))
     factor = 2 ** (len(sizes.autoencoder.ch_mult) - 1)
-    tile = max((settings.tile or trained or 128 * factor) // (2 * factor), 1) * 2 * factor
+    tile = tile_side(settings.tile or method.resolution, factor) * factor
+    h, w = positions(sizes, picture)
+    size = min(tile, w * factor), min(tile, h * factor)
     return Setting(
-        size=(tile, tile),
-        reference=reference,
+        size=size,
+        reference=method.objective.sees_control,
         train=False,
         rank=0,  # of a LoRA nothing but its file is known, and that is small
         kind=settings.quantize,
         stream=settings.stream,
         dtype=dtype,
         cuda=device.type == "cuda",
-    ), (min(tile, 512), min(tile, 512))
+        picture=picture,
+        passes=flow.evaluations(method.steps, method.solver) * tiles(h, w, tile // factor, OVERLAP),
+    ), (min(size[0], 512), min(size[1], 512))
+
+
+def coded_here(asked: Setting, sizes: Sizes, device: torch.device) -> Setting:
+    """The same with the tile of the autoencoder that this device has room for."""
+    (h, w), factor = positions(sizes, asked.picture), 2 ** (len(sizes.autoencoder.ch_mult) - 1)
+    side = room(sizes.autoencoder, device, sum(network(asked, sizes)[0].values())).side(h, w)
+    return replace(asked, coded=(min(side, w) * factor, min(side, h) * factor))
 
 
 def free_bytes(device: torch.device) -> float:
@@ -449,8 +512,11 @@ def free_bytes(device: torch.device) -> float:
 
 
 def choices(asked: Setting, small: tuple[int, int]) -> dict[str, Setting]:
-    """Settings by the flags that make them, from the fastest to the smallest."""
-    plain = replace(asked, kind=None, stream=False, checkpointing="none")
+    """Settings by the flags that make them, from the fastest to the smallest.
+
+    Pictures are decoded in tiles of the network's size: what a run needs, and not what it would take if it were free.
+    """
+    plain = replace(asked, kind=None, stream=False, checkpointing="none", coded=None)
     found, flag = {"everything resident": plain}, ""
     if asked.train:
         found["--gradient-checkpointing half"] = replace(plain, checkpointing="half")
@@ -471,40 +537,57 @@ def card(peak: float) -> str:
     return next((f"{gb} GB" for gb in CARDS if peak <= FULL * gb * GB), f"more than {CARDS[-1]} GB")
 
 
-def show(asked: Setting, sizes: Sizes, small: tuple[int, int]) -> str:
-    """The plan as text: the run by part and by phase, then peak and smallest card of other flags."""
-    plan, device = measure(asked, sizes), "device" if asked.cuda else "memory"
+def show(asked: Setting, sizes: Sizes, small: tuple[int, int], device: torch.device) -> str:
+    """The plan as text: the run by part, by phase and in seconds, then peak and smallest card of other flags."""
+    if asked.picture:
+        asked = coded_here(asked, sizes, device)
+    plan, where = measure(asked, sizes), "device" if asked.cuda else "memory"
+    side = max(asked.size) // 2 ** len(sizes.autoencoder.ch_mult)
+    network, coder = speed.measure(sizes.flux, sizes.autoencoder, asked.dtype, device, side)
+    total, what = asked.passes * plan.flops, "optimizer step" if asked.train else "picture"
+    seconds = total / network + plan.coding / coder
     lines = [f"{asked.size[0]}x{asked.size[1]} pixels, batch {asked.batch}, in GB:"]
+    if asked.picture:
+        tile = "{}x{}".format(*asked.coded)
+        lines = ["{}x{} pixels".format(*asked.picture) + f" in {asked.passes} passes of " + lines[0]]
+        lines[0] = lines[0].replace("pixels, batch 1", f"pixels, encoded and decoded {tile} at a time")
     lines += [f"  {name:24} {value / GB:8.2f}" for name, value in plan.parts.items()]
     lines += [f"  peak, {name:18} {value / GB:8.2f}" for name, value in plan.phases.items()]
     lines += [
-        f"  {device + ', peak':24} {plan.device / GB:8.2f}  fits {card(plan.device)}",
-        f"  {'host, streamed from':24} {plan.host / GB:8.2f}",
-        f"  {plan.flops / 1e12:.2f} TFLOP for a {'batch, forward and backward' if asked.train else 'step'}",
+        f"  {where + ', peak':24} {plan.device / GB:8.2f}  fits {card(plan.device)}",
+        f"  {'host, besides the device':24} {plan.host / GB:8.2f}",
+        f"  {total / 1e12:.2f} TFLOP of the network and {plan.coding / 1e12:.2f} of the autoencoder for one {what}: "
+        f"about {seconds:.3g} s at {network / 1e12:.3g} and {coder / 1e12:.3g} TFLOP/s, measured here",
         "",
         f"{'with these flags':60} {'peak, GB':>10}  smallest card, a tenth to spare",
     ]
+    free, fastest = free_bytes(device), None
     for flags, setting in choices(asked, small).items():
         peak = measure(setting, sizes).device
         lines.append(f"  {flags:60} {peak / GB:8.2f}  {card(peak)}")
-    return "\n".join(lines)
+        fastest = fastest or (flags if peak <= free else None)
+    return "\n".join(
+        [*lines, f"the fastest of them that fits into the {free / GB:.1f} GB free here: {fastest or 'none'}"]
+    )
 
 
-def fit(setting: Setting, sizes: Sizes, device: torch.device, pixels: int = 0) -> None:
+def fit(setting: Setting, sizes: Sizes, device: torch.device) -> None:
     """Stop a run that is too large for the free memory, before anything is loaded.
 
-    A model that is small beside the memory is not measured. `pixels` are those of the largest picture to restore, which
-    stays in the host's memory as bytes and as a latent, a few times each.
+    A model that is small beside the memory is not measured.
 
     Raises:
         ValueError: it does not fit; with what it needs, what is free, and what to do.
     """
-    free = free_bytes(torch.device("cpu"))
-    if PICTURE * pixels > free:
-        raise ValueError(
-            f"a picture of {pixels / 1e6:.0f} megapixels needs {PICTURE * pixels / GB:.1f} GB of memory, and "
-            f"{free / GB:.1f} GB are free; give a smaller --resolution."
-        )
+    if setting.picture:
+        free, pixels = free_bytes(torch.device("cpu")), math.prod(setting.picture)
+        need = sum(of_picture(setting, sizes))
+        if need > free:
+            side = math.isqrt(int(pixels * free / need))
+            raise ValueError(
+                f"a picture of {pixels / 1e6:.0f} megapixels needs {need / GB:.1f} GB of memory besides the networks, "
+                f"and {free / GB:.1f} GB are free; give --resolution {side // 100 * 100} or less."
+            )
     free = free_bytes(device)
     if sizes.flux.hidden_size * max(setting.size) * max(setting.size) * setting.batch < SMALL * free:
         return
