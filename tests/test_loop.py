@@ -199,7 +199,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(flags, tmp_path):
             "checkpoints/.git/x.y", "validation/photo.png", "transformer/notes.txt")  # fmt: skip
     for name in (*written, *mine):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text(json.dumps({"versions": {"kontext_min": "1"}}))
     with pytest.raises(ValueError, match="holds a run already"):
         runs.open_run(tmp_path, {}, resume=False, accept=False, overwrite=False, write=True)
     runs.close_run()
@@ -292,15 +292,65 @@ def test_a_folder_is_used_by_one_run_at_a_time(tmp_path, flags, capsys):
 
 
 @pytest.mark.parametrize("more", [(), ("--overwrite",), ("--accept-changes",)])
-@pytest.mark.parametrize("name", ["transformer/config.json", "settings.json", "validation/step-000000.png"])
+@pytest.mark.parametrize("name", ["transformer/config.json", "settings.json", "validation/step-000000.png",
+                                  "checkpoints/step-1000/state.json"])  # fmt: skip
 def test_a_folder_that_no_run_wrote_is_left_alone(flags, tmp_path, capsys, name, more):
-    """Such as the base model, another program's settings, or your own pictures; --overwrite is for runs."""
-    file = tmp_path / "mine" / name
+    """Such as the base model, another program's settings and checkpoints, or your own pictures."""
+    file, mine = tmp_path / "mine" / name, '{"mine": 1, "hr_root": "x", "lr": 1, "steps": 1, "step": 1000}'
     file.parent.mkdir(parents=True)
-    file.write_text('{"mine": 1}')
+    file.write_text(mine)
     assert train.main([str(f) for f in [*flags, "--output-dir", tmp_path / "mine", *more]]) == 2
-    assert f"holds {name}, which no run wrote; choose another folder" in capsys.readouterr().err
-    assert file.read_text() == '{"mine": 1}' and [p for p in tmp_path.rglob("*.*") if p.is_file()] == [file]
+    shown = name.removesuffix("/state.json")
+    assert f"holds {shown}, which no run wrote; choose another folder" in capsys.readouterr().err
+    assert file.read_text() == mine and [p for p in tmp_path.rglob("*.*") if p.is_file()] == [file]
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--accept-changes",)])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("checkpoints/step-001000/model.safetensors", "holds checkpoints/step-001000/model.safetensors, which no run"),
+        ("checkpoints/step-000006/notes.txt", "holds checkpoints/step-000006/notes.txt, which no run wrote"),
+        ("report.html", "report.html is not that of a run; move it"),
+    ],
+)
+def test_a_file_of_yours_among_those_of_a_run_is_left_alone(whole, flags, tmp_path, capsys, name, message, more):
+    """A run would replace it, or delete it with a checkpoint."""
+    file = shutil.copytree(whole, tmp_path / "run") / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    assert train.main([str(f) for f in [*flags, "--output-dir", tmp_path / "run", *more]]) == 2
+    assert message in capsys.readouterr().err
+    assert file.read_text() == "mine" and (tmp_path / "run" / "lora.safetensors").exists()
+
+
+def test_photographs_in_a_run_folder_are_not_overwritten(whole, flags, pictures, tmp_path, capsys):
+    """--overwrite deletes validation/step-N.png, which may be what is to be trained on."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    for flag in ("--hr-root", "--lr-root", "--val-root"):
+        argv = [*flags, "--output-dir", folder, "--overwrite", flag, folder / "validation"]
+        assert train.main([str(f) for f in argv]) == 2
+        assert f"{folder / 'validation'} lies in --output-dir" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(whole, flags, tmp_path):
+    """One moved to another disk: under --overwrite, and where it is one of too many."""
+    folder, kept = shutil.copytree(whole, tmp_path / "run"), tmp_path / "kept"
+    first = min((folder / "checkpoints").iterdir())
+    first.rename(kept)
+    first.symlink_to(kept)
+    before = sorted(p.name for p in kept.iterdir())
+    files = {"trained": {}, "optimizer": {}}
+    for step in (7, 8):
+        runs.save_checkpoint(folder, files, {"step": step, "best_step": None}, lambda where: None)
+    assert not first.is_symlink() and sorted(p.name for p in kept.iterdir()) == before
+    first.symlink_to(kept)
+    (folder / "checkpoints" / "step-000009").symlink_to(tmp_path / "nowhere")
+    runs.save_checkpoint(folder, files, {"step": 9, "best_step": None}, lambda where: None)
+    assert runs.latest_checkpoint(folder).name == "step-000009"
+    first.symlink_to(kept)
+    runs.delete_run(folder)
+    assert not list((folder / "checkpoints").iterdir()) and sorted(p.name for p in kept.iterdir()) == before
 
 
 def test_a_link_to_the_base_in_a_run_folder_is_refused(whole, flags, small_bundle, tmp_path, capsys):
@@ -309,6 +359,12 @@ def test_a_link_to_the_base_in_a_run_folder_is_refused(whole, flags, small_bundl
     before = {p.name: p.read_bytes() for p in (base / "transformer").iterdir()}
     assert train.main([str(f) for f in [*flags, "--output-dir", folder, "--overwrite"]]) == 2
     assert "its transformer/ is a link" in capsys.readouterr().err
+    (folder / "checkpoints").rename(tmp_path / "other")
+    (folder / "checkpoints").symlink_to(tmp_path / "other")
+    (folder / "transformer").unlink()
+    assert train.main([str(f) for f in [*flags, "--output-dir", folder, "--overwrite"]]) == 2
+    assert "its checkpoints/ is a link" in capsys.readouterr().err
+    (folder / "transformer").symlink_to(base / "transformer")
     (folder / "transformer").unlink()
     full = shutil.copytree(base / "transformer", tmp_path / "full" / "transformer")  # and the other way round
     shutil.rmtree(base / "transformer")

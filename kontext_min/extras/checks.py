@@ -17,6 +17,7 @@ from typing import Any
 from kontext_min import degrade
 from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
+from kontext_min.extras import runs
 from kontext_min.extras.flags import check_values
 from kontext_min.extras.pictures import existing
 
@@ -35,6 +36,11 @@ def refuse(*rows: tuple[Any, str]) -> None:
 def same(a: Path | None, b: Path | None) -> bool:
     """Whether two paths lead to the same place."""
     return bool(a and b) and a.resolve() == b.resolve()
+
+
+def would_lose(path: Path, deleted: Path) -> bool:
+    """Whether a file or folder that is read is gone, or holds less, when another is deleted; both are resolved."""
+    return path.is_relative_to(deleted) or deleted.parent == path
 
 
 def can_write(path: Path) -> bool:
@@ -66,11 +72,14 @@ def check_training(s: Any) -> None:
     most, out = 4 * (os.cpu_count() or 1), s.output_dir or Path("runs")
     whole = "so it excludes --quantize and --stream; leave them out"
     auto = s.start_time == "auto"
-    weights = [s.init_lora, s.transformer, s.vae, s.clip, s.t5, *(s.weights / name for name in ("", *FOLDERS.values()))]
-    replaced = s.overwrite and s.output_dir and s.output_dir.resolve()
-    lost = next((p for p in weights if replaced and p and p.resolve().is_relative_to(replaced)), None)
+    read = [s.init_lora, s.transformer, s.vae, s.clip, s.t5, *(s.weights / name for name in FOLDERS.values())]
+    read += [s.hr_root, s.lr_root, s.val_root]
+    deleted = [path.resolve() for path in runs.written(out)] if s.overwrite and s.output_dir else []
+    lost = next((p for p in read if p and any(would_lose(p.resolve(), path) for path in deleted)), None)
+    page = out / "report.html"
     refuse(
         (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),
+        (s.output_dir and page.exists() and not is_report(page), f"--output-dir: {page} is not that of a run; move it"),
         (s.full and (s.quantize or s.stream), f"--full trains all weights, {whole}"),
         (s.shard and (s.quantize or s.stream), f"--shard spreads the weights themselves, {whole}"),
         (

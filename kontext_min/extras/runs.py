@@ -40,6 +40,8 @@ WRITTEN = re.compile(
     r"settings\.json|left-out\.txt|metrics\.jsonl|report\.html|lora\.safetensors|checkpoints/step-\d+"
     r"|validation/step-\d+\.png|tensorboard/events\.[^/]*|transformer/(config\.json|diffusion_pytorch_model[^/]*)"
 )
+CHECKPOINT = {"state.json", "trained.safetensors", "optimizer.safetensors", "ema.safetensors"}  # what continues a run
+CHECKPOINT |= {"lora.safetensors", "transformer"}  # what is used
 LEFTOVER = re.compile(r"\.step-\d+(\.\d+)?")  # of a process that was killed while it wrote or deleted a checkpoint
 KEEP = 3  # checkpoints besides the best one
 MAY_CHANGE = (  # settings that change no result, apart from rounding
@@ -69,12 +71,16 @@ def open_run(
         ValueError: another run uses the folder, holds files that this run did not write, or settings changed.
         OSError: the folder can't be written.
     """
+    for name in ("transformer", *("checkpoints", "validation", "tensorboard") * overwrite):
+        if (folder / name).is_symlink():
+            raise ValueError(f"--output-dir {folder}: its {name}/ is a link, and a run may replace it; remove it.")
     last, there = latest_checkpoint(folder), [path.relative_to(folder).as_posix() for path in written(folder)]
-    if (folder / "transformer").is_symlink():
-        raise ValueError(f"--output-dir {folder}: its transformer/ is a link, and a run may replace it; remove it.")
     before = _settings_of_a_run(folder)
-    if there and not last and before is None:
-        shown = ", ".join(there[:3]) + ", ..." * (len(there) > 3)
+    is_run = before is not None or (last and (last / "trained.safetensors").exists())
+    inside = (p for p in folder.glob("checkpoints/step-*/*") if WRITTEN.fullmatch(f"checkpoints/{p.parent.name}"))
+    foreign = [p.relative_to(folder).as_posix() for p in inside if p.name not in CHECKPOINT and p.name[0] != "."]
+    if foreign := sorted(foreign) if is_run else there:
+        shown = ", ".join(foreign[:3]) + ", ..." * (len(foreign) > 3)
         raise ValueError(f"--output-dir {folder}: holds {shown}, which no run wrote; choose another folder.")
     if write:
         try:
@@ -141,7 +147,8 @@ def _settings_of_a_run(folder: Path) -> dict[str, Any] | None:
         found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and {"hr_root", "lr", "steps"} <= found.keys() else None
+    versions = found.get("versions") if isinstance(found, dict) else None
+    return found if isinstance(versions, dict) and "kontext_min" in versions else None
 
 
 def written(folder: Path) -> list[Path]:
@@ -153,7 +160,12 @@ def written(folder: Path) -> list[Path]:
 def delete_run(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else that lies there."""
     for path in written(folder):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """A file, a folder with all that it holds, or a link, but not what the link leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def in_words(error: BaseException) -> str:
@@ -236,7 +248,7 @@ def save_checkpoint(
     target = folder / "checkpoints" / f"step-{state['step']:06d}"
     if (target / "state.json").exists():  # stopped right after a regular checkpoint: the same step of the same run
         return
-    shutil.rmtree(target, ignore_errors=True)  # without state.json it was never whole
+    _delete(target)  # without state.json it was never whole
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
@@ -253,7 +265,7 @@ def save_checkpoint(
     for old in checkpoints_of(folder)[:-KEEP]:
         if int(old.name[5:]) != state["best_step"]:
             # Renamed first: no longer a checkpoint, wherever the deletion is cut off.
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+            _delete(old.rename(old.with_name(f".{old.name}")))
 
 
 def _flush(path: Path) -> None:
