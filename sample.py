@@ -97,6 +97,7 @@ def sample(settings: Settings) -> int:
     dtype = compute_dtype(settings.dtype, device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     method, sizes = method_of(settings, weights), plan.Sizes.of(weights)
+    checks.check_tile(settings.tile or method.resolution, sizes.autoencoder)
     asked, small = plan.for_sampling(settings, sizes, method.resolution, method.objective.sees_control, dtype, device)
     if settings.plan:  # loads no weights
         print(plan.show(asked, sizes, small))
@@ -156,7 +157,7 @@ def sample(settings: Settings) -> int:
                 result = pictures.COLOUR_FIXES[settings.color_fix](result, small)
                 result = result.resize(job.size, Image.Resampling.LANCZOS)
                 sheet = validation.grid([[p for p in (photo.degraded, result, photo.clean) if p]])
-                with folders.noted(job, settings.input, settings.output, how):
+                with folders.noted(job, settings.input, settings.output, how, settings.overwrite):
                     pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))
                 result, restored = pictures.to_srgb(result, photo.file), restored + 1
                 tick.end()
@@ -168,10 +169,9 @@ def sample(settings: Settings) -> int:
     there = len(jobs) - len(todo)
     done = f"{restored} restored, {there} there before, {len(failed)} not restored"
     done = done if settings.input.is_dir() else "x".join(map(str, jobs[0].size))
-    progress.say(f"{settings.output}: {done}, {method}, {tick.pace()}")
-    if stream:
-        print(stream.report())
-    scores.write(restored + there)
+    lines = [f"{settings.output}: {done}, {method}, {tick.pace()}", *([stream.report()] if stream else [])]
+    # The scores are saved before anything is printed: where nobody reads on (`| head`), that ends the program.
+    progress.say("\n".join([*lines, *scores.write(restored + there)]))
     if not (restored or there):
         raise ValueError(f"--input {settings.input}: none of its {len(failed)} pictures could be restored.")
     return 1 if failed else 0

@@ -13,12 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kontext_min.extras.pictures import Job
+from kontext_min.extras.pictures import RECORD, Job
 from kontext_min.extras.runs import in_words, lock
 from kontext_min.extras.saving import naming
 
-RECORD = ".restored-with.jsonl"
-ENDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)  # every further picture would fail as this one did
+# Every further picture would fail as this one did: a disk that is full, gone, broken or not yours, a limit, a pipe.
+ENDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+ENDS += (errno.ENODEV, errno.EPIPE)
 
 
 def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], overwrite: bool) -> list[Job]:
@@ -79,13 +80,18 @@ def _state(file: Path) -> list[int]:
 
 
 @contextmanager
-def noted(job: Job, source: Path, target: Path, how: dict[str, Any]) -> Iterator[None]:
+def noted(job: Job, source: Path, target: Path, how: dict[str, Any], overwrite: bool) -> Iterator[None]:
     """Say in the record how the picture that the block writes is made.
 
     That is before a new picture is written, but after an old one is replaced: wherever a kill falls in between, no
     picture counts as made in a way that it was not.
+
+    Raises:
+        ValueError: without `overwrite`, a file of this name has come since the start.
     """
     replaces, record = job.output.exists(), target / RECORD
+    if replaces and not overwrite:
+        raise ValueError(f"{job.output}: has come since the start, and is kept; --overwrite replaces it.")
 
     def note() -> None:
         if source.is_dir():
