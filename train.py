@@ -274,12 +274,7 @@ def train(settings: Settings) -> int:
     state: dict[str, Any] = {"step": 0, "best_psnr": None, "best_step": None}
     state |= {"skipped": 0, "skipped_in_a_row": 0, "unreadable": []}
     if last:
-        files, kept = runs.load_checkpoint(last)
-        state |= kept
-        runs.put_back(trained, files["trained"])
-        if ema:
-            runs.put_back(dict(zip(trained, ema, strict=True)), files.get("ema", files["trained"]))
-        runs.load_optimizer(optimizer, files["optimizer"])
+        state |= runs.restore(last, trained, ema, optimizer)
         me.say(f"continuing from {last}")
         # With --accept-changes a finished run would write its old weights again, and the new settings beside them.
         if state["step"] + settings.accept_changes > settings.steps:

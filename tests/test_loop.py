@@ -1,21 +1,25 @@
 """The loop of train.py: signals, disk errors, pictures that vanish, accumulation, EMA; and bad input of sample.py."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loop_overhead
 import processes
@@ -218,7 +222,9 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
         return capsys.readouterr().err
 
     assert "may be deleted" in refused("--init-lora", folder / "lora.safetensors", "--overwrite")
-    assert "--rank and --lora-targets can't change" in refused("--rank", 4, "--accept-changes")
+    assert "step-000006: holds other parameters; --full, --rank and --lora-targets can't change" in refused(
+        "--rank", 4, "--accept-changes"
+    )
     assert json.loads((folder / "settings.json").read_text())["rank"] == 16  # a refused run changes nothing
     file = runs.latest_checkpoint(folder) / "state.json"
     state = json.loads(file.read_text())
@@ -229,8 +235,11 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
         state | {"step": 5},
         state | {"step": 6.0},
         state | {"step": "x"},
-        state | {"skipped": "x"},
-        state | {"unreadable": 3},
+        *(state | {"skipped": n} for n in ("x", 1.5, -1, 7, True, None)),
+        *(state | {"best_step": n} for n in (1.5, -1, 7)),
+        state | {"best_psnr": "x"},
+        *(state | {"unreadable": lines} for lines in (3, [3], None)),
+        {"step": 6},
     )
     for text in (*map(json.dumps, bad), "[" * 200_000, file.read_text()[:20]):
         file.write_text(text)
@@ -243,11 +252,21 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
     (folder / "settings.json").write_text(known)
     for name in ("trained", "optimizer"):
         file = runs.latest_checkpoint(folder) / f"{name}.safetensors"
-        content = file.read_bytes()
+        content, tensors = file.read_bytes(), {key: x.clone() for key, x in load_file(file).items()}
         file.write_bytes(content[:-1000])
         assert "step-000006: broken" in refused()
+        for value in (math.nan, math.inf):
+            save_file({key: x * value for key, x in tensors.items()}, file)
+            assert f"step-000006: broken ({name}.safetensors holds values that are no finite" in refused()
+        save_file({key: x.to(torch.int8) for key, x in tensors.items()}, file)
+        assert "step-000006: broken" in refused()
+        save_file({"0.exp_avg": torch.zeros(1)}, file)
+        assert f"step-000006: {'holds other' if name == 'trained' else 'its optimizer.safetensors has'}" in refused()
         file.unlink()
         assert "step-000006: broken" in refused()
+        file.mkdir()
+        assert "step-000006: broken" in refused()
+        file.rmdir()
         file.write_bytes(content)
 
 
@@ -289,6 +308,43 @@ def test_a_folder_is_used_by_one_run_at_a_time(tmp_path, flags, capsys):
         other.kill()
         other.wait()
     assert train.main([str(f) for f in [*flags, "--steps", 1, "--warmup", 0, "--output-dir", tmp_path / "run"]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EAGAIN, "--output {folder}: another run is using it"),
+        (errno.EIO, "--output {folder}/.lock: can't be made or written: Input/output error."),
+        (errno.ENOLCK, ""),
+        (errno.ENOTSUP, ""),
+    ],
+)
+def test_a_disk_without_locks_is_no_other_run(tmp_path, capsys, monkeypatch, number, message):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises((OSError, ValueError)) if message else nullcontext() as raised:
+        runs.lock("--output", tmp_path / "new")
+    runs.close_run()
+    said = str(raised.value) if message else capsys.readouterr().out
+    assert said.startswith(
+        message.format(folder=tmp_path / "new") or f"note: {tmp_path / 'new'}: its disk has no locks"
+    )
+
+
+@pytest.mark.parametrize("place", [".lock", "inside", "."])
+def test_what_is_in_the_way_of_a_lock_is_named_with_its_flag(tmp_path, place):
+    """A folder where the lock goes, a file where a folder goes, a link that leads nowhere."""
+    folder = tmp_path / "run"
+    if place == ".":
+        folder.symlink_to(tmp_path / "nowhere")
+    else:
+        (folder / ".lock" if place == ".lock" else folder).mkdir(parents=True)
+        (folder / "inside").touch()
+    with pytest.raises(OSError, match=re.escape(f"--flag {folder / place}: can't be made or written: ")):
+        runs.lock("--flag", folder, *[folder / "inside"] * (place == "inside"))
+    runs.close_run()
 
 
 @pytest.mark.parametrize("more", [(), ("--overwrite",), ("--accept-changes",)])

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import io
 import json
 import os
 import re
@@ -902,18 +903,38 @@ def test_earlier_results_below_the_input_are_no_inputs(identity, small_bundle, t
     assert len(identity) == 6
 
 
-def test_scores_are_saved_before_anything_is_printed(scored, tmp_path, monkeypatch):
+class Unread(io.StringIO):
+    def flush(self):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
+def test_an_output_that_cannot_be_printed_is_named(small_bundle, tmp_path):
+    crop(32, 32).save(tmp_path / "in.png")
+    args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "sample.py", *args], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.stderr == "sample.py: stopped, its output can't be printed: No space left on device\n"
+    assert done.returncode == 1
+
+
+def test_scores_are_saved_before_anything_is_printed(scored, tmp_path, capsys, monkeypatch):
     """`sample.py ... --json s.json | head`: the hour is not lost."""
 
     say = sample.Progress.say
 
     def closed(self, text):
         if "3 restored" in text:
-            raise BrokenPipeError(32, "Broken pipe")
+            monkeypatch.setattr(sys, "stdout", Unread())
         say(self, text)
 
     monkeypatch.setattr(sample.Progress, "say", closed)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
     code = run(*scored, "--json", tmp_path / "s.json", "--report")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "sample.py: stopped, its output can't be printed: Broken pipe"
     assert code == 1 and json.loads((tmp_path / "s.json").read_text())[-1]["name"] == "mean"
     assert len(list(tmp_path.rglob("report.html"))) == 1
 

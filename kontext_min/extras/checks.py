@@ -152,12 +152,15 @@ def suited(file: Path, guide: dict[str, float]) -> dict[str, float]:
 
 
 def check_lengths(s: Any) -> None:
-    """The numbers of train.py once the base has filled in its defaults.
+    """The numbers of train.py once the base has filled in its defaults; those of the flags were checked before.
 
     Raises:
-        ValueError: a number is outside its range, or the warm-up is longer than the run.
+        ValueError: a default is outside its range, or the warm-up is longer than the run.
     """
-    check_values(s)
+    try:
+        check_values(s)
+    except ValueError as error:
+        raise ValueError(f"{s.weights / 'defaults.json'}: {error}") from None
     longer = s.warmup and s.warmup > s.steps
     refuse((longer, f"--warmup: got {s.warmup}, but the run has {s.steps} steps and would never reach --lr; give less"))
 

@@ -39,8 +39,7 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
     if not jobs:
         raise ValueError(f"--input {source}: none of its pictures can be read.")
     if source.is_dir():
-        target.mkdir(parents=True, exist_ok=True)
-        lock(target, "--output")
+        lock("--output", target)
     there = [] if overwrite else [job for job in jobs if job.output.exists()]
     if not source.is_dir():
         if there:
