@@ -12,11 +12,15 @@ it on clean photos, degrade them first:
 Exit codes: 0 all restored; 1 some failed (each is named); 2 all failed, or bad input; 130 stopped by a signal.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the packages load shows no traceback
 
 import torch
 from PIL import Image
@@ -170,8 +174,7 @@ def sample(settings: Settings) -> int:
     done = f"{restored} restored, {there} there before, {len(failed)} not restored"
     done = done if settings.input.is_dir() else "x".join(map(str, jobs[0].size))
     lines = [f"{settings.output}: {done}, {method}, {tick.pace()}", *([stream.report()] if stream else [])]
-    # The scores are saved before anything is printed: where nobody reads on (`| head`), that ends the program.
-    progress.say("\n".join([*lines, *scores.write(restored + there)]))
+    progress.say("\n".join([*lines, *scores.write(restored + there)]))  # saved before `| head` may end the program
     if not (restored or there):
         raise ValueError(f"--input {settings.input}: none of its {len(failed)} pictures could be restored.")
     return 1 if failed else 0

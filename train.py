@@ -12,6 +12,7 @@ You can stop at any time. The same command with the same --output-dir continues,
 
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the packages load shows no traceback
 
 import numpy as np
 import torch

@@ -144,6 +144,18 @@ def test_a_signal_before_the_first_step_is_one_line(outside, tmp_path):
     assert said.strip().splitlines()[-1] == "train.py: stopped" and "Traceback" not in said
 
 
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_ctrl_c_while_the_packages_load_is_no_traceback(tmp_path, program):
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, Path(train.__file__).with_name(program)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == -signal.SIGINT
+
+
 @pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_it_at_once(outside, tmp_path, second, code):
     got, said = outside(
