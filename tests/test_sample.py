@@ -801,6 +801,13 @@ def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, 
     assert run(*args, *more, "--overwrite") == 0
 
 
+def test_a_sheet_is_made_anew_when_its_clean_picture_is_another(scored, tmp_path, capsys):
+    assert run(*scored, "--compare") == 0
+    os.utime(tmp_path / "clean" / "sub" / "b.bmp", (1e9, 1e9))
+    assert run(*scored, "--compare") == 2
+    assert "holds 1 of these pictures, but their inputs have changed since" in capsys.readouterr().err
+
+
 def test_the_record_is_of_each_picture(identity, small_bundle, tmp_path, capsys, monkeypatch):
     """Two methods in one folder, and an --overwrite that was stopped, are told apart; a cut line is not read."""
     for folder, names in (("in", "abc"), ("other", "d")):

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kontext_min.extras.pictures import RECORD, Job
+from kontext_min.extras.pictures import RECORD, Job, reference_of
 from kontext_min.extras.runs import in_words, lock
 from kontext_min.extras.saving import naming
 
@@ -70,12 +70,13 @@ def _difference(line: dict[str, Any] | None, job: Job, how: dict[str, Any]) -> s
     if line is None:
         return f"no {RECORD} says how they were made"
     changed = [f"{k} was {line['how'].get(k)}, is {how[k]}" for k in how if line["how"].get(k) != how[k]]
-    return "; ".join(changed) or "their inputs have changed since" * (line["input"] != _state(job.path))
+    return "; ".join(changed) or "their inputs have changed since" * (line["input"] != _state(job, how))
 
 
-def _state(file: Path) -> list[int]:
-    """What changes when a file is replaced."""
-    return [file.stat().st_size, file.stat().st_mtime_ns]
+def _state(job: Job, how: dict[str, Any]) -> list[int]:
+    """What changes when the input is replaced, or the clean picture beside it on a sheet of --compare."""
+    clean = reference_of(job, Path(how["compare"])) if isinstance(how["compare"], str) else None
+    return [n for file in (job.path, clean) if file for n in (file.stat().st_size, file.stat().st_mtime_ns)]
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def noted(job: Job, source: Path, target: Path, how: dict[str, Any], overwrite: 
     def note() -> None:
         if source.is_dir():
             with naming(record), record.open("a", encoding="utf-8") as f:
-                f.write(json.dumps({"picture": job.name, "input": _state(job.path), "how": how}) + "\n")
+                f.write(json.dumps({"picture": job.name, "input": _state(job, how), "how": how}) + "\n")
 
     if not replaces:
         note()
