@@ -12,11 +12,15 @@ it on clean photos, degrade them first:
 Exit codes: 0 all restored; 1 some failed (each is named); 2 all failed, or bad input; 130 stopped by a signal.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the packages load shows no traceback
 
 import torch
 from PIL import Image
@@ -156,7 +160,7 @@ def sample(settings: Settings) -> int:
                 result = pictures.COLOUR_FIXES[settings.color_fix](result, small)
                 result = result.resize(job.size, Image.Resampling.LANCZOS)
                 sheet = validation.grid([[p for p in (photo.degraded, result, photo.clean) if p]])
-                with folders.noted(job, settings.input, settings.output, how):
+                with folders.noted(job, settings.input, settings.output, how, settings.overwrite):
                     pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))
                 result, restored = pictures.to_srgb(result, photo.file), restored + 1
                 tick.end()
@@ -168,10 +172,8 @@ def sample(settings: Settings) -> int:
     there = len(jobs) - len(todo)
     done = f"{restored} restored, {there} there before, {len(failed)} not restored"
     done = done if settings.input.is_dir() else "x".join(map(str, jobs[0].size))
-    progress.say(f"{settings.output}: {done}, {method}, {tick.pace()}")
-    if stream:
-        print(stream.report())
-    scores.write(restored + there)
+    lines = [f"{settings.output}: {done}, {method}, {tick.pace()}", *([stream.report()] if stream else [])]
+    progress.say("\n".join([*lines, *scores.write(restored + there)]))  # saved before `| head` may end the program
     if not (restored or there):
         raise ValueError(f"--input {settings.input}: none of its {len(failed)} pictures could be restored.")
     return 1 if failed else 0

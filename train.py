@@ -12,6 +12,7 @@ You can stop at any time. The same command with the same --output-dir continues,
 
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the packages load shows no traceback
 
 import numpy as np
 import torch
@@ -274,12 +278,7 @@ def train(settings: Settings) -> int:
     state: dict[str, Any] = {"step": 0, "best_psnr": None, "best_step": None}
     state |= {"skipped": 0, "skipped_in_a_row": 0, "unreadable": []}
     if last:
-        files, kept = runs.load_checkpoint(last)
-        state |= kept
-        runs.put_back(trained, files["trained"])
-        if ema:
-            runs.put_back(dict(zip(trained, ema, strict=True)), files.get("ema", files["trained"]))
-        runs.load_optimizer(optimizer, files["optimizer"])
+        state |= runs.restore(last, trained, ema, optimizer)
         me.say(f"continuing from {last}")
         # With --accept-changes a finished run would write its old weights again, and the new settings beside them.
         if state["step"] + settings.accept_changes > settings.steps:

@@ -84,7 +84,9 @@ THREADS = 8  # reading headers is mostly waiting for the disk
 # Pillow refuses more than twice its limit, so that a small file cannot unpack to more than your memory.
 LIMIT = os.environ.get("KONTEXT_MAX_PIXELS", "5e8")
 if not re.fullmatch(r"[1-9]\d{0,17}(e\d{1,2})?", LIMIT):
-    sys.exit(f"KONTEXT_MAX_PIXELS: got {LIMIT!r}, expected a number of pixels, such as 5e8.")
+    program = Path(sys.argv[0]).name
+    print(f"{program}: KONTEXT_MAX_PIXELS: got {LIMIT!r}, expected a number of pixels, such as 5e8.", file=sys.stderr)
+    sys.exit(2)
 Image.MAX_IMAGE_PIXELS = int(float(LIMIT)) // 2
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # It allows 1 MB for each text or color profile of a PNG; editors write more. The total stays limited to 64 MB.

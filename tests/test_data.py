@@ -457,8 +457,8 @@ def test_pictures_of_188_megapixels_are_read_and_the_limit_can_be_raised(tmp_pat
     command = [sys.executable, "-c", code, str(tmp_path)]
     for bad in ("inf", "0"):
         ran = subprocess.run(command, env=os.environ | {"KONTEXT_MAX_PIXELS": bad}, capture_output=True, text=True)
-        assert ran.returncode == 1 and ran.stderr.count("\n") == 1
-        assert ran.stderr.startswith(f"KONTEXT_MAX_PIXELS: got {bad!r}, expected a number of pixels")
+        assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+        assert ran.stderr.startswith(f"-c: KONTEXT_MAX_PIXELS: got {bad!r}, expected a number of pixels")
     ran = subprocess.run(command, env=os.environ | {"KONTEXT_MAX_PIXELS": "1e9"}, capture_output=True, text=True)
     assert ran.stdout.strip() == "2" and not ran.stderr
 

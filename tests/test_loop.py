@@ -1,21 +1,25 @@
 """The loop of train.py: signals, disk errors, pictures that vanish, accumulation, EMA; and bad input of sample.py."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loop_overhead
 import processes
@@ -140,6 +144,18 @@ def test_a_signal_before_the_first_step_is_one_line(outside, tmp_path):
     assert said.strip().splitlines()[-1] == "train.py: stopped" and "Traceback" not in said
 
 
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_ctrl_c_while_the_packages_load_is_no_traceback(tmp_path, program):
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, Path(train.__file__).with_name(program)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == -signal.SIGINT
+
+
 @pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_it_at_once(outside, tmp_path, second, code):
     got, said = outside(
@@ -199,7 +215,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(flags, tmp_path):
             "checkpoints/.git/x.y", "validation/photo.png", "transformer/notes.txt")  # fmt: skip
     for name in (*written, *mine):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text(json.dumps({"versions": {"kontext_min": "1"}}))
     with pytest.raises(ValueError, match="holds a run already"):
         runs.open_run(tmp_path, {}, resume=False, accept=False, overwrite=False, write=True)
     runs.close_run()
@@ -218,7 +234,9 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
         return capsys.readouterr().err
 
     assert "may be deleted" in refused("--init-lora", folder / "lora.safetensors", "--overwrite")
-    assert "--rank and --lora-targets can't change" in refused("--rank", 4, "--accept-changes")
+    assert "step-000006: holds other parameters; --full, --rank and --lora-targets can't change" in refused(
+        "--rank", 4, "--accept-changes"
+    )
     assert json.loads((folder / "settings.json").read_text())["rank"] == 16  # a refused run changes nothing
     file = runs.latest_checkpoint(folder) / "state.json"
     state = json.loads(file.read_text())
@@ -229,8 +247,11 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
         state | {"step": 5},
         state | {"step": 6.0},
         state | {"step": "x"},
-        state | {"skipped": "x"},
-        state | {"unreadable": 3},
+        *(state | {"skipped": n} for n in ("x", 1.5, -1, 7, True, None)),
+        *(state | {"best_step": n} for n in (1.5, -1, 7)),
+        state | {"best_psnr": "x"},
+        *(state | {"unreadable": lines} for lines in (3, [3], None)),
+        {"step": 6},
     )
     for text in (*map(json.dumps, bad), "[" * 200_000, file.read_text()[:20]):
         file.write_text(text)
@@ -243,11 +264,21 @@ def test_a_broken_checkpoint_and_one_of_another_model_are_named(whole, flags, tm
     (folder / "settings.json").write_text(known)
     for name in ("trained", "optimizer"):
         file = runs.latest_checkpoint(folder) / f"{name}.safetensors"
-        content = file.read_bytes()
+        content, tensors = file.read_bytes(), {key: x.clone() for key, x in load_file(file).items()}
         file.write_bytes(content[:-1000])
         assert "step-000006: broken" in refused()
+        for value in (math.nan, math.inf):
+            save_file({key: x * value for key, x in tensors.items()}, file)
+            assert f"step-000006: broken ({name}.safetensors holds values that are no finite" in refused()
+        save_file({key: x.to(torch.int8) for key, x in tensors.items()}, file)
+        assert "step-000006: broken" in refused()
+        save_file({"0.exp_avg": torch.zeros(1)}, file)
+        assert f"step-000006: {'holds other' if name == 'trained' else 'its optimizer.safetensors has'}" in refused()
         file.unlink()
         assert "step-000006: broken" in refused()
+        file.mkdir()
+        assert "step-000006: broken" in refused()
+        file.rmdir()
         file.write_bytes(content)
 
 
@@ -291,16 +322,103 @@ def test_a_folder_is_used_by_one_run_at_a_time(tmp_path, flags, capsys):
     assert train.main([str(f) for f in [*flags, "--steps", 1, "--warmup", 0, "--output-dir", tmp_path / "run"]]) == 0
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EAGAIN, "--output {folder}: another run is using it"),
+        (errno.EIO, "--output {folder}/.lock: can't be made or written: Input/output error."),
+        (errno.ENOLCK, ""),
+        (errno.ENOTSUP, ""),
+    ],
+)
+def test_a_disk_without_locks_is_no_other_run(tmp_path, capsys, monkeypatch, number, message):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises((OSError, ValueError)) if message else nullcontext() as raised:
+        runs.lock("--output", tmp_path / "new")
+    runs.close_run()
+    said = str(raised.value) if message else capsys.readouterr().out
+    assert said.startswith(
+        message.format(folder=tmp_path / "new") or f"note: {tmp_path / 'new'}: its disk has no locks"
+    )
+
+
+@pytest.mark.parametrize("place", [".lock", "inside", "."])
+def test_what_is_in_the_way_of_a_lock_is_named_with_its_flag(tmp_path, place):
+    """A folder where the lock goes, a file where a folder goes, a link that leads nowhere."""
+    folder = tmp_path / "run"
+    if place == ".":
+        folder.symlink_to(tmp_path / "nowhere")
+    else:
+        (folder / ".lock" if place == ".lock" else folder).mkdir(parents=True)
+        (folder / "inside").touch()
+    with pytest.raises(OSError, match=re.escape(f"--flag {folder / place}: can't be made or written: ")):
+        runs.lock("--flag", folder, *[folder / "inside"] * (place == "inside"))
+    runs.close_run()
+
+
 @pytest.mark.parametrize("more", [(), ("--overwrite",), ("--accept-changes",)])
-@pytest.mark.parametrize("name", ["transformer/config.json", "settings.json", "validation/step-000000.png"])
+@pytest.mark.parametrize("name", ["transformer/config.json", "settings.json", "validation/step-000000.png",
+                                  "checkpoints/step-1000/state.json"])  # fmt: skip
 def test_a_folder_that_no_run_wrote_is_left_alone(flags, tmp_path, capsys, name, more):
-    """Such as the base model, another program's settings, or your own pictures; --overwrite is for runs."""
-    file = tmp_path / "mine" / name
+    """Such as the base model, another program's settings and checkpoints, or your own pictures."""
+    file, mine = tmp_path / "mine" / name, '{"mine": 1, "hr_root": "x", "lr": 1, "steps": 1, "step": 1000}'
     file.parent.mkdir(parents=True)
-    file.write_text('{"mine": 1}')
+    file.write_text(mine)
     assert train.main([str(f) for f in [*flags, "--output-dir", tmp_path / "mine", *more]]) == 2
-    assert f"holds {name}, which no run wrote; choose another folder" in capsys.readouterr().err
-    assert file.read_text() == '{"mine": 1}' and [p for p in tmp_path.rglob("*.*") if p.is_file()] == [file]
+    shown = name.removesuffix("/state.json")
+    assert f"holds {shown}, which no run wrote; choose another folder" in capsys.readouterr().err
+    assert file.read_text() == mine and [p for p in tmp_path.rglob("*.*") if p.is_file()] == [file]
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--accept-changes",)])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("checkpoints/step-001000/model.safetensors", "holds checkpoints/step-001000/model.safetensors, which no run"),
+        ("checkpoints/step-000006/notes.txt", "holds checkpoints/step-000006/notes.txt, which no run wrote"),
+        ("report.html", "report.html is not that of a run; move it"),
+    ],
+)
+def test_a_file_of_yours_among_those_of_a_run_is_left_alone(whole, flags, tmp_path, capsys, name, message, more):
+    """A run would replace it, or delete it with a checkpoint."""
+    file = shutil.copytree(whole, tmp_path / "run") / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    assert train.main([str(f) for f in [*flags, "--output-dir", tmp_path / "run", *more]]) == 2
+    assert message in capsys.readouterr().err
+    assert file.read_text() == "mine" and (tmp_path / "run" / "lora.safetensors").exists()
+
+
+def test_photographs_in_a_run_folder_are_not_overwritten(whole, flags, pictures, tmp_path, capsys):
+    """--overwrite deletes validation/step-N.png, which may be what is to be trained on."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    for flag in ("--hr-root", "--lr-root", "--val-root"):
+        argv = [*flags, "--output-dir", folder, "--overwrite", flag, folder / "validation"]
+        assert train.main([str(f) for f in argv]) == 2
+        assert f"{folder / 'validation'} lies in --output-dir" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(whole, flags, tmp_path):
+    """One moved to another disk: under --overwrite, and where it is one of too many."""
+    folder, kept = shutil.copytree(whole, tmp_path / "run"), tmp_path / "kept"
+    first = min((folder / "checkpoints").iterdir())
+    first.rename(kept)
+    first.symlink_to(kept)
+    before = sorted(p.name for p in kept.iterdir())
+    files = {"trained": {}, "optimizer": {}}
+    for step in (7, 8):
+        runs.save_checkpoint(folder, files, {"step": step, "best_step": None}, lambda where: None)
+    assert not first.is_symlink() and sorted(p.name for p in kept.iterdir()) == before
+    first.symlink_to(kept)
+    (folder / "checkpoints" / "step-000009").symlink_to(tmp_path / "nowhere")
+    runs.save_checkpoint(folder, files, {"step": 9, "best_step": None}, lambda where: None)
+    assert runs.latest_checkpoint(folder).name == "step-000009"
+    first.symlink_to(kept)
+    runs.delete_run(folder)
+    assert not list((folder / "checkpoints").iterdir()) and sorted(p.name for p in kept.iterdir()) == before
 
 
 def test_a_link_to_the_base_in_a_run_folder_is_refused(whole, flags, small_bundle, tmp_path, capsys):
@@ -309,6 +427,12 @@ def test_a_link_to_the_base_in_a_run_folder_is_refused(whole, flags, small_bundl
     before = {p.name: p.read_bytes() for p in (base / "transformer").iterdir()}
     assert train.main([str(f) for f in [*flags, "--output-dir", folder, "--overwrite"]]) == 2
     assert "its transformer/ is a link" in capsys.readouterr().err
+    (folder / "checkpoints").rename(tmp_path / "other")
+    (folder / "checkpoints").symlink_to(tmp_path / "other")
+    (folder / "transformer").unlink()
+    assert train.main([str(f) for f in [*flags, "--output-dir", folder, "--overwrite"]]) == 2
+    assert "its checkpoints/ is a link" in capsys.readouterr().err
+    (folder / "transformer").symlink_to(base / "transformer")
     (folder / "transformer").unlink()
     full = shutil.copytree(base / "transformer", tmp_path / "full" / "transformer")  # and the other way round
     shutil.rmtree(base / "transformer")

@@ -114,7 +114,7 @@ def test_tiles_larger_than_the_picture_are_the_picture_and_tiny_ones_are_refused
     x = torch.zeros(1, 3, 16, 48)
     assert torch.equal(latents(x, constant(0.5), tile=10**9), latents(x, constant(0.5), tile=48))
     for call in (lambda: latents(x, constant(0.5), tile=7), lambda: decode(PIXELS, x, (48, 16), Tiles(7, PIXELS))):
-        with pytest.raises(ValueError, match=r"^tile: got 7, expected at least 8 pixels, 4 tokens\.$"):
+        with pytest.raises(ValueError, match=r"^--tile: got 7, expected at least 8 pixels, 4 tokens\.$"):
             call()
 
 

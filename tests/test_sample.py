@@ -1,8 +1,10 @@
 """sample.py: a picture or a folder in, the same names, sizes and metadata out; bad input named in one line."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
+import io
 import json
 import os
 import re
@@ -566,6 +568,7 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--output", "{here}/o.gif"], "unknown picture format"),
         (["--tile", "0"], "--tile: got 0"),
         (["--tile", "1000000000"], "--tile: got 1000000000"),
+        (["--tile", "31"], "--tile: got 31, expected at least 32 pixels, 4 tokens"),
         (["--steps", "1000000000000"], "--steps: got 1000000000000"),
         (["--strength", "0"], "--strength: got 0.0"),
         (["--strength", "nan"], "--strength: got nan"),
@@ -595,6 +598,10 @@ def test_report_of_a_folder(scored, tmp_path):
             ],
             "report.html: is written by another flag",
         ),
+        *(
+            (["--input", "{folder}", "--output", "{here}/d", "--json", name, "--degrade", "guide"], "by another flag")
+            for name in ("{here}/d/.lock", "{here}/d/.restored-with.jsonl", "{here}/../{last}/d/.restored-with.json")
+        ),
         (["--device", "meta"], "--device: got 'meta'"),
         (["--json", "{folder}", "--degrade", "guide"], "is a folder; name a file"),
         (["--input", "{here}/nowhere"], "--input {here}/nowhere: no such file or folder; check the path"),
@@ -606,8 +613,9 @@ def test_report_of_a_folder(scored, tmp_path):
     ],
 )
 def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
-    for name in ("folder", "empty", "broken"):
+    for name in ("folder", "empty", "broken", "d"):
         (tmp_path / name).mkdir()
+    (tmp_path / "d" / ".lock").touch()
     for path in (tmp_path / "in.png", tmp_path / "folder" / "a.png"):
         crop(32, 32).save(path)
     for path in (tmp_path / "text.jpg", tmp_path / "broken" / "text.jpg"):
@@ -616,13 +624,13 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
     (tmp_path / "report.html").write_text("<!doctype html>\n<title>mine</title>")
     names = {name: tmp_path / name for name in ("folder", "empty", "broken")} | {"weights": small_bundle}
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--weights", small_bundle]
-    assert run(*args, *(f.format(here=tmp_path, **names) for f in flags)) == 2
+    assert run(*args, *(f.format(here=tmp_path, last=tmp_path.name, **names) for f in flags)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("sample.py: ") and message.format(here=tmp_path) in lines[-1]
     assert all(line.startswith("not restored: text.jpg") for line in lines[:-1])
     assert not (tmp_path / "out.png").exists()
     assert Image.open(tmp_path / "in.png").size == Image.open(tmp_path / "folder" / "a.png").size == (32, 32)
-    assert (tmp_path / "mine.json").read_text() == '{"mine": 1}'
+    assert (tmp_path / "mine.json").read_text() == '{"mine": 1}' and not (tmp_path / "d" / ".lock").read_text()
 
 
 @pytest.mark.parametrize("source", ["in.png", "folder"])
@@ -711,22 +719,58 @@ def test_a_folder_is_written_by_one_run_at_a_time(small_bundle, tmp_path, capsys
     assert run(*args) == 0
 
 
-@pytest.mark.parametrize("place", ["in.png/cache", "folder"])
-def test_where_nothing_can_be_written(tmp_path, monkeypatch, place):
-    """A file where a folder is wanted, and a folder that another user owns: sample.py keeps its cache elsewhere."""
-    (tmp_path / "in.png").write_text("")
-    (tmp_path / "folder").mkdir()
+@pytest.fixture
+def foreign(monkeypatch):
+    """Folders and files of this name are another user's, on a machine where root may write everything."""
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "folder" and access(path, mode))
-    assert not checks.can_write(tmp_path / place / "prompts") and checks.can_write(tmp_path / "new" / "er" / "prompts")
-    assert checks.cache_for(tmp_path / place) == Path(tempfile.gettempdir()) / "kontext_min"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "foreign" and access(path, mode))
+
+
+@pytest.mark.parametrize("place", ["in.png/cache", "foreign", "file"])
+def test_where_nothing_can_be_written(foreign, tmp_path, place):
+    """A file where a folder is wanted, and a folder that another user owns: sample.py keeps its cache elsewhere.
+
+    That place is new and its own: one of a fixed name in the temporary folder could be another user's.
+    """
+    (tmp_path / "in.png").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "prompts").write_text("")
+    own = [checks.cache_for(tmp_path / place) for _ in range(2)]
+    assert own[0] != own[1] and all(path.stat().st_mode & 0o777 == 0o700 for path in own)
+    assert {path.parent for path in own} == {Path(tempfile.gettempdir())}
+    assert checks.cache_for(tmp_path / "new" / "er") == tmp_path / "new" / "er"
     with pytest.raises(ValueError, match=re.escape(f"--cache-dir {tmp_path / place}: can't be written")):
         checks.check_training(
             train.Settings(hr_root=tmp_path, output_dir=tmp_path / "x" / "y", cache_dir=tmp_path / place)
         )
 
 
-@pytest.mark.parametrize("what", ["LoRA", "base", "--compare", "--quantize", "input"])
+@pytest.mark.parametrize(
+    ("name", "flags"), [("latents", {"cache_latents": 1}), ("quantized", {"stream": True, "quantize": "int8"})]
+)
+def test_every_cache_that_a_run_needs_is_checked(tmp_path, name, flags):
+    (tmp_path / name).write_text("a file where a folder is wanted")
+    settings = train.Settings(hr_root=tmp_path, output_dir=tmp_path / ".." / "run", cache_dir=tmp_path)
+    checks.check_training(settings)
+    with pytest.raises(ValueError, match=re.escape(f"--cache-dir {tmp_path}: can't be written")):
+        checks.check_training(dataclasses.replace(settings, **flags))
+
+
+@pytest.mark.parametrize("name", ["foreign/s.json", "foreign"])
+def test_scores_that_could_not_be_written_are_refused_before_the_work(foreign, small, tmp_path, capsys, name):
+    """A file is written aside and renamed, so its folder counts too."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("[]")
+    args = ["--input", small / "in.png", "--output", tmp_path / "o.png", "--degrade", "guide", "--json", file]
+    assert run(*args) == 2
+    assert f"--json {file}: can't be written" in capsys.readouterr().err and not (tmp_path / "o.png").exists()
+
+
+@pytest.mark.parametrize(
+    "what", ["LoRA", "base", "vocabulary", "prompt", "--compare", "--reference", "--quantize", "input"]
+)
 def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, small_bundle, tmp_path, capsys, what):
     """Whatever decides how they look is part of the record, by content: files keep their names when they change."""
     weights, lora = shutil.copytree(small_bundle, tmp_path / "w"), tmp_path / "lora.safetensors"
@@ -742,11 +786,26 @@ def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, 
         save_file({name: x + 1e-3 for name, x in tensors.items()}, file, metadata=about)
     if what == "input":
         os.utime(tmp_path / "in" / "a.png", (1e9, 1e9))  # even by an older one
-    more = {"--compare": ["--compare"], "--quantize": ["--quantize", "int8"]}.get(what, [])
+    if what == "vocabulary":
+        file = weights / "tokenizer" / "merges.txt"
+        *lines, last = file.read_text().splitlines()
+        file.write_text("\n".join([*lines[:-1], last, lines[-1]]) + "\n")
+    if what == "--reference":
+        assert run(*args, "--compare", "--overwrite") == 0
+    more = {"--compare": ["--compare"], "--quantize": ["--quantize", "int8"], "prompt": ["--prompt", "x"]}.get(what, [])
+    more += ["--compare", "--reference", tmp_path / "in"] * (what == "--reference")
     assert run(*args, *more) == 2
     named = {"LoRA": "lora was", "base": "base was", "input": "their inputs have changed since"}
+    named |= {"vocabulary": "base was", "prompt": "prompt was", "--reference": "compare was True, is "}
     assert named.get(what, f"{what[2:]} was") in capsys.readouterr().err
     assert run(*args, *more, "--overwrite") == 0
+
+
+def test_a_sheet_is_made_anew_when_its_clean_picture_is_another(scored, tmp_path, capsys):
+    assert run(*scored, "--compare") == 0
+    os.utime(tmp_path / "clean" / "sub" / "b.bmp", (1e9, 1e9))
+    assert run(*scored, "--compare") == 2
+    assert "holds 1 of these pictures, but their inputs have changed since" in capsys.readouterr().err
 
 
 def test_the_record_is_of_each_picture(identity, small_bundle, tmp_path, capsys, monkeypatch):
@@ -799,15 +858,92 @@ def test_a_full_disk_ends_a_folder_and_names_the_file(identity, small_bundle, tm
     assert len(written) == 2
 
 
-@pytest.mark.parametrize(("error", "goes_on"), [(BrokenPipeError(32, ""), True), (PermissionError(13, ""), False)])
-def test_a_closed_pipe_is_no_fault_of_the_picture(error, goes_on, tmp_path):
+ENDS = ["EPIPE", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "EACCES", "EPERM", "ESTALE", "ENODEV"]
+
+
+@pytest.mark.parametrize("name", [*ENDS, "EINVAL"])
+def test_an_error_that_every_picture_would_meet_ends_the_folder(name, tmp_path):
+    """A closed pipe, a disk that is full or gone, a limit; others are the picture's own."""
     job, failed = pictures.Job(tmp_path / "a.png", "a.png", tmp_path / "b.png", (1, 1)), []
     with (
-        pytest.raises(OSError) if goes_on else contextlib.nullcontext(),
+        pytest.raises(OSError) if name in ENDS else contextlib.nullcontext(),
         folders.spared(job, [job], failed, stop=False),
     ):
-        raise error
-    assert bool(failed) != goes_on
+        raise OSError(getattr(errno, name), "")
+    assert bool(failed) == (name not in ENDS)
+
+
+@pytest.mark.parametrize("source", ["in", "in/b.png"])
+def test_a_file_that_appears_after_the_start_is_kept(identity, small_bundle, tmp_path, capsys, monkeypatch, source):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        crop(32, 32).save(tmp_path / "in" / f"{name}.png")
+    output = tmp_path / ("out" if source == "in" else "b.png")
+    mine = output / "b.png" if source == "in" else output
+    load = pictures.load
+
+    def slow(job, *rest):
+        mine.write_text("mine")
+        return load(job, *rest)
+
+    args = ["--input", tmp_path / source, "--output", output, "--weights", small_bundle]
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "load", slow)
+        assert run(*args) == (1 if source == "in" else 2)
+    assert f"{mine}: has come since the start, and is kept" in capsys.readouterr().err
+    assert mine.read_text() == "mine" and (source != "in" or len(list(output.glob("*.png"))) == 3)
+    assert run(*args, "--overwrite") == 0
+    assert Image.open(mine).size == (32, 32)
+
+
+def test_earlier_results_below_the_input_are_no_inputs(identity, small_bundle, tmp_path, capsys):
+    """Written into another folder of --input; a folder of results as --input itself is restored again."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.png"):
+        crop(32, 32).save(tmp_path / name)
+    args = ["--weights", small_bundle, "--input", tmp_path]
+    assert run(*args, "--output", tmp_path / "one") == 0
+    assert run(*args, "--output", tmp_path / "sub" / "two") == 0
+    assert f"note: {tmp_path / 'one'}: holds restored pictures, left out" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "sub" / "two").rglob("*.png")) == ["a.png", "b.png"]
+    assert run(*args[:-1], tmp_path / "one", "--output", tmp_path / "three") == 0
+    assert len(identity) == 6
+
+
+class Unread(io.StringIO):
+    def flush(self):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
+def test_an_output_that_cannot_be_printed_is_named(small_bundle, tmp_path):
+    crop(32, 32).save(tmp_path / "in.png")
+    args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "sample.py", *args], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.stderr == "sample.py: stopped, its output can't be printed: No space left on device\n"
+    assert done.returncode == 1
+
+
+def test_scores_are_saved_before_anything_is_printed(scored, tmp_path, capsys, monkeypatch):
+    """`sample.py ... --json s.json | head`: the hour is not lost."""
+
+    say = sample.Progress.say
+
+    def closed(self, text):
+        if "3 restored" in text:
+            monkeypatch.setattr(sys, "stdout", Unread())
+        say(self, text)
+
+    monkeypatch.setattr(sample.Progress, "say", closed)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    code = run(*scored, "--json", tmp_path / "s.json", "--report")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "sample.py: stopped, its output can't be printed: Broken pipe"
+    assert code == 1 and json.loads((tmp_path / "s.json").read_text())[-1]["name"] == "mean"
+    assert len(list(tmp_path.rglob("report.html"))) == 1
 
 
 def test_a_file_may_go_to_a_folder(identity, small_bundle, tmp_path):

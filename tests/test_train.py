@@ -282,7 +282,14 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--resolution", "100000"], "--resolution: got 100000, expected at least 16 and at most 4096"),
         (["--rank", "100000"], "--rank: got 100000, expected 1 to"),
         (["--cache-dir", "{here}/text.jpg"], "--cache-dir {here}/text.jpg: can't be written"),
-        (["--weights", "{bad}"], "{bad}/defaults.json: batch_size is 2.5, expected a number such as 1"),
+        *(
+            (["--weights", "{bad}", "--defaults", text], f"{{bad}}/defaults.json: {message}")
+            for text, message in (
+                ('{{"batch_size": 2.5}}', "batch_size is 2.5, expected a number such as 1"),
+                ('{{"lr": NaN}}', "--lr: got nan, expected more than 0"),
+                ('{{"lr": 5}}', "--lr: got 5, expected more than 0"),
+            )
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures, tmp_path, capsys, flags, message):
@@ -294,8 +301,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures
     (tmp_path / "broken" / "cut.JPG").write_bytes(photo[: len(photo) // 3])
     flux = small_bundle / "transformer" / "diffusion_pytorch_model.safetensors"
     bad = shutil.copytree(small_bundle, tmp_path / "bad") if "{bad}" in flags else ""
-    if bad:
-        (bad / "defaults.json").write_text('{"batch_size": 2.5}')
+    if bad:  # a file's text, not a flag
+        (bad / "defaults.json").write_text(flags[-1].format())
+        flags = flags[:2]
     names = {"here": tmp_path, "flux": flux, "bad": bad, "hr": pictures}
     assert run(*(f.format(**names) for f in flags)) == 2
     printed = capsys.readouterr()

@@ -4,10 +4,12 @@ Each row of a table is a condition and the line to print if it holds: the flag, 
 a single number is part of its flag (flags.py).
 """
 
+import atexit
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -17,6 +19,7 @@ from typing import Any
 from kontext_min import degrade
 from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
+from kontext_min.extras import runs
 from kontext_min.extras.flags import check_values
 from kontext_min.extras.pictures import existing
 
@@ -37,15 +40,29 @@ def same(a: Path | None, b: Path | None) -> bool:
     return bool(a and b) and a.resolve() == b.resolve()
 
 
+def would_lose(path: Path, deleted: Path) -> bool:
+    """Whether a file or folder that is read is gone, or holds less, when another is deleted; both are resolved."""
+    return path.is_relative_to(deleted) or deleted.parent == path
+
+
 def can_write(path: Path) -> bool:
-    """Whether a file can be made there, in folders that may have to be made too, or written if it is there."""
-    place = existing(path)
-    return os.access(place, os.W_OK) and (place == path or place.is_dir())
+    """Whether a file can be made there, in folders that may have to be made too, or replaced if it is there."""
+    place = existing(path.parent)  # a file is written aside in its folder, then renamed
+    may = not path.exists() or os.access(path, os.W_OK)
+    return may and place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def cache_for(folder: Path) -> Path:
-    """The folder of a cache, or where nothing can be written there, one of the system's temporary folder."""
-    return folder if can_write(folder / "prompts") else Path(tempfile.gettempdir()) / "kontext_min"
+    """The folder of a cache, or where nothing can be written there, a new one that goes with this process.
+
+    A fixed one in the system's temporary folder could be another user's, with other blocks under the same names.
+    """
+    if all(can_write(folder / name / "file") for name in ("prompts", "quantized")):
+        return folder
+    print(f"note: nothing can be written in {folder}, so prompts and blocks are not kept", file=sys.stderr)
+    own = Path(tempfile.mkdtemp(prefix="kontext_min-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
 
 
 def number(text: str) -> float:
@@ -66,11 +83,15 @@ def check_training(s: Any) -> None:
     most, out = 4 * (os.cpu_count() or 1), s.output_dir or Path("runs")
     whole = "so it excludes --quantize and --stream; leave them out"
     auto = s.start_time == "auto"
-    weights = [s.init_lora, s.transformer, s.vae, s.clip, s.t5, *(s.weights / name for name in ("", *FOLDERS.values()))]
-    replaced = s.overwrite and s.output_dir and s.output_dir.resolve()
-    lost = next((p for p in weights if replaced and p and p.resolve().is_relative_to(replaced)), None)
+    read = [s.init_lora, s.transformer, s.vae, s.clip, s.t5, *(s.weights / name for name in FOLDERS.values())]
+    read += [s.hr_root, s.lr_root, s.val_root]
+    deleted = [path.resolve() for path in runs.written(out)] if s.overwrite and s.output_dir else []
+    lost = next((p for p in read if p and any(would_lose(p.resolve(), path) for path in deleted)), None)
+    page = out / "report.html"
+    cached = ["prompts"] + ["latents"] * bool(s.cache_latents) + ["quantized"] * bool(s.stream and s.quantize)
     refuse(
         (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),
+        (s.output_dir and page.exists() and not is_report(page), f"--output-dir: {page} is not that of a run; move it"),
         (s.full and (s.quantize or s.stream), f"--full trains all weights, {whole}"),
         (s.shard and (s.quantize or s.stream), f"--shard spreads the weights themselves, {whole}"),
         (
@@ -91,7 +112,10 @@ def check_training(s: Any) -> None:
             s.objective == "kontext" and (s.source_noise or auto or number(s.start_time) != 1),
             "--objective kontext starts from pure noise; leave out --source-noise and --start-time",
         ),
-        (not can_write(s.cache_dir / "prompts"), f"--cache-dir {s.cache_dir}: can't be written; name another folder"),
+        (
+            not all(can_write(s.cache_dir / name / "file") for name in cached),
+            f"--cache-dir {s.cache_dir}: can't be written; name another folder",
+        ),
         (s.workers > most, f"--workers: got {s.workers}, expected at most {most}, four per CPU core"),
         (
             s.tensorboard and not find_spec("tensorboard"),
@@ -125,12 +149,15 @@ def suited(file: Path, guide: dict[str, float]) -> dict[str, float]:
 
 
 def check_lengths(s: Any) -> None:
-    """The numbers of train.py once the base has filled in its defaults.
+    """The numbers of train.py once the base has filled in its defaults; those of the flags were checked before.
 
     Raises:
-        ValueError: a number is outside its range, or the warm-up is longer than the run.
+        ValueError: a default is outside its range, or the warm-up is longer than the run.
     """
-    check_values(s)
+    try:
+        check_values(s)
+    except ValueError as error:
+        raise ValueError(f"{s.weights / 'defaults.json'}: {error}") from None
     longer = s.warmup and s.warmup > s.steps
     refuse((longer, f"--warmup: got {s.warmup}, but the run has {s.steps} steps and would never reach --lr; give less"))
 
@@ -145,6 +172,12 @@ def check_sampling(s: Any) -> None:
     if s.degrade:
         degrade.parse(s.degrade)
     folder, page = s.input.is_dir(), s.output / "report.html"
+    json_file = s.json and s.json.resolve()
+    own = (
+        json_file
+        and json_file.parent == s.output.resolve()
+        and (json_file == page.resolve() or json_file.name[0] == ".")
+    )
     refuse(
         (
             s.degrade and s.reference,
@@ -160,7 +193,7 @@ def check_sampling(s: Any) -> None:
         ),
         (s.json and s.json.is_dir(), f"--json {s.json}: is a folder; name a file"),
         (
-            same(s.json, s.output) or same(s.json, page),
+            same(s.json, s.output) or own,  # hidden files are the lock and the record of the folder
             f"--json {s.json}: is written by another flag; name another file",
         ),
         (s.json and not s.json.parent.is_dir(), f"--json {s.json}: no such folder; make it first"),

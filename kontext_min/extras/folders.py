@@ -13,12 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kontext_min.extras.pictures import Job
+from kontext_min.extras.pictures import RECORD, Job, reference_of
 from kontext_min.extras.runs import in_words, lock
 from kontext_min.extras.saving import naming
 
-RECORD = ".restored-with.jsonl"
-ENDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)  # every further picture would fail as this one did
+# Every further picture would fail as this one did: a disk that is full, gone, broken or not yours, a limit, a pipe.
+ENDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+ENDS += (errno.ENODEV, errno.EPIPE)
 
 
 def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], overwrite: bool) -> list[Job]:
@@ -38,8 +39,7 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
     if not jobs:
         raise ValueError(f"--input {source}: none of its pictures can be read.")
     if source.is_dir():
-        target.mkdir(parents=True, exist_ok=True)
-        lock(target, "--output")
+        lock("--output", target)
     there = [] if overwrite else [job for job in jobs if job.output.exists()]
     if not source.is_dir():
         if there:
@@ -70,27 +70,33 @@ def _difference(line: dict[str, Any] | None, job: Job, how: dict[str, Any]) -> s
     if line is None:
         return f"no {RECORD} says how they were made"
     changed = [f"{k} was {line['how'].get(k)}, is {how[k]}" for k in how if line["how"].get(k) != how[k]]
-    return "; ".join(changed) or "their inputs have changed since" * (line["input"] != _state(job.path))
+    return "; ".join(changed) or "their inputs have changed since" * (line["input"] != _state(job, how))
 
 
-def _state(file: Path) -> list[int]:
-    """What changes when a file is replaced."""
-    return [file.stat().st_size, file.stat().st_mtime_ns]
+def _state(job: Job, how: dict[str, Any]) -> list[int]:
+    """What changes when the input is replaced, or the clean picture beside it on a sheet of --compare."""
+    clean = reference_of(job, Path(how["compare"])) if isinstance(how["compare"], str) else None
+    return [n for file in (job.path, clean) if file for n in (file.stat().st_size, file.stat().st_mtime_ns)]
 
 
 @contextmanager
-def noted(job: Job, source: Path, target: Path, how: dict[str, Any]) -> Iterator[None]:
+def noted(job: Job, source: Path, target: Path, how: dict[str, Any], overwrite: bool) -> Iterator[None]:
     """Say in the record how the picture that the block writes is made.
 
     That is before a new picture is written, but after an old one is replaced: wherever a kill falls in between, no
     picture counts as made in a way that it was not.
+
+    Raises:
+        ValueError: without `overwrite`, a file of this name has come since the start.
     """
     replaces, record = job.output.exists(), target / RECORD
+    if replaces and not overwrite:
+        raise ValueError(f"{job.output}: has come since the start, and is kept; --overwrite replaces it.")
 
     def note() -> None:
         if source.is_dir():
             with naming(record), record.open("a", encoding="utf-8") as f:
-                f.write(json.dumps({"picture": job.name, "input": _state(job.path), "how": how}) + "\n")
+                f.write(json.dumps({"picture": job.name, "input": _state(job, how), "how": how}) + "\n")
 
     if not replaces:
         note()

@@ -9,15 +9,18 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from kontext_min import degrade
-from kontext_min.checkpoints import NOUNS, find, metadata
+from kontext_min.checkpoints import find, metadata
+from kontext_min.extras import prompts
 from kontext_min.extras.base import Weights
 from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.lora_files import lora_file, purpose, strength_of, trained_with
 from kontext_min.flow import Objective, evaluations
 from kontext_min.restore import STEPS
 
-HOW = ("degrade", "seed", "strength", "fidelity", "color_fix", "tile", "resolution", "quantize", "compare")
+HOW = ("degrade", "seed", "strength", "fidelity", "color_fix", "tile", "resolution", "quantize")
 
 
 @dataclass(frozen=True)
@@ -67,5 +70,8 @@ def made_with(settings: Any, weights: Weights, method: Method) -> dict[str, Any]
     """All that decides what a restored picture looks like besides its input, as plain JSON values."""
     loras = [(lora_file(path), strength) for path, strength in map(strength_of, settings.lora)]
     contents = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}={x:g}" for file, x in loras]
-    base = [fingerprint(weights.path(part), part) for part in NOUNS]
-    return {name: getattr(settings, name) for name in HOW} | asdict(method) | {"lora": contents, "base": base}
+    base = [fingerprint(weights.path(part), part) for part in ("transformer", "vae")]
+    base += prompts.keys([method.prompt], weights, torch.float32).values()  # text encoders and vocabularies
+    sheet = settings.compare and settings.reference and str(settings.reference.resolve())
+    how = {name: getattr(settings, name) for name in HOW} | asdict(method)
+    return how | {"compare": sheet or settings.compare, "lora": contents, "base": base}

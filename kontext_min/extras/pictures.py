@@ -39,6 +39,7 @@ from kontext_min.extras.inventory import unread
 from kontext_min.extras.saving import naming
 from kontext_min.utils import numpy_generator
 
+RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 QUALITY = 95  # of JPEG and WebP
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # in pixels, of the formats' encoders
@@ -142,11 +143,13 @@ def _find_in_folder(source: Path, target: Path) -> tuple[list[Job], list[tuple[s
     pictures, rejected = scan(source)
     rejected += unread(source, [])
     jobs = [Job(p.path, p.name, target / _writable_name(p.name), (p.width, p.height)) for p in pictures]
-    # The output may lie in the input: what is restored is not restored again.
-    below = target.resolve()
-    if source.resolve() in below.parents:
-        jobs = [job for job in jobs if below not in job.path.resolve().parents]
-        rejected = [(name, reason) for name, reason in rejected if below not in (source / name).resolve().parents]
+    # The output may lie in the input, and so may that of an earlier call: what is restored is not restored again.
+    root, new = source.resolve(), target.resolve()
+    made = {folder for folder in (new, *(record.parent for record in root.rglob(RECORD))) if root in folder.parents}
+    for folder in sorted(made - {new}):
+        print(f"note: {folder}: holds restored pictures, left out; to restore these, make it --input", file=sys.stderr)
+    jobs = [job for job in jobs if made.isdisjoint(job.path.resolve().parents)]
+    rejected = [(name, why) for name, why in rejected if made.isdisjoint((source / name).resolve().parents)]
     if not jobs and not rejected:
         raise ValueError(f"--input {source}: no pictures in this folder.")
     reasons = {job.name: reason for job in jobs if (reason := _unwritable(job))}

@@ -64,11 +64,14 @@ def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
     except runs.Stopped as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError as error:  # `sample.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        print(f"{name}: stopped, since nobody reads its output any more{_more(error)}", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
+        try:
+            if getattr(error, "errno", None) and error.filename is None:
+                print(flush=True)  # fails again if that was the cause: `sample.py ... | head`, `> /dev/full`
+        except OSError as reason:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            print(f"{name}: stopped, its output can't be printed: {reason.strerror}{_more(error)}", file=sys.stderr)
+            return 1
         print(f"{name}: {runs.in_words(error)}{_more(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

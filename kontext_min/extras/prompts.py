@@ -38,8 +38,12 @@ def max_length(weights: Weights) -> int:
     return length if type(length) is int and 2 <= length <= 512 else 512  # 1e30 stands for "not set"
 
 
-def _keys(texts: Iterable[str], weights: Weights, dtype: torch.dtype) -> dict[str, str]:
-    """Each text once, and the name of its file: a hash of all that its encoding depends on."""
+def keys(texts: Iterable[str], weights: Weights, dtype: torch.dtype) -> dict[str, str]:
+    """Each text once, and the name of its file: a hash of all that its encoding depends on.
+
+    Raises:
+        FileNotFoundError: a vocabulary is missing.
+    """
     common = hashlib.sha256()
     for part in ("clip", "t5"):
         common.update(fingerprint(weights.path(part), part).encode())
@@ -76,10 +80,10 @@ def encode(
         device: to compute on; the results are on the CPU.
         stream: leave the blocks of T5 in their files and fetch them one by one (stream.py).
     """
-    keys = _keys(texts, weights, dtype)
-    files = {text: cache / f"{key}.safetensors" for text, key in keys.items()} if cache else {}
+    names = keys(texts, weights, dtype)
+    files = {text: cache / f"{name}.safetensors" for text, name in names.items()} if cache else {}
     done: Encoded = {text: file for text, file in files.items() if _whole(file)}
-    new = [text for text in keys if text not in done]
+    new = [text for text in names if text not in done]
     if not new:
         return done
 

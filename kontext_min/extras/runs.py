@@ -11,6 +11,7 @@ A checkpoint is written to a temporary folder, flushed to disk and renamed, so a
 old state or the new one. Only the first of several processes writes, and only one run at a time uses a folder.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -19,8 +20,9 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -40,6 +42,8 @@ WRITTEN = re.compile(
     r"settings\.json|left-out\.txt|metrics\.jsonl|report\.html|lora\.safetensors|checkpoints/step-\d+"
     r"|validation/step-\d+\.png|tensorboard/events\.[^/]*|transformer/(config\.json|diffusion_pytorch_model[^/]*)"
 )
+CHECKPOINT = {"state.json", "trained.safetensors", "optimizer.safetensors", "ema.safetensors"}  # what continues a run
+CHECKPOINT |= {"lora.safetensors", "transformer"}  # what is used
 LEFTOVER = re.compile(r"\.step-\d+(\.\d+)?")  # of a process that was killed while it wrote or deleted a checkpoint
 KEEP = 3  # checkpoints besides the best one
 MAY_CHANGE = (  # settings that change no result, apart from rounding
@@ -69,20 +73,19 @@ def open_run(
         ValueError: another run uses the folder, holds files that this run did not write, or settings changed.
         OSError: the folder can't be written.
     """
+    for name in ("transformer", *("checkpoints", "validation", "tensorboard") * overwrite):
+        if (folder / name).is_symlink():
+            raise ValueError(f"--output-dir {folder}: its {name}/ is a link, and a run may replace it; remove it.")
     last, there = latest_checkpoint(folder), [path.relative_to(folder).as_posix() for path in written(folder)]
-    if (folder / "transformer").is_symlink():
-        raise ValueError(f"--output-dir {folder}: its transformer/ is a link, and a run may replace it; remove it.")
     before = _settings_of_a_run(folder)
-    if there and not last and before is None:
-        shown = ", ".join(there[:3]) + ", ..." * (len(there) > 3)
+    is_run = before is not None or (last and (last / "trained.safetensors").exists())
+    inside = (p for p in folder.glob("checkpoints/step-*/*") if WRITTEN.fullmatch(f"checkpoints/{p.parent.name}"))
+    foreign = [p.relative_to(folder).as_posix() for p in inside if p.name not in CHECKPOINT and p.name[0] != "."]
+    if foreign := sorted(foreign) if is_run else there:
+        shown = ", ".join(foreign[:3]) + ", ..." * (len(foreign) > 3)
         raise ValueError(f"--output-dir {folder}: holds {shown}, which no run wrote; choose another folder.")
     if write:
-        try:
-            for name in ("checkpoints", "validation"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"--output-dir {folder}: can't be made or written: {error.strerror}.") from error
-        lock(folder, "--output-dir")
+        lock("--output-dir", folder, folder / "checkpoints", folder / "validation")
         for path in (folder / "checkpoints").iterdir():
             if LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
@@ -107,23 +110,31 @@ def open_run(
     return last
 
 
-def lock(folder: Path, flag: str) -> None:
-    """Hold the folder of a flag until this process ends; the system lets go of it even after a kill.
+def lock(flag: str, folder: Path, *inside: Path) -> None:
+    """Make the folder of a flag and those inside, and hold it until this process ends, even by a kill.
 
     Raises:
         ValueError: another process holds it.
+        OSError: a folder can't be made or written.
     """
+    path = folder
     try:
+        for path in (folder, *inside):
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        path = folder / ".lock"
+        _held.append(path.open("a"))
         import fcntl
+
+        fcntl.lockf(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader processes
     except ImportError:  # Windows
-        return
-    file = (folder / ".lock").open("a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader processes
-    except OSError:
-        file.close()
+        pass
+    except BlockingIOError:
         raise ValueError(f"{flag} {folder}: another run is using it; wait for it, or choose another.") from None
-    _held.append(file)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise OSError(f"{flag} {path}: can't be made or written: {error.strerror}.") from None
+        print(f"note: {folder}: its disk has no locks; start no other run in this folder", flush=True)
 
 
 _held: list[Any] = []
@@ -141,7 +152,8 @@ def _settings_of_a_run(folder: Path) -> dict[str, Any] | None:
         found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and {"hr_root", "lr", "steps"} <= found.keys() else None
+    versions = found.get("versions") if isinstance(found, dict) else None
+    return found if isinstance(versions, dict) and "kontext_min" in versions else None
 
 
 def written(folder: Path) -> list[Path]:
@@ -153,7 +165,12 @@ def written(folder: Path) -> list[Path]:
 def delete_run(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else that lies there."""
     for path in written(folder):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """A file, a folder with all that it holds, or a link, but not what the link leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def in_words(error: BaseException) -> str:
@@ -236,7 +253,7 @@ def save_checkpoint(
     target = folder / "checkpoints" / f"step-{state['step']:06d}"
     if (target / "state.json").exists():  # stopped right after a regular checkpoint: the same step of the same run
         return
-    shutil.rmtree(target, ignore_errors=True)  # without state.json it was never whole
+    _delete(target)  # without state.json it was never whole
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
@@ -253,7 +270,7 @@ def save_checkpoint(
     for old in checkpoints_of(folder)[:-KEEP]:
         if int(old.name[5:]) != state["best_step"]:
             # Renamed first: no longer a checkpoint, wherever the deletion is cut off.
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+            _delete(old.rename(old.with_name(f".{old.name}")))
 
 
 def _flush(path: Path) -> None:
@@ -274,16 +291,40 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         files = {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}
-        numbers = [v for k, v in state.items() if k != "unreadable" and v is not None]
         if not {"trained", "optimizer"} <= files.keys():
             raise ValueError("trained.safetensors or optimizer.safetensors is missing")
-        step, named = state.get("step"), int(checkpoint.name[5:])
-        right = type(step) is int and step == named and all(isinstance(v, int | float) for v in numbers)
-        if not right or not isinstance(state.get("unreadable", []), list):
+        counts = [state[key] for key in ("step", "skipped", "skipped_in_a_row")] + [state["best_step"] or 0]
+        right = all(type(n) is int and 0 <= n <= counts[0] for n in counts) and counts[0] == int(checkpoint.name[5:])
+        right &= type(state["best_psnr"]) in (float, type(None)) and type(state["unreadable"]) is list
+        if not right or not all(type(line) is str for line in state["unreadable"]):
             raise ValueError("state.json is not the state of this step")
+        for name, tensors in files.items():
+            if not all(x.is_floating_point() and x.isfinite().all() for x in tensors.values()):
+                raise ValueError(f"{name}.safetensors holds values that are no finite numbers")
         return files, state
-    except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{checkpoint}: broken ({error}); delete it to continue from the one before.") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        odd = isinstance(error, KeyError | TypeError)
+        reason = "state.json is not the state of this step" if odd else in_words(error)
+        raise ValueError(f"{checkpoint}: broken ({reason}); delete it to continue from the one before.") from None
+
+
+def restore(
+    checkpoint: Path, trained: Mapping[str, Tensor], ema: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Put all values of a checkpoint back into a run's tensors, in place (any shapes); returns its state.
+
+    Raises:
+        ValueError: a file is broken, or it is the checkpoint of another model.
+    """
+    files, state = load_checkpoint(checkpoint)
+    try:
+        put_back(trained, files["trained"])
+        if ema:
+            put_back(dict(zip(trained, ema, strict=True)), files.get("ema", files["trained"]))
+        load_optimizer(optimizer, files["optimizer"])
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from None
+    return state
 
 
 def put_back(params: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -293,7 +334,7 @@ def put_back(params: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Non
         ValueError: the checkpoint has other parameters.
     """
     if {n: p.shape for n, p in params.items()} != {n: t.shape for n, t in tensors.items()}:
-        raise ValueError("the checkpoint holds other parameters; --full, --rank and --lora-targets can't change.")
+        raise ValueError("holds other parameters; --full, --rank and --lora-targets can't change.")
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(_like(p, tensors[name]))
@@ -320,7 +361,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     for index, moments in found.items():
         shape = known[index].shape if index in known else None
         if {k: x.shape for k, x in moments.items()} != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}:
-            raise ValueError("optimizer.safetensors: not the moments of these parameters; delete this checkpoint.")
+            raise ValueError("its optimizer.safetensors has not the moments of these parameters; delete it.")
         state[int(index)] = {k: x if k == "step" else _like(known[index], x) for k, x in moments.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -37,13 +37,13 @@ class Scores:
             file = photo.job.output.relative_to(self.folder).as_posix()
             self.figures.append(report.figure(name, degraded, restored, photo.clean, score, file))
 
-    def write(self, restored: int) -> None:
-        """Print the table, write --json and --report; `restored` pictures are in the folder."""
+    def write(self, restored: int) -> list[str]:
+        """Write --json and --report; returns the table and the report's path. `restored` pictures are in the folder."""
         mean = metrics.mean_row(self.rows) if self.rows else None
         rows = [*self.rows, mean] if mean else []
-        if mean:
-            print(metrics.table(rows))
+        lines = [metrics.table(rows)] if mean else []
         if self.json:
             write_json(self.json, finite(rows))
         if self.figures:
-            print(report.write_restored_report(self.folder, self.figures, restored, mean, self.settings))
+            lines.append(report.write_restored_report(self.folder, self.figures, restored, mean, self.settings))
+        return lines

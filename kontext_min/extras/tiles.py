@@ -127,8 +127,9 @@ def tile_side(tile: int | None, factor: int) -> int:
     """
     token = GRID * factor  # in pixels
     tile = DEFAULT_TILE * token if tile is None else tile
-    if tile < SMALLEST_TILE * token:
-        raise ValueError(f"tile: got {tile}, expected at least {SMALLEST_TILE * token} pixels, {SMALLEST_TILE} tokens.")
+    least = SMALLEST_TILE * token
+    if tile < least:
+        raise ValueError(f"--tile: got {tile}, expected at least {least} pixels, {SMALLEST_TILE} tokens.")
     return tile // token * GRID
 
 
