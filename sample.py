@@ -165,7 +165,7 @@ def sample(settings: Settings) -> int:
                 result, restored = pictures.to_srgb(result, photo.file), restored + 1
                 tick.end()
             else:  # restored by an earlier call: it still counts in the scores and the report
-                result = pictures.load_restored(job)
+                result = pictures.load_restored(job, settings.compare)
             scores.add(photo, result)
 
     # ---- summary

@@ -253,7 +253,7 @@ def train(settings: Settings) -> int:
     written = to_json(settings) | {
         "versions": {"kontext_min": __version__, "torch": torch.__version__, "device": str(me.device)},
         "fingerprint": {part: fingerprint(weights.path(part), part) for part in ("transformer", "vae", "clip", "t5")},
-        "pictures": runs.hash_of([(p.name, p.width, p.height) for p in pairs.pictures]),
+        "pictures": runs.hash_of([*((p.name, p.path.stat().st_size) for p in pairs.pictures), *pairs.prompts]),
         "pictures_a_batch": settings.batch_size * me.world,
     }
     with parallel.first_goes_ahead(me):

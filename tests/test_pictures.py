@@ -211,7 +211,7 @@ def test_pictures_are_compared_in_srgb(scene, degraded, clean):
     photo = load(job, None, scene / f"{clean}.png", 0)
     assert metrics.psnr(pictures.to_srgb(photo.degraded, photo.file), photo.clean) > 45
     write(job.output, photo.degraded, photo.file)
-    assert metrics.psnr(load_restored(job), photo.clean) > 45
+    assert metrics.psnr(load_restored(job, compare=False), photo.clean) > 45
     with Image.open(scene / "out.png") as made:  # restored alone, it keeps its colours and its profile
         assert made.tobytes() == photo.degraded.tobytes() == read(job.path).rgb.tobytes()
         assert ("icc_profile" in made.info) == (degraded == "odd")
@@ -233,7 +233,7 @@ def test_a_restored_picture_is_read_again_for_its_scores(folder):
     job = next(job for job in find(folder / "in", folder / "out")[0] if job.name == "a.png")
     photo = load(job, None, None, 0)
     write(job.output, photo.degraded, photo.file)
-    assert load_restored(job).tobytes() == photo.degraded.tobytes() and photo.degraded.size == (30, 40)
+    assert load_restored(job, compare=False).tobytes() == photo.degraded.tobytes() and photo.degraded.size == (30, 40)
     write(job.output, crop(64, 40))
     with pytest.raises(ValueError, match=r"a\.png: 64x40, its input 30x40; add --overwrite"):
-        load_restored(job)
+        load_restored(job, compare=False)

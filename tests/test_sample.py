@@ -604,6 +604,12 @@ def test_report_of_a_folder(scored, tmp_path):
         ),
         (["--device", "meta"], "--device: got 'meta'"),
         (["--json", "{folder}", "--degrade", "guide"], "is a folder; name a file"),
+        (["--json", "{here}/pipe.png", "--degrade", "guide"], "pipe.png: exists and holds no scores"),
+        (["--json", "/dev/full", "--degrade", "guide"], "--json /dev/full: exists and holds no scores"),
+        (["--output", "{here}/pipe.png", "--overwrite"], "pipe.png: is no file, or a link that leads to none"),
+        (["--output", "{here}/nowhere.png"], "nowhere.png: is no file, or a link that leads to none"),
+        (["--output", "{here}/loop.png"], "loop.png: is no file, or a link that leads to none"),
+        (["--input", "{here}/loop.png"], "loop.png"),
         (["--input", "{here}/nowhere"], "--input {here}/nowhere: no such file or folder; check the path"),
         (["--report"], "--report: is for folders"),
         (
@@ -621,6 +627,9 @@ def test_more_bad_input(small_bundle, tmp_path, capsys, flags, message):
     for path in (tmp_path / "text.jpg", tmp_path / "broken" / "text.jpg"):
         path.write_text("this is no picture")
     (tmp_path / "mine.json").write_text('{"mine": 1}')
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone" / "a.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     (tmp_path / "report.html").write_text("<!doctype html>\n<title>mine</title>")
     names = {name: tmp_path / name for name in ("folder", "empty", "broken")} | {"weights": small_bundle}
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--weights", small_bundle]
@@ -647,6 +656,24 @@ def test_a_base_that_is_damaged_writes_nothing_and_names_the_picture(small_bundl
     assert run("--input", tmp_path / source, "--output", output, "--weights", broken) == 2
     assert "in.png: the result is not finite" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out.png").exists()
+
+
+def test_scores_of_sheets_are_whole_when_a_folder_is_continued(small_bundle, tmp_path, capsys):
+    """--compare writes sheets; a second call takes the restored picture out of each. --json keeps a link."""
+    (tmp_path / "in").mkdir()
+    for name, width in (("a", 48), ("b", 32)):
+        crop(width, 32).save(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "link.json").symlink_to(tmp_path / "scores.json")
+    (tmp_path / "scores.json").touch()
+    args = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle, "--compare"]
+    args += ["--degrade", "noise=0.1", "--json", tmp_path / "link.json", "--report"]
+    assert run(*args) == 0
+    first = json.loads((tmp_path / "scores.json").read_text())
+    (tmp_path / "out" / "b.png").unlink()
+    assert run(*args) == 0
+    assert "1 restored, 1 there before, 0 not restored" in capsys.readouterr().out
+    assert len(first) == 3 and json.loads((tmp_path / "scores.json").read_text()) == first
+    assert (tmp_path / "link.json").is_symlink()
 
 
 def after_first_picture(number):

@@ -22,6 +22,7 @@ import memorise
 import peer_training
 import sample
 import train
+from conftest import make_pictures
 from kontext_min import degrade, flow
 from kontext_min.extras import base, checkpointing, held_out, plan, prompts, report, runs, validation
 from train import Settings
@@ -140,6 +141,22 @@ def test_a_changed_setting_is_named_and_must_be_confirmed(run, capsys):
     assert "--accept-changes" in error
     assert run("--resume", "--lr", 3e-4, "--accept-changes") == 0
     assert "continuing from" in capsys.readouterr().out
+
+
+def test_a_changed_picture_or_caption_must_be_confirmed(run, tmp_path, capsys):
+    """A picture of the same name and shape, a caption that was not there: the run would not end as it began."""
+    hr = make_pictures(tmp_path / "hr")
+    first, second = sorted(hr.iterdir())[:2]
+    assert run("--steps", 2, "--hr-root", hr) == 0
+    before = first.read_bytes()
+    Image.new("RGB", Image.open(first).size).save(first)
+    assert run("--hr-root", hr, "--steps", 2) == 2
+    assert "pictures was" in capsys.readouterr().err
+    first.write_bytes(before)
+    assert run("--hr-root", hr, "--steps", 2) == 0
+    second.with_suffix(".txt").write_text("Restore the sky.")
+    assert run("--hr-root", hr, "--steps", 2) == 2
+    assert "pictures was" in capsys.readouterr().err
 
 
 def test_a_run_is_overwritten_only_when_all_else_is_right(run, tmp_path, capsys):
@@ -272,6 +289,8 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--hr-root", "{here}", "--output-dir", "{here}/run"], "lies in --hr-root"),
         (["--full", "--dtype", "bfloat16"], "leave --dtype out"),
         (["--full", "--init-lora", "{here}/text.jpg"], "--full trains no LoRA"),
+        (["--full", "--rank", "4"], "--full trains no LoRA; leave out --rank, --alpha and --lora-targets"),
+        (["--objective", "kontext", "--context"], "--objective kontext has the reference tokens of --context already"),
         (["--init-lora", "{here}/nowhere"], "--init-lora {here}/nowhere: no such file or folder; check the path"),
         (["--lr-root", "{here}/nowhere"], "--lr-root {here}/nowhere: no such folder; check the path"),
         (["--lr-root", "{hr}"], "--lr-root {hr}: is --hr-root"),

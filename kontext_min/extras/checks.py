@@ -100,6 +100,14 @@ def check_training(s: Any) -> None:
         ),
         (s.full and s.dtype == "bfloat16", "--full trains in float32; leave --dtype out"),
         (
+            s.full and (s.alpha or s.rank != type(s).rank or s.lora_targets != type(s).lora_targets),
+            "--full trains no LoRA; leave out --rank, --alpha and --lora-targets",
+        ),
+        (
+            s.objective == "kontext" and s.context,
+            "--objective kontext has the reference tokens of --context already; leave --context out",
+        ),
+        (
             s.full and s.init_lora,
             f"--init-lora {s.init_lora}: --full trains no LoRA; merge it into the base first: "
             "python -m kontext_min.extras.export merge",
@@ -239,7 +247,7 @@ def is_report(file: Path) -> bool:
 def is_scores(file: Path) -> bool:
     """Whether a file may be replaced by scores: it is empty, or holds those of an earlier run."""
     try:
-        rows = json.loads(file.read_bytes() or b"[]")
+        rows = json.loads(file.read_bytes() or b"[]") if file.is_file() else None  # a pipe would never end
         return isinstance(rows, list) and all("name" in row and "restored" in row for row in rows)
     except (OSError, ValueError, TypeError, RecursionError):
         return False

@@ -37,6 +37,7 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
 from kontext_min.extras.inventory import unread
 from kontext_min.extras.saving import naming
+from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
 
 RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
@@ -170,6 +171,8 @@ def _unwritable(job: Job) -> str | None:
         if job.output.is_dir():
             return f"{job.output}: is a folder, expected a file or nothing."
         os.lstat(job.output)
+        if not job.output.is_file():  # a device, a pipe, a link to a disk that is not there
+            return f"{job.output}: is no file, or a link that leads to none; expected a file or nothing."
     except FileNotFoundError:
         pass
     except OSError as error:  # such as a name that is too long
@@ -244,17 +247,24 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     return Photo(job, file, degraded, clean)
 
 
-def load_restored(job: Job) -> Image.Image:
+def load_restored(job: Job, compare: bool) -> Image.Image:
     """The picture that an earlier run restored, in sRGB, for scores beside `Photo.clean`.
 
+    Args:
+        job: of the picture.
+        compare: it is the second picture of a sheet.
+
     Raises:
-        ValueError: it can't be read, or has another size than the input, as a sheet of --compare has.
+        ValueError: it can't be read, or has another size than the input.
     """
     file = read(job.output)
-    if file.rgb.size != job.size:
+    rgb, (width, height) = file.rgb, job.size
+    if compare and rgb.height == height:
+        rgb = rgb.crop((width + GAP, 0, min(2 * width + GAP, rgb.width), height))
+    if rgb.size != job.size:
         sizes = "{}x{}, its input {}x{}".format(*file.rgb.size, *job.size)
         raise UnreadableError(f"{job.output}: {sizes}; add --overwrite to restore it again.")
-    return to_srgb(file.rgb, file)
+    return to_srgb(rgb, file)
 
 
 def to_srgb(picture: Image.Image, file: File) -> Image.Image:

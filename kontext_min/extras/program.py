@@ -77,6 +77,10 @@ def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
     except KeyboardInterrupt as error:
         print(f"\n{name}: stopped{_more(error)}", file=sys.stderr)
         return 130
-    except Exception:  # shown here and not by the interpreter, which would keep the loader's processes alive for it
+    except Exception as error:
+        if str(error).startswith("Symlink loop"):  # of Path.resolve
+            print(f"{name}: {error}: a link that leads to itself; name another path", file=sys.stderr)
+            return 2
+        # Shown here and not by the interpreter, which would keep the loader's processes alive for it
         traceback.print_exc()
         return 1

@@ -43,7 +43,7 @@ class Scores:
         rows = [*self.rows, mean] if mean else []
         lines = [metrics.table(rows)] if mean else []
         if self.json:
-            write_json(self.json, finite(rows))
+            write_json(self.json.resolve(), finite(rows))  # a link stays, and what it leads to is written
         if self.figures:
             lines.append(report.write_restored_report(self.folder, self.figures, restored, mean, self.settings))
         return lines

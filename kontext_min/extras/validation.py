@@ -23,6 +23,8 @@ from kontext_min.extras.metrics import psnr, shift, ssim
 from kontext_min.flow import Network, Objective, Prompt
 from kontext_min.restore import restore, to_image
 
+GAP = 4  # pixels between the pictures of a sheet
+
 SIGMAS = tuple(i / 10 for i in range(1, 10))
 
 
@@ -89,7 +91,7 @@ def _zero(img: Tensor, *_: Tensor) -> Tensor:
     return torch.zeros_like(img)
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
+def grid(rows: Sequence[Sequence[Image.Image]], gap: int = GAP) -> Image.Image:
     """Pictures side by side and rows below each other, on white."""
     width = max(sum(p.width + gap for p in row) - gap for row in rows)
     sheet = Image.new("RGB", (width, sum(row[0].height + gap for row in rows) - gap), "white")
