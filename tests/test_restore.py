@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kontext_min import flow
+from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.checkpoints import load_autoencoder, load_flux
 from kontext_min.data import to_float, to_tensor
 from kontext_min.extras import pictures, prompts, shared_norms
@@ -395,6 +396,16 @@ def test_norms_of_tiles_see_nearly_what_they_see_of_the_whole():
     assert errors["shared"] < 0.5 * min(errors["every second"], errors["a tile alone"])
     assert len(ticks) == 2
     assert all(norm.forward.__func__ is torch.nn.GroupNorm.forward for norm in norms)
+
+
+def test_norms_that_see_a_constant_are_shared_too():
+    """A group whose channels do not vary has no variance to extrapolate from: its norm gives zeros, and no NaN."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(AutoencoderParams(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4))
+    z = torch.full((1, 4, 40, 40), 0.5)
+    torch.nn.init.zeros_(autoencoder.decoder.conv_in.weight)
+    with torch.no_grad(), shared_norms.shared_norms(autoencoder, z, apply := Tiles(32, autoencoder)):
+        assert apply(autoencoder.decode, [z], autoencoder.factor).isfinite().all()
 
 
 def test_the_tile_of_the_autoencoder_is_the_one_with_the_least_arithmetic_that_fits():

@@ -45,7 +45,7 @@ from kontext_min.extras.base import Weights
 from kontext_min.extras.checkpointing import checkpoint_blocks
 from kontext_min.extras.method import Method
 from kontext_min.extras.quantize import QuantizedLinear, quantize_
-from kontext_min.extras.tiles import OVERLAP, Room, tile_side, tiles
+from kontext_min.extras.tiles import OVERLAP, Room, positions, tile_side, tiles
 from kontext_min.flow import Objective, Prompt
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
@@ -94,6 +94,11 @@ class Sizes:
         autoencoder, t5 = (outline(part, weights.path(part))[0] for part in ("vae", "t5"))
         length = prompts.max_length(weights)
         return cls(flux.params, autoencoder.params, t5.encoder.params, length, DTYPES[largest.dtype])
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a latent position, on each axis."""
+        return 2 ** (len(self.autoencoder.ch_mult) - 1)
 
 
 @dataclass(frozen=True)
@@ -260,8 +265,7 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
 
         objective = Objective(context=setting.reference)
         checkpoint_blocks(flux, setting.checkpointing)
-        factor = 2 ** (len(sizes.autoencoder.ch_mult) - 1)
-        width, height = (side // factor for side in setting.size)
+        width, height = (side // sizes.factor for side in setting.size)
         z = torch.empty(setting.batch, sizes.autoencoder.z_channels, height, width)
         prompt = Prompt(
             torch.empty(setting.batch, sizes.text_tokens, params.context_in_dim, dtype=setting.dtype),
@@ -384,12 +388,6 @@ def text(setting: Setting, sizes: Sizes) -> tuple[float, float]:
         return weights, tally.segment.peak
 
 
-def positions(sizes: Sizes, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the latent of a picture of this width and height, padded to whole tokens."""
-    token = 2 ** len(sizes.autoencoder.ch_mult)
-    return math.ceil(size[1] / token) * GRID, math.ceil(size[0] / token) * GRID
-
-
 def measure(setting: Setting, sizes: Sizes) -> Plan:
     """The plan of one setting."""
     parts, alive, flops = network(setting, sizes)
@@ -406,12 +404,11 @@ def measure(setting: Setting, sizes: Sizes) -> Plan:
     if setting.pictures:
         parts["autoencoder"], encoder, decoder = coder(sizes.autoencoder, setting.cuda)
         resident += parts["autoencoder"]
-        h, w = positions(sizes, setting.coded or setting.size)
+        h, w = positions(*(setting.coded or setting.size), sizes.factor)
         phases["pictures"] = resident + h * w * max(encoder.alive, decoder.alive)
         if setting.picture:
-            coding = encoder.flops(*positions(sizes, setting.picture), h) + decoder.flops(
-                *positions(sizes, setting.picture), h, shared=True
-            )
+            whole, side = positions(*setting.picture, sizes.factor), max(h, w)
+            coding = encoder.flops(*whole, side) + decoder.flops(*whole, side, shared=True)
         else:  # the control and the target of every batch
             coding = 2 * setting.passes * setting.batch * encoder.flops(h, w, max(h, w))
     phases["network"] = resident + alive
@@ -425,7 +422,7 @@ def measure(setting: Setting, sizes: Sizes) -> Plan:
 def of_picture(setting: Setting, sizes: Sizes) -> tuple[float, float]:
     """Besides the networks, the largest picture takes: bytes of its pixels; bytes of its latents and a row of tiles."""
     width, height = setting.picture
-    h, w = positions(sizes, setting.picture)
+    h, w = positions(*setting.picture, sizes.factor)
     row = ROW * width * min(height, (setting.coded or setting.size)[1])
     return PIXEL * width * height, LATENTS * 4 * sizes.autoencoder.z_channels * h * w + row
 
@@ -435,8 +432,9 @@ def of_picture(setting: Setting, sizes: Sizes) -> tuple[float, float]:
 
 def for_training(settings: Any, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Setting, data.Size]:
     """The Setting of train.py's flags, at its largest bucket, and the largest bucket of --resolution 512."""
-    multiple = 2 ** len(sizes.autoencoder.ch_mult)
-    size, small = (max(data.buckets(r, multiple), key=lambda s: s[0] * s[1]) for r in (settings.resolution, 512))
+    size, small = (
+        max(data.buckets(r, GRID * sizes.factor), key=lambda s: s[0] * s[1]) for r in (settings.resolution, 512)
+    )
     return Setting(
         size=size,
         batch=settings.batch_size,
@@ -460,10 +458,8 @@ def for_sampling(
 ) -> tuple[Setting, data.Size]:
     """The Setting of sample.py's flags for the largest of these pictures, and the size of a tile with --tile 512."""
     picture = max(pictures, key=math.prod, default=(1, 1))
-    factor = 2 ** (len(sizes.autoencoder.ch_mult) - 1)
-    tile = tile_side(settings.tile or method.resolution, factor) * factor
-    h, w = positions(sizes, picture)
-    size = min(tile, w * factor), min(tile, h * factor)
+    side, (h, w) = tile_side(settings.tile or method.resolution, sizes.factor), positions(*picture, sizes.factor)
+    size = min(side, w) * sizes.factor, min(side, h) * sizes.factor
     return Setting(
         size=size,
         reference=method.objective.sees_control,
@@ -474,15 +470,15 @@ def for_sampling(
         dtype=dtype,
         cuda=device.type == "cuda",
         picture=picture,
-        passes=flow.evaluations(method.steps, method.solver) * tiles(h, w, tile // factor, OVERLAP),
+        passes=flow.evaluations(method.steps, method.solver) * tiles(h, w, side, OVERLAP),
     ), (min(size[0], 512), min(size[1], 512))
 
 
 def coded_here(asked: Setting, sizes: Sizes, device: torch.device) -> Setting:
     """The same with the tile of the autoencoder that this device has room for."""
-    (h, w), factor = positions(sizes, asked.picture), 2 ** (len(sizes.autoencoder.ch_mult) - 1)
+    h, w = positions(*asked.picture, sizes.factor)
     side = room(sizes.autoencoder, device, sum(network(asked, sizes)[0].values())).side(h, w)
-    return replace(asked, coded=(min(side, w) * factor, min(side, h) * factor))
+    return replace(asked, coded=(min(side, w) * sizes.factor, min(side, h) * sizes.factor))
 
 
 def free_bytes(device: torch.device) -> float:
@@ -542,15 +538,16 @@ def show(asked: Setting, sizes: Sizes, small: tuple[int, int], device: torch.dev
     if asked.picture:
         asked = coded_here(asked, sizes, device)
     plan, where = measure(asked, sizes), "device" if asked.cuda else "memory"
-    side = max(asked.size) // 2 ** len(sizes.autoencoder.ch_mult)
+    side = max(asked.size) // (GRID * sizes.factor)
     network, coder = speed.measure(sizes.flux, sizes.autoencoder, asked.dtype, device, side)
     total, what = asked.passes * plan.flops, "optimizer step" if asked.train else "picture"
     seconds = total / network + plan.coding / coder
     lines = [f"{asked.size[0]}x{asked.size[1]} pixels, batch {asked.batch}, in GB:"]
     if asked.picture:
-        tile = "{}x{}".format(*asked.coded)
-        lines = ["{}x{} pixels".format(*asked.picture) + f" in {asked.passes} passes of " + lines[0]]
-        lines[0] = lines[0].replace("pixels, batch 1", f"pixels, encoded and decoded {tile} at a time")
+        whole, tile, coded = ("{}x{}".format(*size) for size in (asked.picture, asked.size, asked.coded))
+        lines = [
+            f"{whole} pixels in {asked.passes} passes of {tile} pixels, encoded and decoded {coded} at a time, in GB:"
+        ]
     lines += [f"  {name:24} {value / GB:8.2f}" for name, value in plan.parts.items()]
     lines += [f"  peak, {name:18} {value / GB:8.2f}" for name, value in plan.phases.items()]
     lines += [

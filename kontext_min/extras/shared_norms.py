@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from kontext_min.autoencoder import Autoencoder
-from kontext_min.extras.tiles import Tiles
-from kontext_min.restore import GRID
+from kontext_min.extras.tiles import Tiles, positions
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance, (B, groups) each
 
@@ -54,7 +53,8 @@ def shared_norms(
                 found.append(gather(autoencoder, norms, z[..., ::step, ::step]))
                 report()
             for norm, (mean, variance), (coarse_mean, coarse_variance) in zip(norms, *found, strict=True):
-                norm.forward = fixed(norm, (2 * mean - coarse_mean, variance.square() / coarse_variance))
+                ratio = (variance + norm.eps) / (coarse_variance + norm.eps)  # a group may be constant
+                norm.forward = fixed(norm, (2 * mean - coarse_mean, variance * ratio))
         yield
     finally:
         for norm in norms:
@@ -63,8 +63,7 @@ def shared_norms(
 
 def passes(autoencoder: Autoencoder, width: int, height: int, apply: Tiles, steps: int, solver: str) -> int:
     """How often a tile passes through a network until a picture is restored: here, and as Tiles.passes counts."""
-    token = GRID * autoencoder.factor
-    latent = [math.ceil(length / token) * GRID for length in (height, width)]
+    latent = positions(width, height, autoencoder.factor)
     return apply.passes(width, height, steps, solver) + 2 * (max(latent) > apply.picture_side(*latent))
 
 

@@ -114,7 +114,7 @@ class Tiles:
 
     def passes(self, width: int, height: int, steps: int, solver: str) -> int:
         """How often `report` is called for a picture: each tile is encoded, evaluated and decoded."""
-        sides = [math.ceil(length / (GRID * self.factor)) * GRID for length in (height, width)]  # of the latent
+        sides = positions(width, height, self.factor)
         coded = tiles(*sides, self.picture_side(*sides), OVERLAP_OF_PICTURES)
         return tiles(*sides, self.side, OVERLAP) * evaluations(steps, solver) + 2 * coded
 
@@ -131,6 +131,11 @@ def tile_side(tile: int | None, factor: int) -> int:
     if tile < least:
         raise ValueError(f"--tile: got {tile}, expected at least {least} pixels, {SMALLEST_TILE} tokens.")
     return tile // token * GRID
+
+
+def positions(width: int, height: int, factor: int) -> tuple[int, int]:
+    """Height and width of the latent of a picture of this size in pixels, padded to whole tokens."""
+    return math.ceil(height / (GRID * factor)) * GRID, math.ceil(width / (GRID * factor)) * GRID
 
 
 def tiles(height: int, width: int, side: int, overlap: float) -> int:

@@ -91,17 +91,17 @@ def _zero(img: Tensor, *_: Tensor) -> Tensor:
     return torch.zeros_like(img)
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], gap: int = GAP) -> Image.Image:
+def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """Pictures side by side and rows below each other, on white."""
-    width = max(sum(p.width + gap for p in row) - gap for row in rows)
-    sheet = Image.new("RGB", (width, sum(row[0].height + gap for row in rows) - gap), "white")
+    width = max(sum(p.width + GAP for p in row) - GAP for row in rows)
+    sheet = Image.new("RGB", (width, sum(row[0].height + GAP for row in rows) - GAP), "white")
     top = 0
     for row in rows:
         left = 0
         for picture in row:
             sheet.paste(picture, (left, top))
-            left += picture.width + gap
-        top += row[0].height + gap
+            left += picture.width + GAP
+        top += row[0].height + GAP
     return sheet
 
 
