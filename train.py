@@ -196,7 +196,7 @@ def load_model(settings: Settings, me: parallel.Processes, path: Path, dtype: to
     else:
         add_lora(flux, settings.rank, settings.alpha, settings.lora_targets, settings.seed)
         if settings.init_lora:
-            init_lora(flux, settings.init_lora)
+            init_lora(flux, settings.init_lora, settings.objective, fingerprint(path, "transformer"))
 
     # Each of these wraps the one before: compile a block, load its weights, recompute both in the backward pass.
     if settings.compile:  # one graph per kind of block, for any number of tokens

@@ -178,7 +178,8 @@ def _fault(file: Path, start: bytes, error: str) -> str:
     end = 8 + max(length, 1)
     if "not fully covered" in error:  # the header is complete; the data may be cut off, or be followed by other bytes
         end += max(entry["data_offsets"][1] for name, entry in json.loads(start[8:]).items() if name[:2] != "__")
-    return f"truncated, {size} bytes of {end}; download it again" if size < end else f"broken safetensors file: {error}"
+    cut = f"truncated, {size} of at least {end} bytes; download it again"
+    return cut if size < end else f"broken safetensors file: {error}"
 
 
 # --------------------------------------------------------------------------------------- names: diffusers' and ours

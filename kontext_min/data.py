@@ -114,7 +114,7 @@ def scan(root: Path) -> tuple[list[Picture], list[tuple[str, str]]]:
         raise FileNotFoundError(f"{root}: no such folder; expected a folder of pictures.")
     pictures, rejected = [], []
     files = dict(walk(root, lambda error: rejected.append((_text(error.filename), _reason(error)))))
-    captions = {name[:-4]: path for name, path in files.items() if name.lower().endswith(".txt")}
+    captions = {name[:-4]: path for name, path in files.items() if name.lower().endswith(".txt") and path.is_file()}
     found = {name: path for name, path in files.items() if path.suffix.lower() in ENDINGS}
     with ThreadPoolExecutor(THREADS) as pool:
         for (name, path), header in zip(found.items(), pool.map(_read_header, found.values()), strict=True):

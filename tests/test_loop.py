@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import loop_overhead
 import processes
@@ -390,6 +390,28 @@ def test_a_file_of_yours_among_those_of_a_run_is_left_alone(whole, flags, tmp_pa
     assert train.main([str(f) for f in [*flags, "--output-dir", tmp_path / "run", *more]]) == 2
     assert message in capsys.readouterr().err
     assert file.read_text() == "mine" and (tmp_path / "run" / "lora.safetensors").exists()
+
+
+def test_a_lora_of_yours_in_a_stopped_run_is_not_replaced(whole, flags, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "step-000006")
+    for content in (b"mine", save({"mine": torch.ones(1)})):
+        (folder / "lora.safetensors").write_bytes(content)
+        assert train.main([str(f) for f in [*flags, "--output-dir", folder]]) == 2
+        assert "holds lora.safetensors, which no run wrote" in capsys.readouterr().err
+        assert (folder / "lora.safetensors").read_bytes() == content
+
+
+def test_the_checkpoint_of_another_run_is_refused(whole, flags, tmp_path, capsys):
+    """Its shapes fit, so it would be continued, and the result would be that of neither run."""
+    other, folder = tmp_path / "other", shutil.copytree(whole, tmp_path / "run")
+    assert train.main([str(f) for f in [*flags, "--output-dir", other, "--sigma", "shift"]]) == 0
+    shutil.rmtree(folder / "checkpoints" / "step-000006")
+    shutil.copytree(other / "checkpoints" / "step-000006", folder / "checkpoints" / "step-000006")
+    assert train.main([str(f) for f in [*flags, "--output-dir", folder]]) == 2
+    assert "step-000006: is of a run with other settings than settings.json; delete it" in capsys.readouterr().err
+    shutil.rmtree(folder / "checkpoints" / "step-000006")
+    assert train.main([str(f) for f in [*flags, "--output-dir", folder]]) == 0
 
 
 def test_photographs_in_a_run_folder_are_not_overwritten(whole, flags, pictures, tmp_path, capsys):

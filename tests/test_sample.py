@@ -676,6 +676,28 @@ def test_scores_of_sheets_are_whole_when_a_folder_is_continued(small_bundle, tmp
     assert (tmp_path / "link.json").is_symlink()
 
 
+def test_scores_of_another_call_are_kept(small_bundle, tmp_path, capsys):
+    crop(32, 32).save(tmp_path / "in.png")
+    scored = ["--input", tmp_path / "in.png", "--weights", small_bundle, "--json", tmp_path / "s.json", "--degrade"]
+    assert run(*scored, "noise=0.1", "--output", tmp_path / "a.png") == 0
+    before = (tmp_path / "s.json").read_bytes()
+    assert run(*scored, "noise=0.2", "--output", tmp_path / "b.png") == 2
+    assert "exists and holds the scores of another call" in capsys.readouterr().err
+    assert (tmp_path / "s.json").read_bytes() == before and not (tmp_path / "b.png").exists()
+    assert run(*scored, "noise=0.2", "--output", tmp_path / "b.png", "--overwrite") == 0
+    assert (tmp_path / "s.json").read_bytes() != before
+
+
+def test_a_lora_of_zeros_says_that_it_changes_nothing(small_bundle, tmp_path, capsys):
+    flux = load_flux(small_bundle, dtype=torch.float32)
+    add_lora(flux, 2, 2, "attention")  # B is zero
+    save_lora(flux, tmp_path / "lora.safetensors")
+    crop(32, 32).save(tmp_path / "in.png")
+    args = ["--input", tmp_path / "in.png", "--output", tmp_path / "a.png", "--weights", small_bundle]
+    assert run(*args, "--lora", tmp_path / "lora.safetensors") == 0
+    assert "so this LoRA changes nothing" in capsys.readouterr().err
+
+
 def after_first_picture(number):
     """For a process of its own: a signal arrives when a picture has been written."""
     write = pictures.write
@@ -778,7 +800,8 @@ def test_where_nothing_can_be_written(foreign, tmp_path, place):
 )
 def test_every_cache_that_a_run_needs_is_checked(tmp_path, name, flags):
     (tmp_path / name).write_text("a file where a folder is wanted")
-    settings = train.Settings(hr_root=tmp_path, output_dir=tmp_path / ".." / "run", cache_dir=tmp_path)
+    (tmp_path / "hr").mkdir()
+    settings = train.Settings(hr_root=tmp_path / "hr", output_dir=tmp_path / ".." / "run", cache_dir=tmp_path)
     checks.check_training(settings)
     with pytest.raises(ValueError, match=re.escape(f"--cache-dir {tmp_path}: can't be written")):
         checks.check_training(dataclasses.replace(settings, **flags))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import kill_test
 import memorise
@@ -24,7 +25,9 @@ import sample
 import train
 from conftest import make_pictures
 from kontext_min import degrade, flow
+from kontext_min.checkpoints import metadata
 from kontext_min.extras import base, checkpointing, held_out, plan, prompts, report, runs, validation
+from kontext_min.extras.lora_files import trained_with
 from train import Settings
 
 FLAGS = "--resolution 64 --steps 4 --accumulate 1 --batch-size 2 --warmup 1 --workers 0 --checkpoint-every 2"
@@ -151,12 +154,39 @@ def test_a_changed_picture_or_caption_must_be_confirmed(run, tmp_path, capsys):
     before = first.read_bytes()
     Image.new("RGB", Image.open(first).size).save(first)
     assert run("--hr-root", hr, "--steps", 2) == 2
-    assert "pictures was" in capsys.readouterr().err
+    assert "pictures were added, removed or changed" in capsys.readouterr().err
     first.write_bytes(before)
     assert run("--hr-root", hr, "--steps", 2) == 0
     second.with_suffix(".txt").write_text("Restore the sky.")
     assert run("--hr-root", hr, "--steps", 2) == 2
-    assert "pictures was" in capsys.readouterr().err
+    assert "pictures were added, removed or changed" in capsys.readouterr().err
+
+
+def test_a_pipe_as_caption_is_not_waited_for_and_an_empty_one_is_named(run, tmp_path, capsys):
+    make_pictures(hr := tmp_path / "hr", texts=0)
+    names = sorted(path.stem for path in hr.glob("*.png"))
+    os.mkfifo(hr / f"{names[0]}.txt")
+    (hr / f"{names[1]}.txt").touch()
+    (hr / f"{names[2]}.txt").symlink_to("nowhere")
+    assert run("--steps", 1, "--hr-root", hr) == 0
+    printed = capsys.readouterr().out
+    assert "3 files left out (3 .txt)" in printed
+    for name, reason in zip(names, ("not a file", "an empty caption; --prompt", "a link that leads"), strict=False):
+        assert f"{name}.txt: {reason}" in printed
+
+
+def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tmp_path, capsys):
+    assert run("--steps", 1) == 0
+    file, about = tmp_path / "lora.safetensors", trained_with(metadata(tmp_path / "run" / "lora.safetensors"), "")
+    other = {"kontext_min": json.dumps(about | {"base": "another"})}
+    save_file(load_file(tmp_path / "run" / "lora.safetensors"), file, other)
+    capsys.readouterr()
+    assert run("--steps", 1, "--objective", "kontext", "--init-lora", file, "--overwrite") == 0
+    said = capsys.readouterr().err
+    assert "was trained for bridge, not for kontext" in said and "on another base model than --weights" in said
+    again = ["--steps", 1, "--objective", "kontext", "--output-dir", tmp_path / "b"]
+    assert run(*again, "--init-lora", tmp_path / "run") == 0
+    assert "note: --init-lora" not in capsys.readouterr().err
 
 
 def test_a_run_is_overwritten_only_when_all_else_is_right(run, tmp_path, capsys):
@@ -176,7 +206,7 @@ def test_a_run_that_lost_its_settings_or_has_other_pictures_says_so(run, picture
     assert run("--hr-root", hr, "--steps", 2) == 0
     (hr / "03.png").unlink()
     assert run("--hr-root", hr, "--steps", 2) == 2
-    assert "pictures was " in capsys.readouterr().err
+    assert "pictures were added, removed or changed" in capsys.readouterr().err
     for text in ("{ not JSON", None):
         (tmp_path / "run" / "settings.json").unlink()
         if text:
@@ -301,6 +331,11 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--resolution", "100000"], "--resolution: got 100000, expected at least 16 and at most 4096"),
         (["--rank", "100000"], "--rank: got 100000, expected 1 to"),
         (["--cache-dir", "{here}/text.jpg"], "--cache-dir {here}/text.jpg: can't be written"),
+        (["--cache-dir", "{hr}/cache"], "--cache-dir {hr}/cache: lies in --hr-root"),
+        (["--output-dir", "/"], "--output-dir /: is no place for a run"),
+        (["--output-dir", "{weights}/transformer", "--overwrite"], "/transformer: is no place for a run"),
+        (["--val-root", "{here}/empty", "--validate-every-epochs", "0"], "its pictures are not used"),
+        (["--hr-root", "{here}/mine"], "/mine/restored: holds pictures that sample.py restored"),
         *(
             (["--weights", "{bad}", "--defaults", text], f"{{bad}}/defaults.json: {message}")
             for text, message in (
@@ -323,7 +358,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures
     if bad:  # a file's text, not a flag
         (bad / "defaults.json").write_text(flags[-1].format())
         flags = flags[:2]
-    names = {"here": tmp_path, "flux": flux, "bad": bad, "hr": pictures}
+    (shutil.copytree(pictures, tmp_path / "mine" / "restored") / ".restored-with.jsonl").touch()
+    names = {"here": tmp_path, "flux": flux, "bad": bad, "hr": pictures, "weights": small_bundle}
     assert run(*(f.format(**names) for f in flags)) == 2
     printed = capsys.readouterr()
     error = printed.err.strip().splitlines()[-1]

@@ -21,6 +21,7 @@ from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
 from kontext_min.extras import runs
 from kontext_min.extras.flags import check_values
+from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.pictures import existing
 
 
@@ -139,6 +140,18 @@ def check_training(s: Any) -> None:
             s.hr_root.is_dir() and out.resolve().is_relative_to(s.hr_root.resolve()),
             f"--output-dir {out}: lies in --hr-root, so its pictures would be trained on; move it",
         ),
+        (
+            s.hr_root.is_dir() and s.cache_dir.resolve().is_relative_to(s.hr_root.resolve()),
+            f"--cache-dir {s.cache_dir}: lies in --hr-root, among your pictures; name another folder",
+        ),
+        (
+            out.resolve() == Path(out.resolve().anchor) or out.resolve().is_relative_to(s.weights.resolve()),
+            f"--output-dir {out}: is no place for a run; name a folder outside --weights, such as runs/mine",
+        ),
+        (
+            s.val_root and s.validate_every_epochs == 0,
+            "--val-root: with --validate-every-epochs 0 its pictures are not used; leave one of the two out",
+        ),
     )
 
 
@@ -209,6 +222,11 @@ def check_sampling(s: Any) -> None:
         (
             s.json and s.json.exists() and not is_scores(s.json),
             f"--json {s.json}: exists and holds no scores; name another file",
+        ),
+        (
+            # What is restored in --output tells the scores of this call, continued, from those of another.
+            s.json and s.json.exists() and s.json.stat().st_size and not (s.overwrite or (s.output / RECORD).is_file()),
+            f"--json {s.json}: exists and holds the scores of another call; name another file, or add --overwrite",
         ),
         (s.report and not folder, "--report: is for folders; of one picture, --compare shows before and after"),
         (

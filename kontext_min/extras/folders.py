@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kontext_min.extras.pictures import RECORD, Job, reference_of
+from kontext_min.extras.inventory import RECORD
+from kontext_min.extras.pictures import Job, reference_of
 from kontext_min.extras.runs import in_words, lock
 from kontext_min.extras.saving import naming
 

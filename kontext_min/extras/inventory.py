@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from kontext_min.data import ENDINGS, Picture, Size, nearest_bucket, walk
 
+RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
 # Pictures that Pillow cannot read.
 UNREAD = {
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq",
@@ -20,21 +21,29 @@ UNREAD = {
 def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     """(name, reason) of files below a folder that `scan` does not read.
 
-    These are pictures of formats that Pillow lacks, links that lead nowhere, and text files that other programs take
-    for captions of the pictures.
+    These are pictures of formats that Pillow lacks, links that lead nowhere, pipes, empty captions, and text files that
+    other programs take for captions of the pictures.
+
+    Raises:
+        ValueError: some of the pictures are results of sample.py, which are not clean.
     """
+    for folder in {parent for p in pictures for parent in p.path.parents if root in parent.parents}:
+        if (folder / RECORD).exists():
+            raise ValueError(f"{folder}: holds pictures that sample.py restored, and {root} should hold clean ones.")
     files, left_out = dict(walk(root)), []
     for name, path in files.items():
         ending = path.suffix.lower()
         if ending in UNREAD - ENDINGS:
             left_out.append((name, f"Pillow cannot read {ending} files; convert it to PNG or JPEG"))
-        elif path.is_symlink() and ending not in ENDINGS and not path.exists():
-            left_out.append((name, "a link that leads nowhere"))
+        elif ending not in ENDINGS and not path.is_file():  # a pipe as a caption would be waited for
+            left_out.append((name, "not a file" if path.exists() else "a link that leads nowhere"))
     # Some programs write .TXT.
     lower = {name[: -len(path.suffix)] + path.suffix.lower(): name for name, path in files.items() if path.suffix}
     for p in pictures:
         stem = p.name.rpartition(".")[0]
         others = [text for text in (f"{p.name}.txt", f"{stem}.caption", f"{p.name}.caption") if text in lower]
+        if p.caption and not p.caption.stat().st_size:
+            left_out.append((f"{stem}.txt", "an empty caption; --prompt takes its place"))
         if others and not p.caption:
             reason = f"not read as a caption; rename it to {PurePosixPath(stem).name}.txt"
             left_out.append((lower[others[0]], reason))

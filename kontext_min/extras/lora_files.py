@@ -630,6 +630,8 @@ def load_lora(model: Flux, path: str | Path, strength: float = 1.0) -> dict[str,
         FileNotFoundError, ValueError: no such file; not a plain, whole LoRA of this model.
     """
     lora, metadata = factors_for(model, path)
+    if not any(factors.up.any() and factors.down.any() for factors in lora.values()):
+        print(f"note: {path}: A or B is 0 in all modules, so this LoRA changes nothing", file=sys.stderr)
     device = next(model.parameters()).device
     for name, (down, up, alpha) in lora.items():
         base, downs, ups, alpha = model.get_submodule(name), [down.to(device)], [up.to(device)], strength * alpha
@@ -645,8 +647,11 @@ def load_lora(model: Flux, path: str | Path, strength: float = 1.0) -> dict[str,
 
 
 @torch.no_grad()
-def init_lora(model: Flux, path: str | Path) -> None:
+def init_lora(model: Flux, path: str | Path, objective: str | None = None, base: str | None = None) -> None:
     """Start the LoRA that add_lora put on a model from that of a file.
+
+    A note says so if the file was trained for another `objective`, or on another `base` (a fingerprint): it then starts
+    from far away.
 
     Where the model's rank is higher, the rows of A that the file lacks keep their random start and their columns of B
     are zero, as at any start; modules that the file lacks start at zero. So the first step runs what the file holds.
@@ -654,7 +659,12 @@ def init_lora(model: Flux, path: str | Path) -> None:
     Raises:
         FileNotFoundError, ValueError: as for load_lora; a module without a LoRA on the model; a lower rank.
     """
-    (lora, _), layers = factors_for(model, path), lora_layers(model)
+    (lora, metadata), layers = factors_for(model, path), lora_layers(model)
+    about = trained_with(metadata, path)
+    if objective and about.get("objective", objective) != objective:
+        print(f"note: --init-lora {path}: was trained for {about['objective']}, not for {objective}", file=sys.stderr)
+    if base and about.get("base", base) != base:
+        print(f"note: --init-lora {path}: was trained on another base model than --weights", file=sys.stderr)
     apart = [name for name in lora if name not in layers]
     if apart:
         raise ValueError(f"{path}: has {', '.join(apart[:3])}, which do not train here; choose other --lora-targets.")

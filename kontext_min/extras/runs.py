@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kontext_min.checkpoints import metadata
 from kontext_min.extras.saving import naming, save_file
 
 # What a run writes. Nothing else in its folder is replaced or deleted.
@@ -97,6 +98,8 @@ def open_run(
     results = [name for name in there if name.startswith(("lora", "transformer"))]
     if results and not last:
         raise ValueError(f"{folder}: holds {results[0]}, but no checkpoint to continue from; {instead}.")
+    if yours := [name for name in results if name.endswith(".safetensors") and not _of_this_project(folder / name)]:
+        raise ValueError(f"{folder}: holds {yours[0]}, which no run wrote and this run would replace; move it.")
     if there and not accept:
         if before is None:
             raise ValueError(
@@ -104,9 +107,12 @@ def open_run(
                 f"--accept-changes, or {instead}."
             )
         changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
-        what = "; ".join(f"{k} was {v}, is {settings[k]}" for k, v in changed.items() if k not in MAY_CHANGE)
-        if what:
-            raise ValueError(f"{folder}: settings changed: {what}. Continue with --accept-changes, or {instead}.")
+        words = {"pictures": "pictures were added, removed or changed, or their captions were"}
+        lines = [words.get(k, f"{k} was {v}, is {settings[k]}") for k, v in changed.items() if k not in MAY_CHANGE]
+        if lines:
+            raise ValueError(f"{folder}: settings changed: {'; '.join(lines)}. Give --accept-changes, or {instead}.")
+        if last and (made_with := _read_state(last).get("settings")) and made_with != _result_settings(folder):
+            raise ValueError(f"{last}: is of a run with other settings than settings.json; delete it, or {instead}.")
     return last
 
 
@@ -156,6 +162,26 @@ def _settings_of_a_run(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(versions, dict) and "kontext_min" in versions else None
 
 
+def _result_settings(folder: Path) -> str:
+    """A hash of the settings in settings.json that the result depends on."""
+    settings = _settings_of_a_run(folder) or {}
+    return hash_of(sorted((k, v) for k, v in settings.items() if k not in MAY_CHANGE))
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json of a checkpoint holds; empty if it is broken, which `load_checkpoint` says."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    return {}
+
+
+def _of_this_project(file: Path) -> bool:
+    """Whether the header of a result says that train.py wrote it."""
+    with suppress(ValueError, OSError):
+        return "kontext_min" in metadata(file)
+    return False
+
+
 def written(folder: Path) -> list[Path]:
     """The files and checkpoints in a folder that a run wrote, or that have their names."""
     found = (*folder.glob("*"), *folder.glob("*/*"))
@@ -176,6 +202,8 @@ def _delete(path: Path) -> None:
 def in_words(error: BaseException) -> str:
     """An error without the [Errno 28] of the system's own, and with the file it is about."""
     system = [getattr(error, part, None) for part in ("filename", "strerror")]
+    if getattr(error, "errno", None) == errno.EMFILE:
+        system[1] = "this program may open no more files; raise the limit with ulimit -n"
     return ": ".join(str(part) for part in system if part) or str(error).strip()
 
 
@@ -240,7 +268,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def save_checkpoint(
     folder: Path,
     files: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
+    state: dict[str, Any],
     save_result: Callable[[Path], None],
 ) -> None:
     """Write checkpoints/step-000500/: a safetensors file for each of `files`, state.json, and the result to use.
@@ -260,7 +288,8 @@ def save_checkpoint(
         for name, tensors in files.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, aside / f"{name}.safetensors")
         save_result(aside)
-        (aside / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        made_with = {"settings": _result_settings(folder)}
+        (aside / "state.json").write_text(json.dumps(state | made_with, indent=1) + "\n", encoding="utf-8")
         for path in (*aside.rglob("*"), aside):  # the data must be on the disk before the name is
             _flush(path)
         aside.rename(target)
