@@ -169,7 +169,7 @@ def _read_header(file: Path) -> tuple[Headers, dict[str, str]]:
 def _fault(file: Path, start: bytes, error: str) -> str:
     """What is wrong with a file that the library rejects; `start` is its beginning, up to the end of the header."""
     length, size = int.from_bytes(start[:8], "little"), file.stat().st_size
-    if size > 8 and (start[8:9] != b"{" or length > LONGEST):
+    if length > LONGEST or (size > 8 and start[8:9] != b"{"):
         kind = next(
             (kind for mark, kind in OTHER_FILES.items() if start.startswith(mark)),
             "of another kind; expected .safetensors",

@@ -700,9 +700,11 @@ def test_bad_input_of_sample_is_one_clear_line(small_bundle, pictures, tmp_path,
 
 @pytest.mark.parametrize("program", [train, sample])
 def test_unknown_flags_and_bad_values_are_named(program, capsys):
-    for argv, message in ((["--colour"], "--colour"), (["--seed", "many"], "invalid int value: 'many'")):
+    cases = [(["--colour"], "--colour"), (["--seed", "many"], "invalid int value: 'many'")]
+    for argv, message in [*cases, (["--seed", "x" * 10**5], "xxx ... xxx")]:
         required = ["--hr-root", "x"] if program is train else ["--input", "x", "--output", "y"]
         with pytest.raises(SystemExit) as stopped:
             program.main([*required, *argv])
         assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert message in error and len(error) < 1000

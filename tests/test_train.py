@@ -332,6 +332,9 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--rank", "100000"], "--rank: got 100000, expected 1 to"),
         (["--cache-dir", "{here}/text.jpg"], "--cache-dir {here}/text.jpg: can't be written"),
         (["--cache-dir", "{hr}/cache"], "--cache-dir {hr}/cache: lies in --hr-root"),
+        (["--alpha", "1e-300"], "--alpha: got 1e-300, expected at least 0.001"),
+        (["--output-dir", "x" * 256], f"--output-dir {'x' * 40}...: a name of more than 255 bytes"),
+        (["--vae", "{here}/tiny.txt"], "tiny.txt: not a safetensors file"),
         (["--output-dir", "/"], "--output-dir /: is no place for a run"),
         (["--output-dir", "{weights}/transformer", "--overwrite"], "/transformer: is no place for a run"),
         (["--val-root", "{here}/empty", "--validate-every-epochs", "0"], "its pictures are not used"),
@@ -340,8 +343,8 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
             (["--weights", "{bad}", "--defaults", text], f"{{bad}}/defaults.json: {message}")
             for text, message in (
                 ('{{"batch_size": 2.5}}', "batch_size is 2.5, expected a number such as 1"),
-                ('{{"lr": NaN}}', "--lr: got nan, expected more than 0"),
-                ('{{"lr": 5}}', "--lr: got 5, expected more than 0"),
+                ('{{"lr": NaN}}', "--lr: got nan, expected at least 1e-09"),
+                ('{{"lr": 5}}', "--lr: got 5, expected at least 1e-09"),
             )
         ),
     ],
@@ -350,6 +353,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures
     for name in ("empty", "broken"):
         (tmp_path / name).mkdir()
     (tmp_path / "text.jpg").write_text("this is no picture")
+    (tmp_path / "tiny.txt").write_text("mine")
     (tmp_path / "broken" / "text.jpg").write_text("this is no picture")
     photo = (Path(__file__).parent / "photos" / "bowl.jpg").read_bytes()
     (tmp_path / "broken" / "cut.JPG").write_bytes(photo[: len(photo) // 3])

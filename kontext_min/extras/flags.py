@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import shlex
 import sys
 import types
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+LONGEST_NAME = 255  # bytes in the name of a file or folder; longer ones exist on no usual disk
 
 
 def flag(
@@ -54,6 +56,7 @@ class _Parser(argparse.ArgumentParser):
     """Without the usage of fifty flags before the line that counts."""
 
     def error(self, message: str) -> NoReturn:
+        message = message if len(message) < 400 else f"{message[:200]} ... {message[-100:]}"
         self.exit(2, f"{self.prog}: {message}. --help shows all flags.\n")
 
 
@@ -131,6 +134,8 @@ def check_values(settings: Any) -> None:
     """
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), name_of(field.name)
+        if isinstance(value, Path) and max(map(len, map(os.fsencode, value.parts)), default=0) > LONGEST_NAME:
+            raise ValueError(f"{name} {str(value)[:40]}...: a name of more than {LONGEST_NAME} bytes; check the path.")
         least, most, above, there = (field.metadata[key] for key in ("least", "most", "above", "there"))
         if there and value and not (value.is_dir() if there == "folder" else value.exists()):
             raise ValueError(f"{name} {value}: no such {there}; check the path.")
