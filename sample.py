@@ -80,7 +80,7 @@ class Settings:
         None, f"network evaluations; default: {STEPS['bridge']}, kontext {STEPS['kontext']}", least=1, most=10_000
     )
     solver: str = method("auto", "auto: euler for kontext or one evaluation, else midpoint", ("auto", *SOLVERS))
-    strength: float = method(1.0, "fraction of the path to follow; less changes less", above=0, most=1)
+    strength: float = method(1.0, "fraction of the path to follow; less changes less", least=1e-3, most=1)
     fidelity: float = method(0.0, "pull towards the input; 0 = off", least=0, most=1)
     color_fix: str = method("none", "match the input's colors; not for faded or dark pictures", pictures.COLOUR_FIXES)
     seed: int = method(42, "seed of the source noise and of --degrade", least=0, most=2**63 - 1)

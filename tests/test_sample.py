@@ -30,7 +30,7 @@ from kontext_min import data, degrade
 from kontext_min.checkpoints import load_flux
 from kontext_min.extras import checks, fidelity, folders, metrics, pictures
 from kontext_min.extras.lora_files import save_lora
-from kontext_min.lora import add_lora
+from kontext_min.lora import add_lora, lora_layers
 from test_loop import HOLD
 from test_report import data_of
 
@@ -572,6 +572,7 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--steps", "1000000000000"], "--steps: got 1000000000000"),
         (["--strength", "0"], "--strength: got 0.0"),
         (["--strength", "nan"], "--strength: got nan"),
+        (["--strength", "1e-300"], "--strength: got 1e-300, expected at least 0.001"),
         (["--fidelity", "1.5"], "--fidelity: got 1.5"),
         (["--reference", "{here}/nowhere"], "nowhere: no such file or folder"),
         (["--reference", "{here}/text.jpg"], "text.jpg: not a picture"),
@@ -696,6 +697,12 @@ def test_a_lora_of_zeros_says_that_it_changes_nothing(small_bundle, tmp_path, ca
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "a.png", "--weights", small_bundle]
     assert run(*args, "--lora", tmp_path / "lora.safetensors") == 0
     assert "so this LoRA changes nothing" in capsys.readouterr().err
+    for layer in lora_layers(flux).values():
+        layer.lora_B.data.fill_(0.01)
+    save_lora(flux, tmp_path / "lora.safetensors")
+    for strength, said in (("1e-300", True), ("1", False)):
+        assert run(*args, "--overwrite", "--lora", f"{tmp_path / 'lora.safetensors'}={strength}") == 0
+        assert ("so this LoRA changes nothing" in capsys.readouterr().err) == said
 
 
 def after_first_picture(number):
