@@ -234,7 +234,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         # Not image.getexif(): for a PNG it decodes the whole picture to look for EXIF after the pixels.
         found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-        return 1 if image.format == "TIFF" else found
+        return found if found in TURNS and image.format != "TIFF" else 1
     except Exception:
         return 1
 

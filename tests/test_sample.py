@@ -782,6 +782,16 @@ def foreign(monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "foreign" and access(path, mode))
 
 
+@pytest.mark.parametrize("flag", ["input", "output", "reference"])
+def test_a_folder_that_may_not_be_entered_is_named_with_its_flag(foreign, tmp_path, flag):
+    """Without the check, --input IN would be blamed for an --output that can't be read."""
+    for name in ("in", "out", "foreign"):
+        (tmp_path / name).mkdir()
+    places = {"input": tmp_path / "in", "output": tmp_path / "out", flag: tmp_path / "foreign"}
+    with pytest.raises(ValueError, match=re.escape(f"--{flag} {tmp_path / 'foreign'}: Permission denied")):
+        checks.check_sampling(sample.Settings(**places))
+
+
 @pytest.mark.parametrize("place", ["in.png/cache", "foreign", "file"])
 def test_where_nothing_can_be_written(foreign, tmp_path, place):
     """A file where a folder is wanted, and a folder that another user owns: sample.py keeps its cache elsewhere.
@@ -796,7 +806,8 @@ def test_where_nothing_can_be_written(foreign, tmp_path, place):
     assert own[0] != own[1] and all(path.stat().st_mode & 0o777 == 0o700 for path in own)
     assert {path.parent for path in own} == {Path(tempfile.gettempdir())}
     assert checks.cache_for(tmp_path / "new" / "er") == tmp_path / "new" / "er"
-    with pytest.raises(ValueError, match=re.escape(f"--cache-dir {tmp_path / place}: can't be written")):
+    reason = "Permission denied" if place == "foreign" else "can't be written"
+    with pytest.raises(ValueError, match=re.escape(f"--cache-dir {tmp_path / place}: {reason}")):
         checks.check_training(
             train.Settings(hr_root=tmp_path, output_dir=tmp_path / "x" / "y", cache_dir=tmp_path / place)
         )

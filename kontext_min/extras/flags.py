@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
-LONGEST_NAME = 255  # bytes in the name of a file or folder; longer ones exist on no usual disk
 
 
 def flag(
@@ -130,12 +129,17 @@ def check_values(settings: Any) -> None:
     """Check the range of every number, and that the files and folders to read are there.
 
     Raises:
-        ValueError: a number is not finite or outside its range, or there is no such file; it names the flag.
+        ValueError: a number is not finite or outside its range, or a file is not there or not yours; it names the flag.
     """
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), name_of(field.name)
-        if isinstance(value, Path) and max(map(len, map(os.fsencode, value.parts)), default=0) > LONGEST_NAME:
-            raise ValueError(f"{name} {str(value)[:40]}...: a name of more than {LONGEST_NAME} bytes; check the path.")
+        if isinstance(value, Path):
+            try:
+                allowed = not value.is_dir() or os.access(value, os.R_OK | os.X_OK)
+            except OSError as error:  # a name that is too long, or a folder above that may not be entered
+                raise ValueError(f"{name} {str(value)[:200]}: {error.strerror}; check the path.") from None
+            if not allowed:
+                raise ValueError(f"{name} {value}: Permission denied; name another folder.")
         least, most, above, there = (field.metadata[key] for key in ("least", "most", "above", "there"))
         if there and value and not (value.is_dir() if there == "folder" else value.exists()):
             raise ValueError(f"{name} {value}: no such {there}; check the path.")

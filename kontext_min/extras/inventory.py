@@ -13,8 +13,8 @@ RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see fold
 # Pictures that Pillow cannot read.
 UNREAD = {
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq",
-    ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".srw", ".svg", ".wmf",
-    ".x3f", ".xcf",
+    ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".spi", ".spider", ".srw",
+    ".svg", ".wmf", ".x3f", ".xcf",
 }  # fmt: skip
 
 

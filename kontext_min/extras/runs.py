@@ -334,7 +334,9 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         odd = isinstance(error, KeyError | TypeError)
         reason = "state.json is not the state of this step" if odd else in_words(error)
-        raise ValueError(f"{checkpoint}: broken ({reason}); delete it to continue from the one before.") from None
+        raise ValueError(
+            f"{checkpoint}: broken ({reason}); delete it to continue from the one before it, if any."
+        ) from None
 
 
 def restore(
