@@ -88,7 +88,7 @@ if not re.fullmatch(r"[1-9]\d{0,17}(e\d{1,2})?", LIMIT):
     print(f"{program}: KONTEXT_MAX_PIXELS: got {LIMIT!r}, expected a number of pixels, such as 5e8.", file=sys.stderr)
     sys.exit(2)
 Image.MAX_IMAGE_PIXELS = int(float(LIMIT)) // 2
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module="PIL")  # of sizes and broken EXIF; what matters is an error
 # It allows 1 MB for each text or color profile of a PNG; editors write more. The total stays limited to 64 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 

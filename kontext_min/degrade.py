@@ -330,8 +330,8 @@ def parse(spec: str) -> Step:
         step = _read_steps(tokens)
         if tokens:
             raise ValueError(f"unexpected {tokens[0]!r}; join steps by ',' or '|' and open every parenthesis")
-    except ValueError as error:
-        raise ValueError(f"--degrade {spec!r}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--degrade {spec[:1000]!r}: {error}") from error
     return step
 
 

@@ -429,6 +429,12 @@ def test_error_lines(spec, says):
     assert says in message and "\n" not in message and message.startswith(f"--degrade {spec!r}: ")
 
 
+def test_too_many_parentheses_are_one_short_line():
+    with pytest.raises(ValueError, match=r"^--degrade '\(\(.*recursion") as caught:
+        parse("(" * 5000)
+    assert len(str(caught.value)) < 2000
+
+
 def test_contact_sheet_command(tmp_path, capsys):
     photo = tmp_path / "photo.png"
     PHOTO.resize((400, 300)).save(photo)

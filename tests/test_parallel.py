@@ -197,9 +197,21 @@ def test_a_dead_process_ends_the_others_with_a_message(small_bundle, pictures, t
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 1
     assert "SIGKILL" in done.stderr  # torchrun names who died and of what
+    assert "another process of this run ended" in done.stderr
+    assert f'{train.__file__}", line' not in done.stderr  # the only traceback is that of torchrun
     assert runs.latest_checkpoint(tmp_path / "run").name == "step-000004"
     runs.load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000004")
     assert [row["step"] for row in metrics(tmp_path / "run")][-1] >= 4
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RANK": "5"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "-1"}, {"WORLD_SIZE": "abc"}]
+)
+def test_an_environment_that_torchrun_did_not_make_is_one_line(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"^RANK=.* WORLD_SIZE=.* in the environment: unset them, or start with torch"):
+        parallel.start("cpu")
 
 
 def test_one_process_needs_no_group():

@@ -30,6 +30,7 @@ from kontext_min import data, degrade
 from kontext_min.checkpoints import load_flux
 from kontext_min.extras import checks, fidelity, folders, metrics, pictures
 from kontext_min.extras.lora_files import save_lora
+from kontext_min.extras.scores import Scores
 from kontext_min.lora import add_lora, lora_layers
 from test_loop import HOLD
 from test_report import data_of
@@ -675,6 +676,45 @@ def test_scores_of_sheets_are_whole_when_a_folder_is_continued(small_bundle, tmp
     assert "1 restored, 1 there before, 0 not restored" in capsys.readouterr().out
     assert len(first) == 3 and json.loads((tmp_path / "scores.json").read_text()) == first
     assert (tmp_path / "link.json").is_symlink()
+
+
+def test_one_name_that_cannot_be_written_does_not_stop_a_folder(small_bundle, tmp_path, capsys):
+    """A name that becomes too long, for a folder that is not there yet; a.gif beside a.gif.png, which it becomes."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.gif", "a.gif.png", f"{'l' * 250}.gif", "z.png"):
+        crop(32, 32).save(tmp_path / "in" / name)
+    assert run("--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle) == 1
+    said = capsys.readouterr().err
+    assert "not restored: a.gif: would become a.gif.png, which is another picture of the folder" in said
+    assert f"{'l' * 250}.gif.png: File name too long; rename the picture" in said
+    assert sorted(path.name for path in (tmp_path / "out").glob("[az]*")) == ["a.gif.png", "z.png"]
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_error(small_bundle, tmp_path):
+    (tmp_path / "in").mkdir()
+    crop(32, 32).save(tmp_path / "in" / "caf\u00e9.png")
+    argv = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    program = Path(sample.__file__)
+    done = subprocess.run([sys.executable, program, *argv], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "caf\u00e9.png").exists()
+
+
+def test_scores_that_came_since_the_start_are_kept(small_bundle, tmp_path, capsys, monkeypatch):
+    """Two calls at once with one --json."""
+    crop(32, 32).save(tmp_path / "in.png")
+    write = Scores.write
+
+    def late(self, restored):
+        (tmp_path / "s.json").write_text("[]")
+        return write(self, restored)
+
+    monkeypatch.setattr(Scores, "write", late)
+    args = ["--input", tmp_path / "in.png", "--output", tmp_path / "a.png", "--weights", small_bundle]
+    assert run(*args, "--degrade", "noise=0.1", "--json", tmp_path / "s.json") == 0
+    assert "s.json: has come since the start, and is kept" in capsys.readouterr().out
+    assert (tmp_path / "s.json").read_text() == "[]"
 
 
 def test_scores_of_another_call_are_kept(small_bundle, tmp_path, capsys):

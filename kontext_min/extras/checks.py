@@ -19,7 +19,7 @@ from typing import Any
 from kontext_min import degrade
 from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
-from kontext_min.extras import runs
+from kontext_min.extras import parallel, runs
 from kontext_min.extras.flags import check_values
 from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.pictures import existing
@@ -96,7 +96,7 @@ def check_training(s: Any) -> None:
         (s.full and (s.quantize or s.stream), f"--full trains all weights, {whole}"),
         (s.shard and (s.quantize or s.stream), f"--shard spreads the weights themselves, {whole}"),
         (
-            s.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2,
+            s.shard and parallel.place()[1] < 2,
             "--shard spreads the weights over processes; start them with torchrun --nproc-per-node N",
         ),
         (s.full and s.dtype == "bfloat16", "--full trains in float32; leave --dtype out"),

@@ -57,13 +57,25 @@ class Processes:
             print(text, flush=True)
 
 
+def place() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun says in the environment; 0 and 1 without it.
+
+    Raises:
+        ValueError: they are no such numbers.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK={rank} WORLD_SIZE={world} in the environment: unset them, or start with torchrun.")
+    return int(rank), int(world)
+
+
 def start(device: str) -> Processes:
     """Join the other processes if torchrun started this one; `auto` takes a GPU if there is one.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: no such device on this machine, or an environment that torchrun did not make.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -142,6 +154,12 @@ def first_goes_ahead(processes: Processes) -> Iterator[None]:
     yield
     if processes.first:
         wait()
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error says that another process of the group ended or does not answer."""
+    signs = ("Connection closed", "Connection reset", "Broken pipe", "timed out", "NCCL")
+    return dist.is_initialized() and isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def finish(code: int) -> int:

@@ -152,7 +152,11 @@ def _find_in_folder(source: Path, target: Path) -> tuple[list[Job], list[tuple[s
     rejected = [(name, why) for name, why in rejected if made.isdisjoint((source / name).resolve().parents)]
     if not jobs and not rejected:
         raise ValueError(f"--input {source}: no pictures in this folder.")
+    names = {job.name for job in jobs}
     reasons = {job.name: reason for job in jobs if (reason := _unwritable(job))}
+    for job in jobs:  # a.gif becomes a.gif.png
+        if (written := job.output.relative_to(target).as_posix()) != job.name and written in names:
+            reasons[job.name] = f"would become {written}, which is another picture of the folder; rename one of them"
     return [job for job in jobs if job.name not in reasons], sorted([*rejected, *reasons.items()])
 
 
@@ -166,6 +170,8 @@ def _unwritable(job: Job) -> str | None:
     limit = LARGEST_SIDE.get(KINDS[job.output.suffix.lower()])
     if limit and max(job.size) > limit:
         return f"{job.output}: {max(job.size)} pixels a side, but this format has at most {limit}; use .png or .tif."
+    if len(os.fsencode(job.output.name)) > 255:  # the folder may not be there yet, and could not say so
+        return f"{job.output}: File name too long; rename the picture."
     try:
         if job.output.is_dir():
             return f"{job.output}: is a folder, expected a file or nothing."

@@ -58,6 +58,8 @@ def _more(error: BaseException) -> str:
 def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
     for stream in ("stdout", "stderr"):  # None if they were closed before the start: `sample.py >&-`
         setattr(sys, stream, getattr(sys, stream) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        if hasattr(getattr(sys, stream), "reconfigure"):  # a name that the terminal lacks letters for is no error
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
     runs.on_stop(signal.default_int_handler)  # `kill` and a closed terminal end a program as Ctrl-C does
     try:
         return program(settings)
@@ -81,6 +83,10 @@ def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
         if str(error).startswith("Symlink loop"):  # of Path.resolve
             print(f"{name}: {error}: a link that leads to itself; name another path", file=sys.stderr)
             return 2
+        if parallel.lost_another(error):
+            print(f"{name}: another process of this run ended, so this one stops; the same command continues from "
+                  "the last checkpoint", file=sys.stderr)  # fmt: skip
+            return 1
         # Shown here and not by the interpreter, which would keep the loader's processes alive for it
         traceback.print_exc()
         return 1

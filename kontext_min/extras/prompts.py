@@ -123,7 +123,7 @@ def encode(
 def _whole(file: Path) -> bool:
     try:
         return read_headers([file]).keys() == {"txt", "y"}
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False
 
 

@@ -21,6 +21,7 @@ class Scores:
         values = to_json(settings)
         versions = {"kontext_min": __version__, "torch": torch.__version__, "device": str(device)}
         self.settings = values | {"defaults": defaults(settings, values), "versions": versions}
+        self.known = settings.overwrite or (settings.json and settings.json.exists())  # at the start, checks.py looked
         self.json, self.folder = settings.json, settings.output if settings.report else None
         self.wanted = bool(settings.degrade or settings.reference or settings.report)
         self.rows: list[metrics.Row] = []
@@ -42,7 +43,9 @@ class Scores:
         mean = metrics.mean_row(self.rows) if self.rows else None
         rows = [*self.rows, mean] if mean else []
         lines = [metrics.table(rows)] if mean else []
-        if self.json:
+        if self.json and self.json.exists() and not self.known:
+            lines.append(f"--json {self.json}: has come since the start, and is kept; the scores are those above")
+        elif self.json:
             write_json(self.json.resolve(), finite(rows))  # a link stays, and what it leads to is written
         if self.figures:
             lines.append(report.write_restored_report(self.folder, self.figures, restored, mean, self.settings))
