@@ -81,18 +81,11 @@ def check_training(s: Any) -> None:
         ValueError: a value outside its range, or flags that contradict each other.
     """
     check_values(s)
-    most, out = 4 * (os.cpu_count() or 1), s.output_dir or Path("runs")
+    check_folders(s)
+    most = 4 * (os.cpu_count() or 1)
     whole = "so it excludes --quantize and --stream; leave them out"
     auto = s.start_time == "auto"
-    read = [s.init_lora, s.transformer, s.vae, s.clip, s.t5, *(s.weights / name for name in FOLDERS.values())]
-    read += [s.hr_root, s.lr_root, s.val_root]
-    deleted = [path.resolve() for path in runs.written(out)] if s.overwrite and s.output_dir else []
-    lost = next((p for p in read if p and any(would_lose(p.resolve(), path) for path in deleted)), None)
-    page = out / "report.html"
-    cached = ["prompts"] + ["latents"] * bool(s.cache_latents) + ["quantized"] * bool(s.stream and s.quantize)
     refuse(
-        (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),
-        (s.output_dir and page.exists() and not is_report(page), f"--output-dir: {page} is not that of a run; move it"),
         (s.full and (s.quantize or s.stream), f"--full trains all weights, {whole}"),
         (s.shard and (s.quantize or s.stream), f"--shard spreads the weights themselves, {whole}"),
         (
@@ -121,16 +114,39 @@ def check_training(s: Any) -> None:
             s.objective == "kontext" and (s.source_noise or auto or number(s.start_time) != 1),
             "--objective kontext starts from pure noise; leave out --source-noise and --start-time",
         ),
-        (
-            not all(can_write(s.cache_dir / name / "file") for name in cached),
-            f"--cache-dir {s.cache_dir}: can't be written; name another folder",
-        ),
         (s.workers > most, f"--workers: got {s.workers}, expected at most {most}, four per CPU core"),
         (
             s.tensorboard and not find_spec("tensorboard"),
             "--tensorboard: the package is not installed; pip install tensorboard, or leave the flag out",
         ),
         (s.degrade and s.lr_root, "--degrade: the pictures in --lr-root are degraded already; leave one of them out"),
+        (
+            s.val_root and s.validate_every_epochs == 0,
+            "--val-root: with --validate-every-epochs 0 its pictures are not used; leave one of the two out",
+        ),
+    )
+
+
+def check_folders(s: Any) -> None:
+    """The folders of train.py: what it writes must not replace, lose or mix with what it reads.
+
+    Raises:
+        ValueError: they do.
+    """
+    out = s.output_dir or Path("runs")
+    read = [s.init_lora, s.transformer, s.vae, s.clip, s.t5, *(s.weights / name for name in FOLDERS.values())]
+    read += [s.hr_root, s.lr_root, s.val_root]
+    deleted = [path.resolve() for path in runs.written(out)] if s.overwrite and s.output_dir else []
+    lost = next((p for p in read if p and any(would_lose(p.resolve(), path) for path in deleted)), None)
+    page = out / "report.html"
+    cached = ["prompts"] + ["latents"] * bool(s.cache_latents) + ["quantized"] * bool(s.stream and s.quantize)
+    refuse(
+        (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),
+        (s.output_dir and page.exists() and not is_report(page), f"--output-dir: {page} is not that of a run; move it"),
+        (
+            not all(can_write(s.cache_dir / name / "file") for name in cached),
+            f"--cache-dir {s.cache_dir}: can't be written; name another folder",
+        ),
         (same(s.lr_root, s.hr_root), f"--lr-root {s.lr_root}: is --hr-root, so the LoRA would learn to change nothing"),
         (
             same(s.val_root, s.hr_root),
@@ -147,10 +163,6 @@ def check_training(s: Any) -> None:
         (
             out.resolve() == Path(out.resolve().anchor) or out.resolve().is_relative_to(s.weights.resolve()),
             f"--output-dir {out}: is no place for a run; name a folder outside --weights, such as runs/mine",
-        ),
-        (
-            s.val_root and s.validate_every_epochs == 0,
-            "--val-root: with --validate-every-epochs 0 its pictures are not used; leave one of the two out",
         ),
     )
 
