@@ -43,6 +43,7 @@ from kontext_min.extras.progress import Progress
 from kontext_min.extras.report import write_report
 from kontext_min.extras.saving import save_flux
 from kontext_min.extras.stand_ins import StandIns
+from kontext_min.extras.start_time import find_start_time
 from kontext_min.flow import Objective
 from kontext_min.flux import Flux
 from kontext_min.lora import TARGETS, add_lora
@@ -67,9 +68,9 @@ class Settings:
 
     hr_root: Path = picture(..., "folder of clean photos, read recursively", there="folder")
     lr_root: Path | None = picture(None, "degraded pictures of the same names, instead of --degrade", there="folder")
-    degrade: str | None = picture(None, "preset or operators, such as blur=0.5:2,jpeg=40:95; default: guide")
+    degrade: tuple[str, ...] = picture((), "preset or operators; repeat it for several tasks; default: guide")
     resolution: int | None = picture(None, "side of the square bucket, in pixels; default: 1024 *", least=16, most=4096)
-    prompt: str | None = picture(None, "prompt for pictures without a .txt file; default: the preset's")
+    prompt: tuple[str, ...] = picture((), "of each --degrade, for pictures without a .txt file; default: the preset's")
     workers: int = picture(2, "loader workers, which read and degrade pictures", least=0, most=256)
     cache_latents: int = picture(0, "degraded variants per picture, encoded once, kept on disk", least=0, most=10_000)
     cache_dir: Path = picture(Path("runs/cache"), "cache folder: prompts, latents, quantized blocks")
@@ -90,7 +91,7 @@ class Settings:
     context: bool = method(False, "bridge: append the degraded picture as reference tokens")
     source_noise: float = method(0.0, "bridge: standard deviation of noise added to the source", least=0, most=1)
     start_time: str = method("1", "bridge: Flux's time at sigma = 0, in (0, 1], or auto (no gain on weights/tiny)")
-    sigma: str = method("uniform", "density of sigma (for kontext: shift, as Flux was trained)", flow.SIGMA_DENSITIES)
+    sigma: str | None = method(None, "density of sigma; default: uniform; kontext: shift", flow.SIGMA_DENSITIES)
     weighting: str = method("uniform", "weight of the squared error as a function of sigma", flow.WEIGHTINGS)
     penalty: str = method("mse", "minimize the squared error of each picture, or its log (psnr)", flow.PENALTIES)
     guidance: float = method(1.5, "guidance scale, an input of the network; sample with the same", least=0, most=100)
@@ -153,7 +154,7 @@ def trained_for(settings: Settings, objective: Objective, written: dict[str, Any
     """The settings that a LoRA file keeps in its header; sample.py takes its defaults from there."""
     names = ["resolution", "guidance", "rank", "alpha", "lora_targets", "steps", "lr", "warmup", "accumulate", "ema"]
     about = {name: written[name] for name in (*names, "seed", "sigma", "weighting", "penalty", "pictures_a_batch")}
-    about |= {"degrade": "pairs" if settings.lr_root else settings.degrade, "prompt": settings.prompt}
+    about |= {"degrade": "pairs" if settings.lr_root else " + ".join(settings.degrade), "prompt": settings.prompt[0]}
     about |= {"objective": objective.name, "context": objective.context, "source_noise": objective.source_noise}
     about |= {"start_time": objective.start_time, "base": written["fingerprint"]["transformer"]}
     return {"kontext_min": json.dumps(about)}
@@ -166,7 +167,6 @@ def find_pairs(
     settings: Settings, me: parallel.Processes, buckets: list[data.Size]
 ) -> tuple[data.Pairs, data.Pairs | None, list[tuple[str, str]]]:
     """Pairs to train on, a few to validate on, and (name, reason) of unused files. Reads only the files' headers."""
-    degradation = degrade.parse(settings.degrade)
     pictures, rejected = data.scan(settings.hr_root)
     pictures, small = data.usable(pictures, buckets)
     left_out = rejected + small + inventory.unread(settings.hr_root, pictures)
@@ -174,13 +174,17 @@ def find_pairs(
     expected = "expected photographs at least as large as their bucket"
     checks.refuse((not pictures, f"--hr-root {settings.hr_root}: no usable picture; {expected}"))
     pictures, held = held_out.split(settings, pictures, buckets)
-    make = partial(data.Pairs, buckets=buckets, degrade=degradation, seed=settings.seed)
-    pairs = make(pictures, prompt=settings.prompt)
+    make = partial(data.Pairs, buckets=buckets, degrade=degrade.parse(settings.degrade[0]), seed=settings.seed)
+    pairs = make(pictures, prompt=settings.prompt[0])
     held = make(held, prompt=settings.validation_prompt, train=False) if held else None
     if settings.lr_root:  # degraded partners from a folder instead of --degrade
         from kontext_min.extras.paired import PairedFolders
 
         pairs, held = PairedFolders(pairs, settings.lr_root), held and PairedFolders(held, settings.lr_root)
+    elif len(settings.degrade) > 1:  # each with its prompt; the first one is validated
+        from kontext_min.extras.tasks import Tasks
+
+        pairs = Tasks(pairs, settings.degrade, settings.prompt)
     largest = int(np.bincount(pairs.bucket_of).max())
     if settings.batch_size * me.world > largest:
         me.say(f"note: a batch is larger than the largest bucket ({largest} pictures), so pictures repeat within it")
@@ -212,15 +216,6 @@ def load_model(settings: Settings, me: parallel.Processes, path: Path, dtype: to
     if settings.shard:  # every process holds a part of each block
         parallel.shard(flux, me)
     return flux, stream
-
-
-def find_start_time(settings: Settings, pairs: Any, encode: Any) -> float:
-    """The number given; for `auto`, the mean over a few pictures, which are the same after a resume."""
-    if settings.start_time != "auto":
-        return float(settings.start_time)
-    few = [data.collate([pairs[0, i]]) for i in range(min(8, len(pairs)))]
-    times = [flow.start_time(encode(x["control"]), encode(x["target"]), settings.source_noise) for x in few]
-    return sum(times) / len(times)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -290,7 +285,7 @@ def train(settings: Settings) -> int:
     if settings.cache_latents:  # encode each picture once
         from kontext_min.extras.latents import CachedPairs, fill
 
-        base = f"{settings.degrade} {written['fingerprint']['vae']}"
+        base = f"{settings.degrade[0]} {written['fingerprint']['vae']}"
         pairs = CachedPairs(pairs, settings.cache_dir / "latents", base, settings.cache_latents)
         for line in fill(pairs, encode, settings.workers, me.rank, me.world, progress.encoded):
             print(f"left out: {line}")
@@ -455,15 +450,16 @@ def settled(settings: Settings, sizes: plan.Sizes) -> Settings:
     """Fill in the defaults that depend on the base model or on other settings."""
     suited = checks.suited(settings.weights / "defaults.json", GUIDE)  # to this base; the official folder has none
     filled = {name: suited[name] for name in GUIDE if getattr(settings, name) is None}
-    settings = replace(settings, **filled, degrade=settings.degrade or "guide")
-    prompt = settings.prompt or degrade.PROMPTS.get(settings.degrade, degrade.PROMPTS["guide"])
+    settings = replace(settings, **filled, degrade=settings.degrade or ("guide",))
+    prompt = settings.prompt or tuple(degrade.PROMPTS.get(d, degrade.PROMPTS["guide"]) for d in settings.degrade)
     checks.check_lengths(settings)
     large = sizes.flux.hidden_size >= 2048  # above about 1 billion parameters
     which = "all" if settings.stream else settings.gradient_checkpointing or ("all" if large else "none")
     return replace(
         settings,
         prompt=prompt,
-        validation_prompt=settings.validation_prompt or prompt,
+        sigma=settings.sigma or ("shift" if settings.objective == "kontext" else "uniform"),
+        validation_prompt=settings.validation_prompt or prompt[0],
         warmup=min(100, settings.steps // 10) if settings.warmup is None else settings.warmup,
         gradient_checkpointing=which,
     )

@@ -28,11 +28,11 @@ from torch import Tensor
 from kontext_min import checkpoints, degrade, flow, flux
 from kontext_min.autoencoder import Autoencoder
 from kontext_min.data import to_float, to_tensor
-from kontext_min.extras import metrics, prompts
+from kontext_min.extras import prompts
 from kontext_min.extras.base import Weights
 from kontext_min.flow import Network, Objective, Prompt
 from kontext_min.lora import add_lora, lora_layers
-from kontext_min.restore import decode, to_image
+from kontext_min.restore import decode
 from kontext_min.t5 import T5Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -43,10 +43,11 @@ BRIDGE, KONTEXT = Objective("bridge"), Objective("kontext")
 NOISE = ("noise=0.08", degrade.PROMPTS["denoise"])  # the base restores this
 STRONG = ("noise=0.2", degrade.PROMPTS["denoise"])
 FADE = ("fade=0.5/0.3", "Restore the faded photo.")  # the base has to learn this
-OTHER = degrade.PROMPTS["deblur"]
+OLD = ("fade=0.5/0.3,noise=0.1", FADE[1])
 LARGE = 4096  # tokens of a picture of 1024 x 1024: mu = 1.15
 PLACES = (0.0, 0.25, 0.5, 0.75, 0.95)  # on the path
-WORDS = 8  # tokens of the prompt in trainings and wherever their LoRAs are used
+WORDS = 8  # tokens of the prompt in trainings and wherever their LoRAs are used; a whole prompt has 32
+STEPS, RATE = 80, 6e-3  # of a training: so few steps need a large learning rate
 Table = dict[str, dict[str, float]]  # row -> column -> value; the first row is the right way
 
 # ------------------------------------------------------------------------------- pictures, prompts, a short training
@@ -121,38 +122,39 @@ def fit(params: list[Tensor], loss: Callable[[int], Tensor], steps: int, lr: flo
 def train(
     objective: Objective,
     task: tuple[str, str],
-    steps: int,
-    lr: float,
+    steps: int = STEPS,
+    lr: float = RATE,
     sigma: Callable[[Tensor], Tensor] = lambda u: u,
     network: Callable[[Network], Network] = lambda f: f,
     model: flux.Flux | None = None,
     guidance: float = GUIDANCE,
-    rank: int = 16,
     alpha: float | None = None,
     warmup: int = 10,
+    seed: int = 0,
+    tokens: int | None = WORDS,
 ) -> flux.Flux:
-    """A LoRA on all Linears of the base, or of a `model` with a LoRA; `network` may break what the loss sees.
+    """A LoRA on the base, or that of a `model` which has one already; `network` may break what the loss sees.
 
-    It sees crops of 16 pixels and the first WORDS tokens of the prompt: a step then takes a tenth of a second.
+    It sees crops of 16 pixels and the first `tokens` of the prompt: a step then takes a tenth of a second.
     """
     (spec, text), batch = task, 16
-    data, words = pairs(spec, 16, 256, seed=0), prompt(text, batch, guidance, WORDS)
-    model = model or with_lora(rank, alpha)
-    chosen = np.random.default_rng(0)
+    data, words = pairs(spec, 16, 256, seed=0), prompt(text, batch, guidance, tokens)
+    model = model or with_lora(alpha, seed=seed)
+    chosen = np.random.default_rng(seed)
 
     def error(step: int) -> Tensor:
         rows = torch.from_numpy(chosen.choice(len(data.target), batch, replace=False))
-        eps, u = flow.draw(0, step, range(batch), data.target.shape[1:], batch)
+        eps, u = flow.draw(seed, step, range(batch), data.target.shape[1:], batch)
         return flow.loss(network(model), data.control[rows], data.target[rows], eps, sigma(u), words, objective).mean()
 
     fit([p for p in model.parameters() if p.requires_grad], error, steps, lr, warmup)
     return model
 
 
-def with_lora(rank: int = 16, alpha: float | None = None) -> flux.Flux:
-    """The base with an untrained LoRA on all Linears."""
+def with_lora(alpha: float | None = None, targets: str = "attention-mlp", seed: int = 0) -> flux.Flux:
+    """The base with an untrained LoRA of rank 16."""
     model = base()
-    add_lora(model, rank, alpha, targets="all")
+    add_lora(model, 16, alpha, targets, seed)
     return model
 
 
@@ -163,17 +165,19 @@ def sample(network: Network, x: Tensor, control: Tensor, text: Prompt, objective
     return flow.integrate(lambda x, s: flow.velocity(network, x, s, control, text, objective), x, sigmas, solver)
 
 
-def scores(z: Tensor, data: Pairs) -> dict[str, float]:
-    """PSNR in dB and texture of latents (N, C, h, w), decoded: means over the pictures."""
-    images = [to_image(x) for x in decode(autoencoder(), z, data.clean[0].size)]
-    both = zip(images, data.clean, strict=True)
-    rows = [(metrics.psnr(a, b), metrics.texture(a, b)) for a, b in both]
-    psnr, texture = (float(np.mean(column)) for column in zip(*rows, strict=True))
-    return {"PSNR": psnr, "texture": texture}
+def texture(z: Tensor, data: Pairs) -> float:
+    """The energy of the Laplacian in all decoded pictures, relative to that in the clean ones."""
+    restored = decode(autoencoder(), z, data.clean[0].size)
+    energy = []
+    for pictures in (restored, torch.stack([to_tensor(image) for image in data.clean])):
+        x = to_float(pictures)  # (N, 3, H, W)
+        around = x[..., 2:, 1:-1] + x[..., :-2, 1:-1] + x[..., 1:-1, 2:] + x[..., 1:-1, :-2]
+        energy.append((around - 4 * x[..., 1:-1, 1:-1]).square().sum().item())
+    return energy[0] / energy[1]
 
 
 def gain(z: Tensor, data: Pairs) -> float:
-    """How many dB the squared error of the latent is below that of the degraded picture; 0: nothing is restored."""
+    """10 log10(|degraded - clean|^2 / |z - clean|^2) of the latents, in dB; 0: nothing is restored."""
     before, after = ((x - data.target).square().mean().item() for x in (data.control, z))
     return 10 * math.log10(before / after)
 
@@ -201,26 +205,27 @@ PARTS = {"random": (0, 1), "source half": (0, 0.5), "clean half": (0.5, 1), "sta
 
 
 @cache
-def fade_lora(part: str = "random", **change: float) -> flux.Flux:
+def fade_lora(part: str = "random", **change: float | None) -> flux.Flux:
     """A bridge LoRA that brings faded colors back, trained on a part of the path."""
     low, high = PARTS[part]
-    settings = {"steps": 40, "lr": 1e-2} | change
-    return train(BRIDGE, FADE, sigma=lambda u: low + (high - low) * u, **settings)
+    return train(BRIDGE, FADE, sigma=lambda u: low + (high - low) * u, **change)
 
 
-def fade_gain(network: Network, steps: int = 1, **change: float | Objective) -> float:
+def fade_gain(
+    network: Network, steps: int = 1, solver: str = "euler", objective: Objective = BRIDGE, tokens: int | None = WORDS
+) -> float:
     """The gain of a bridge on faded crops that no LoRA has seen."""
     data = pairs(FADE[0], 32, 64, seed=1)
-    objective, guidance = change.get("objective", BRIDGE), change.get("guidance", GUIDANCE)
-    words, sigmas = prompt(FADE[1], 64, guidance, WORDS), flow.schedule(steps, 1, shift=False)
-    return gain(sample(network, data.control, data.control, words, objective, sigmas), data)
+    words, sigmas = prompt(FADE[1], 64, tokens=tokens), flow.schedule(steps, 1, shift=False)
+    return gain(sample(network, data.control, data.control, words, objective, sigmas, solver), data)
 
 
 @cache
 def kontext_lora(density: str = "shift", index: int = 1) -> flux.Flux:
-    """A LoRA that starts from noise and sees the degraded picture as reference tokens."""
+    """A LoRA on all Linears that starts from noise and sees the degraded picture as reference tokens."""
     sigma, network = flow.SIGMA_DENSITIES[density], partial(put_between, img_ids=partial(with_index, index=index))
-    return train(KONTEXT, STRONG, 100, 1e-2, sigma=lambda u: sigma(u, LARGE), network=network)
+    model = with_lora(targets="all")
+    return train(KONTEXT, STRONG, 100, 1e-2, sigma=lambda u: sigma(u, LARGE), network=network, model=model)
 
 
 def kontext_gain(network: Network, sigmas: Tensor) -> float:
@@ -287,23 +292,25 @@ def shift() -> Table:
 def guidance() -> Table:
     """Distil guidance into a LoRA, as the dev models were distilled; then train it on data with one value of it.
 
-    The teacher takes two passes: v(g) = v(other prompt) + g (v(prompt) - v(other prompt)). The LoRA learns v(g) in one
-    pass, from the guidance embedding alone. The other prompt stands for the empty one.
+    The teacher takes two passes: v(g) = v(without) + g (v(with) - v(without)). Without the prompt is the base, which
+    leaves faded colors alone; with the prompt is a LoRA that restores them. The student is another LoRA. It learns v(g)
+    in one pass, from the guidance embedding alone.
     """
     values = (1.0, 1.5, 2.5)
-    seen, new = (pairs(NOISE[0], 16, 128, seed) for seed in (0, 1))
+    seen, new = (pairs(FADE[0], 16, 128, seed) for seed in (0, 1))
     start = torch.tensor(0.0)
 
-    def velocity(network: Network, data: Pairs, text: str, g: float) -> Tensor:
-        return flow.velocity(network, data.control, start, data.control, prompt(text, 128, g, WORDS), BRIDGE)
+    def velocity(network: Network, data: Pairs, g: float = GUIDANCE) -> Tensor:
+        return flow.velocity(network, data.control, start, data.control, prompt(FADE[1], 128, g, WORDS), BRIDGE)
 
     def row(of: Callable[[float], Tensor]) -> dict[str, float]:
         with torch.no_grad():
             return {f"gain at g = {g}": gain(new.control + of(g), new) for g in values}
 
+    networks = base(), fade_lora()
     with torch.no_grad():
-        teacher = {data: [velocity(base(), data, t, GUIDANCE) for t in (OTHER, NOISE[1])] for data in (seen, new)}
-    student, words = with_lora(), prompt(NOISE[1], 16, tokens=WORDS)
+        teacher = {data: [velocity(network, data) for network in networks] for data in (seen, new)}
+    student, words = with_lora(targets="all"), prompt(FADE[1], 16, tokens=WORDS)
 
     def distil(step: int) -> Tensor:
         rng = np.random.default_rng(step)
@@ -317,13 +324,13 @@ def guidance() -> Table:
     without, with_prompt = teacher[new]
     table = {
         "teacher, two passes": row(lambda g: without + g * (with_prompt - without)),
-        "distilled, one pass": row(lambda g: velocity(student, new, NOISE[1], g)),
+        "distilled, one pass": row(lambda g: velocity(student, new, g)),
     }
     distilled = {name: x.clone() for name, x in student.state_dict().items()}
     for g in values[1:]:
         student.load_state_dict(distilled)
-        train(BRIDGE, NOISE, 40, 2e-3, sigma=torch.zeros_like, model=student, guidance=g)
-        table[f"then trained on data at g = {g}"] = row(lambda g: velocity(student, new, NOISE[1], g))
+        train(BRIDGE, FADE, 40, 2e-3, sigma=torch.zeros_like, model=student, guidance=g)
+        table[f"distilled, then trained on data at g = {g}"] = row(lambda g: velocity(student, new, g))
     return table
 
 
@@ -347,6 +354,14 @@ def padding() -> Table:
             v = velocity_at(model, data, replace(text, txt=txt.expand(16, -1, -1)), 0.0)
             right = v if right is None else right
             table[name] = {"change of the velocity": relative(v, right), "gain": gain(data.control + v, data)}
+    faded = pairs(FADE[0], 32, 64, seed=1)
+    for name, trained in (("the padded prompt", None), (f"the first {WORDS} tokens", WORDS)):
+        model = fade_lora(tokens=trained)
+        with torch.no_grad():
+            v = {n: velocity_at(model, faded, prompt(FADE[1], 64, tokens=n), 0.0) for n in (None, WORDS)}
+        for other, sampled in (("padded", None), (f"{WORDS} tokens", WORDS)):
+            row = {"change of the velocity": relative(v[sampled], v[trained])}
+            table[f"LoRA trained on {name}, sampled with {other}"] = row | {"gain": fade_gain(model, tokens=sampled)}
     return table
 
 
@@ -358,38 +373,53 @@ def velocity_at(network: Network, data: Pairs, text: Prompt, sigma: float) -> Te
 
 
 @torch.no_grad()
-def losses(network: Network, data: Pairs, text: Prompt, objective: Objective) -> Tensor:
-    """The loss at PLACES on the path: (places, pictures)."""
+def losses(network: Network, data: Pairs, text: str, objective: Objective) -> Tensor:
+    """The mean loss of the pictures at each of PLACES on the path."""
     n = len(data.target)
     eps, _ = flow.draw(1, 0, range(n), data.target.shape[1:], n)
+    words = prompt(text, n, tokens=WORDS)
     every = (torch.full((n,), sigma) for sigma in PLACES)
-    return torch.stack([flow.loss(network, data.control, data.target, eps, s, text, objective) for s in every])
+    return torch.stack([flow.loss(network, data.control, data.target, eps, s, words, objective).mean() for s in every])
 
 
 def loss() -> Table:
     """The loss by sigma beside that of predicting no change; and two LoRAs of one loss that restore differently."""
-    tasks = {"bridge": (base(), pairs(NOISE[0], 16, 64, seed=1), NOISE[1], BRIDGE)}
-    tasks["kontext"] = (kontext_lora(), pairs(STRONG[0], 16, 64, seed=1), STRONG[1], KONTEXT)
+    noisy, faded = (pairs(task[0], 16, 64, seed=1) for task in (STRONG, FADE))
     table: Table = {}
-    for name, (network, data, text, objective) in tasks.items():
-        words = prompt(text, 64, tokens=WORDS)
-        none = losses(put_between(network, out=torch.zeros_like), data, words, objective)
-        found = losses(network, data, words, objective)
-        batches = found.gather(0, torch.arange(64)[None] % len(PLACES))[0].unflatten(0, (-1, 4)).mean(dim=1)
-        rows = {
-            "predicting no change": none.mean(),
-            **{f"at sigma {s}": x.mean() for s, x in zip(PLACES, found, strict=True)},
-        }
-        rows |= {"deviation between batches of 4": batches.std()}
-        for row, value in rows.items():
-            table.setdefault(row, {})[name] = value.item()
-    return table | two_loras()
+
+    def column(name: str, network: Network, data: Pairs, text: str, objective: Objective) -> None:
+        none = losses(put_between(network, out=torch.zeros_like), data, text, objective)
+        found = losses(network, data, text, objective)
+        rows = {f"at sigma {s}": x.item() for s, x in zip(PLACES, found, strict=True)}
+        rows = {"predicting no change": none.mean().item()} | rows | {"mean of the five": found.mean().item()}
+        for row, value in (rows | {"deviation of a batch of 4": deviation(network, data, text, objective)}).items():
+            table.setdefault(row, {})[name] = value
+
+    column("bridge, noise", base(), noisy, STRONG[1], BRIDGE)
+    column("kontext, noise", kontext_lora(), noisy, STRONG[1], KONTEXT)
+    with of_equal_loss(faded) as pair:
+        for part, model in pair.items():
+            name = f"bridge of the {part}, fading"
+            column(name, model, faded, FADE[1], BRIDGE)
+            table.setdefault("gain of one step", {})[name] = fade_gain(model)
+    return table
 
 
-def two_loras() -> Table:
-    """LoRAs of the two halves of the path, the better one weakened until both have one mean loss."""
-    data, words = pairs(FADE[0], 16, 64, seed=1), prompt(FADE[1], 64, tokens=WORDS)
-    measure = lambda model: losses(model, data, words, BRIDGE).mean().item()  # noqa: E731
+@torch.no_grad()
+def deviation(network: Network, data: Pairs, text: str, objective: Objective) -> float:
+    """The standard deviation of the loss between batches of 4 pictures, whose sigmas are drawn as in training."""
+    found = []
+    for k in range(16):
+        eps, u = flow.draw(3, k, range(4), data.target.shape[1:], 4)
+        pictures = (x[4 * k : 4 * k + 4] for x in (data.control, data.target))
+        found.append(flow.loss(network, *pictures, eps, u, prompt(text, 4, tokens=WORDS), objective).mean())
+    return torch.stack(found).std().item()
+
+
+@contextmanager
+def of_equal_loss(data: Pairs) -> Iterator[dict[str, flux.Flux]]:
+    """LoRAs of the two halves of the path; the one of lower mean loss gets a strength at which both have the same."""
+    measure = lambda model: losses(model, data, FADE[1], BRIDGE).mean().item()  # noqa: E731
     pair = {part: fade_lora(part) for part in ("source half", "clean half")}
     better, worse = sorted(pair, key=lambda part: measure(pair[part]))
     wanted, low, high = measure(pair[worse]), 0.0, 1.0
@@ -397,11 +427,8 @@ def two_loras() -> Table:
         strength = (low + high) / 2
         with scaled(pair[better], strength):
             low, high = (strength, high) if measure(pair[better]) > wanted else (low, strength)
-    table = {}
-    for part, model in pair.items():
-        with scaled(model, high if part == better else 1.0):
-            table[f"LoRA of the {part}"] = {"mean loss": measure(model), "gain of one step": fade_gain(model)}
-    return table
+    with scaled(pair[better], high):
+        yield pair
 
 
 @contextmanager
@@ -419,42 +446,50 @@ def scaled(model: flux.Flux, strength: float) -> Iterator[flux.Flux]:
 
 
 def steps() -> Table:
-    """PSNR and texture by network evaluations; and a LoRA that trains at sigma = 0 alone, followed in 1 and 8 steps."""
-    data, model, text = pairs(NOISE[0], 64, 16, seed=1), base(), prompt(NOISE[1], 16)
+    """Gain and texture by network evaluations, of a LoRA that trains at random times and of one at sigma = 0 alone."""
+    data, words = pairs(OLD[0], 32, 32, seed=1), prompt(OLD[1], 32, tokens=WORDS)
     table: Table = {}
-    for solver, evaluations in {"euler": (1, 2, 4, 8), "midpoint": (2, 4, 8)}.items():
-        for n in evaluations:
-            sigmas = flow.schedule(n // flow.SOLVERS[solver], 1, shift=False)
-            table[f"{solver}, evaluations: {n}"] = scores(
-                sample(model, data.control, data.control, text, BRIDGE, sigmas, solver), data
-            )
-    for name, part in (("random times", "random"), ("sigma = 0 only", "start only")):
-        gains = {f"gain, steps: {n}": fade_gain(fade_lora(part), n) for n in (1, 8)}
-        table[f"LoRA trained at {name}"] = gains
+    for part, times in (("random", "random times"), ("start only", "sigma = 0")):
+        low, high = PARTS[part]
+        model = train(BRIDGE, OLD, sigma=lambda u, low=low, high=high: low + (high - low) * u)
+        for solver, evaluations in {"euler": (1, 2, 4, 8), "midpoint": (2, 4, 8)}.items():
+            for n in evaluations:
+                sigmas = flow.schedule(n // flow.SOLVERS[solver], 1, shift=False)
+                z = sample(model, data.control, data.control, words, BRIDGE, sigmas, solver)
+                row = table.setdefault(f"{solver}, evaluations: {n}", {})
+                row |= {f"gain, trained at {times}": gain(z, data), f"texture, trained at {times}": texture(z, data)}
     return table
 
 
 def defaults() -> Table:
     """What is fixed by the weights, broken; and what is a choice, chosen otherwise."""
-    data, model = pairs(FADE[0], 32, 64, seed=1), fade_lora()
+    data, model, text = pairs(NOISE[0], 64, 16, seed=1), base(), prompt(NOISE[1], 16)
+    faded = pairs(FADE[0], 32, 64, seed=1)
     swap = lambda x: rearrange(x, "b l (c p) -> b l (p c)", p=4)  # noqa: E731
     back = lambda x: rearrange(x, "b l (p c) -> b l (c p)", p=4)  # noqa: E731
-    anchored = replace(BRIDGE, start_time=flow.start_time(data.control, data.target))
+    anchored = replace(BRIDGE, start_time=flow.start_time(faded.control, faded.target))
     density = flow.SIGMA_DENSITIES["logit-normal"]
+
+    def of_base(network: Network) -> dict[str, float]:
+        z = sample(network, data.control, data.control, text, BRIDGE, flow.schedule(1, 1, shift=False))
+        return {"gain of the base on noise": gain(z, data)}
+
+    def of_lora(lora: flux.Flux, objective: Objective = BRIDGE) -> dict[str, float]:
+        two = fade_gain(lora, 2, "midpoint", objective)
+        return {"gain of a LoRA on fading": fade_gain(lora, objective=objective), "gain, 4 evaluations": two}
+
     return {
-        "the defaults": {"gain": fade_gain(model)},
-        "fixed: a token's numbers in another order": {"gain": fade_gain(put_between(model, img=swap, out=back))},
-        "fixed: time not times 1000": {"gain": fade_gain(put_between(model, t=lambda t: t / 1000))},
-        "choice: --guidance 2.5": {"gain": fade_gain(fade_lora(guidance=2.5), guidance=2.5)},
-        "choice: --sigma logit-normal": {
-            "gain": fade_gain(train(BRIDGE, FADE, 40, 1e-2, sigma=lambda u: density(u, 0)))
-        },
-        "choice: --start-time auto": {"gain": fade_gain(train(anchored, FADE, 40, 1e-2), objective=anchored)},
+        "nothing broken": of_base(model) | of_lora(fade_lora()),
+        "known: a token's numbers in another order": of_base(put_between(model, img=swap, out=back)),
+        "known: time not times 1000": of_base(put_between(model, t=lambda t: t / 1000)),
+        "guessed: --sigma logit-normal": of_lora(train(BRIDGE, FADE, sigma=lambda u: density(u, 0))),
+        "guessed: --start-time auto": of_lora(train(anchored, FADE), anchored),
+        "nothing broken, another seed": of_lora(train(BRIDGE, FADE, seed=1)),
     }
 
 
 def lora() -> Table:
-    """A LoRA that works, and six that do nothing: the size of the correction beside the weight's."""
+    """A LoRA that works, and six that do less or nothing: the size of the correction beside the weight's."""
 
     def row(model: flux.Flux) -> dict[str, float]:
         return {"correction / weight": corrections(model)[1], "gain": fade_gain(model)}
@@ -462,15 +497,15 @@ def lora() -> Table:
     model = fade_lora()
     other = base()
     other.single_blocks = torch.nn.ModuleList(reversed(other.single_blocks))
-    add_lora(other, 16, targets="all")
+    add_lora(other, 16)
     values = {name: x for name, x in model.state_dict().items() if ".lora_" in name}
     assert not other.load_state_dict(values, strict=False).unexpected_keys
     table = {"trained, strength 1": row(model), "B at zero, as at the start": row(with_lora())}
-    table["alpha = rank / 16"] = row(fade_lora(alpha=1.0))
     with scaled(model, 0.25):
-        table["strength 0.25"] = row(model)
-    table["learning rate 100 times smaller"] = row(fade_lora(lr=1e-4))
-    table["warm-up of 1000 steps, stopped after 40"] = row(fade_lora(warmup=1000))
+        table["trained, strength 0.25"] = row(model)
+    table["trained with alpha = rank / 16"] = row(fade_lora(alpha=1.0))
+    table[f"learning rate {RATE / 60:g}, as many steps"] = row(fade_lora(lr=RATE / 60))
+    table[f"warm-up of 2000 steps, stopped after {STEPS}"] = row(fade_lora(warmup=2000))
     table["on another base: its single blocks reversed"] = row(other)
     return table
 
@@ -482,7 +517,7 @@ def reference() -> Table:
     kept = put_between(model, out=lambda out: out[:, out.shape[1] // 2 :])
     return {
         "index 1, same rows and columns": at(lambda ids: ids),
-        "index 0": at(partial(with_index, index=0)),
+        "index 0, in sampling only": at(partial(with_index, index=0)),
         "index 0, in training too": at(partial(with_index, index=0), kontext_lora(index=0)),
         "one column to the right": at(partial(moved, column=1)),
         "right of the generated picture": at(
@@ -510,22 +545,28 @@ def precision() -> Table:
     narrow = replace(text, txt=text.txt.bfloat16(), y=text.y.bfloat16())
     table["weights and activations in bfloat16"] = row(base().bfloat16(), narrow)
 
-    learned = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        model = with_lora()
-        for layer in lora_layers(model).values():
-            layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.to(dtype), layer.lora_B.data.to(dtype)
-        before = [layer.lora_A.detach().clone() for layer in lora_layers(model).values()]
-        train(BRIDGE, FADE, 20, 1e-4, warmup=1, model=model)
-        still = [
-            (a == x.lora_A).float().mean().item() for a, x in zip(before, lora_layers(model).values(), strict=True)
-        ]
-        learned[name] = corrections(model)[0]
-        error = relative(learned[name], learned["float32"])
-        table[f"LoRA in {name}, learning rate 1e-4"] = {
-            "numbers of A that never move": float(np.mean(still)),
-            "error of B A": error,
-        }
+    generator = torch.Generator().manual_seed(0)
+    for width in (192, 3072):
+        exact = None
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            model = with_lora()
+            layers = lora_layers(model).values()
+            for layer in layers:
+                # A is uniform in +-1 / sqrt(in), so it is smaller in a wider network.
+                layer.lora_A.data = (layer.lora_A.data * math.sqrt(192 / width)).to(dtype)
+                layer.lora_B.data = layer.lora_B.data.to(dtype)
+            start = torch.cat([layer.lora_A.detach().flatten() for layer in layers])
+            sign = torch.randint(0, 2, start.shape, generator=generator) * 2 - 1
+            lost = {u: ((start + u * sign).to(dtype) == start).float().mean().item() for u in (1e-4, 1e-5)}
+            train(BRIDGE, FADE, 20, 1e-4, warmup=1, model=model)
+            end = torch.cat([layer.lora_A.detach().flatten() for layer in layers])
+            learned = corrections(model)[0]
+            exact = learned if exact is None else exact
+            table[f"LoRA in {name}, A as at width {width}"] = {
+                **{f"A loses an update of {u:.0e}": share for u, share in lost.items()},
+                "A after 20 steps: unchanged": (end == start).float().mean().item(),
+                "error of B A": relative(learned, exact),
+            }
     return table
 
 
@@ -534,76 +575,93 @@ def precision() -> Table:
 
 @dataclass(frozen=True)
 class Question:
-    """A question of the page, its experiment, and the two cells that stand at the head of the page."""
+    """A question of the page, its experiment and setting, and the two cells that stand at the head of the page."""
 
     text: str
     experiment: Callable[[], Table]
+    setting: str  # the caption of the table: task, steps, size of the crops, units
     right: tuple[str, str]  # row, column
     broken: tuple[str, str]
 
 
 G, CHANGE = "gain", "change of the velocity"  # columns
+A_BASE = f"{NOISE[0]}; the base, 1 step, 16 crops of 64 pixels"
+A_LORA = f"{FADE[0]}; LoRAs, 1 step, 64 crops of 32 pixels"
+A_KONTEXT = f"{STRONG[0]}; LoRAs of `kontext` on all Linears, trained for 100 steps at 1e-2; 64 crops of 16 pixels"
 QUESTIONS = {
     1: Question(
-        "Which sign, which direction, which end is t = 1?", signs, ("as in flow.py", G), ("sign: v_pred = +flux", G)
+        "Which sign, which direction, which end is t = 1?", signs, f"{A_BASE}.",
+        ("as in flow.py", G), ("sign: v_pred = +flux", G),
     ),
     2: Question(
         "Where does mu of the shift come from, and is it in training?", shift,
+        f"{A_KONTEXT}. All shifts are those of {LARGE} tokens.",
         ("trained shift, sampled shifted", "gain, 12 steps"), ("trained uniform, sampled plain", "gain, 12 steps"),
     ),
     3: Question(
         "What is the guidance embedding, and which value in training?", guidance,
-        ("then trained on data at g = 1.5", "gain at g = 1.5"), ("then trained on data at g = 1.5", "gain at g = 2.5"),
+        f"{FADE[0]}; the student on all Linears, trained at sigma = 0: 120 steps of distillation, 40 on data; 1 step, "
+        "128 crops of 16 pixels.",
+        ("distilled, then trained on data at g = 1.5", "gain at g = 1.5"),
+        ("distilled, then trained on data at g = 1.5", "gain at g = 2.5"),
     ),
     4: Question(
         "Why is the padding of the prompt not masked?", padding,
-        ("as trained: padded, no mask", CHANGE), ("padding masked in T5 and Flux", CHANGE),
+        f"The first five rows: {A_BASE}; the change is relative to the norm. The others: {A_LORA}.",
+        ("LoRA trained on the padded prompt, sampled with padded", "change of the velocity"),
+        (f"LoRA trained on the padded prompt, sampled with {WORDS} tokens", "change of the velocity"),
     ),
     5: Question(
         "What loss is normal, and why is it flat?", loss,
-        ("LoRA of the source half", "gain of one step"), ("LoRA of the clean half", "gain of one step"),
+        f"First column: {STRONG[0]}, the base. Second: {STRONG[0]}, the `kontext` LoRA of question 2. Others: "
+        f"{FADE[0]}, LoRAs. 64 crops of 16 pixels; mean squared errors of the velocity; gain of one step on 32 pixels.",
+        ("gain of one step", "bridge of the source half, fading"),
+        ("gain of one step", "bridge of the clean half, fading"),
     ),
     6: Question(
-        "Why train at random times and sample at ten?", steps,
-        ("LoRA trained at random times", "gain, steps: 8"), ("LoRA trained at sigma = 0 only", "gain, steps: 8"),
+        "Why train at random times and sample in a few steps?", steps,
+        f"{OLD[0]}; two LoRAs, 32 crops of 32 pixels. Texture: energy of the Laplacian, 1 as in the clean pictures.",
+        ("euler, evaluations: 8", "gain, trained at random times"),
+        ("euler, evaluations: 8", "gain, trained at sigma = 0"),
     ),
     7: Question(
         "Which of the defaults are known, confirmed or guessed?", defaults,
-        ("the defaults", G), ("fixed: a token's numbers in another order", G),
+        f"First column: {A_BASE}. Second: {A_LORA}. Third: the same by 2 midpoint steps.",
+        ("nothing broken", "gain of the base on noise"),
+        ("known: a token's numbers in another order", "gain of the base on noise"),
     ),
     8: Question(
-        "Why does a LoRA do nothing?", lora, ("trained, strength 1", G), ("learning rate 100 times smaller", G)
+        "Why does a LoRA do nothing?", lora,
+        f"{A_LORA}. correction / weight: norms of (alpha / rank) B A and of W, mean over the layers of their ratio.",
+        ("trained, strength 1", G), ("on another base: its single blocks reversed", G),
     ),
     9: Question(
         "Why has the reference index 1, and why is its output cut?", reference,
+        f"{A_KONTEXT}, 2 columns of tokens; 4 steps.",
         ("index 1, same rows and columns", G), ("one column to the right", G),
     ),
     10: Question(
         "Where does precision bite?", precision,
-        ("LoRA in float32, learning rate 1e-4", "numbers of A that never move"),
-        ("LoRA in bfloat16, learning rate 1e-4", "numbers of A that never move"),
+        f"First column: {NOISE[0]}; the base, 16 crops of 64 pixels, mean over four sigmas, relative to the norm. "
+        f"Others: {FADE[0]}; LoRAs, learning rate 1e-4; shares of the numbers of A; norm relative to that in float32.",
+        ("LoRA in float32, A as at width 3072", "A loses an update of 1e-05"),
+        ("LoRA in bfloat16, A as at width 3072", "A loses an update of 1e-05"),
     ),
 }  # fmt: skip
 
 
-def cell(value: float | None, column: str) -> str:
-    """A gain or PSNR in dB with its sign or two digits; a ratio with three digits that count."""
+def cell(value: float | None, row: str, column: str) -> str:
+    """A gain in dB with its sign; a loss, a ratio or a share with two digits that count."""
     if value is None:
         return ""
-    return (
-        f"{value:+.1f} dB"
-        if column.startswith(G)
-        else f"{value:.2f}"
-        if column in ("PSNR", "texture")
-        else f"{value:.2g}"
-    )
+    return f"{value:+.1f} dB" if G in (row[:4], column[:4]) else f"{value:.2g}"
 
 
-def markdown(table: Table) -> str:
-    """The table of one experiment."""
+def markdown(number: int, table: Table) -> str:
+    """The table of one experiment under its caption."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    lines = [f"| | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
-    lines += [f"| {name} | {' | '.join(cell(row.get(c), c) for c in columns)} |" for name, row in table.items()]
+    lines = [f"*{QUESTIONS[number].setting}*", "", f"| | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
+    lines += [f"| {name} | {' | '.join(cell(row.get(c), name, c) for c in columns)} |" for name, row in table.items()]
     return "\n".join(lines)
 
 
@@ -613,15 +671,15 @@ def head(tables: dict[str, Table]) -> str:
     for number, q in QUESTIONS.items():
         line = f"| [{number}](#q{number}) | {q.text} |"
         for row, column in (q.right, q.broken):
-            name = row if column == G else f"{row}: {column}"
-            line += f" {name} | {cell(tables[str(number)][row][column], column)} |"
+            name = row if column == G else f"{row}; {column}"
+            line += f" {name} | {cell(tables[str(number)][row][column], row, column)} |"
         lines.append(line)
     return "\n".join(lines)
 
 
 def page(text: str, tables: dict[str, Table]) -> str:
     """The text of docs/questions.md with the tables between its marks, `<!-- table N -->` to `<!-- end -->`."""
-    for name, new in {"head": head(tables), **{number: markdown(table) for number, table in tables.items()}}.items():
+    for name, new in {"head": head(tables), **{n: markdown(int(n), table) for n, table in tables.items()}}.items():
         before, rest = text.split(f"<!-- table {name} -->\n")
         text = f"{before}<!-- table {name} -->\n\n{new}\n\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
     return text
@@ -639,7 +697,7 @@ def main(argv: list[str]) -> int:
         began = time.monotonic()
         tables[str(number)] = QUESTIONS[number].experiment()
         print(f"\n{number}. {QUESTIONS[number].text} ({time.monotonic() - began:.0f} s)\n")
-        print(markdown(tables[str(number)]), flush=True)
+        print(markdown(number, tables[str(number)]), flush=True)
     if not argv:
         NUMBERS.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")

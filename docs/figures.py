@@ -2,7 +2,6 @@
 
 docs/demo.jpg    what `make demo` left in runs/demo, at half its size (extras/contact_sheet.py makes degradations.jpg)
 docs/flow.png    a value that is -1 or +1, and what is left of it; the exact velocity, followed in 1 to 25 steps
-docs/steps.png   PSNR and texture against steps, as measured: docs/steps.json, {label: {steps, psnr, texture}}
 
 In both rows of flow.png x_sigma is normal around +-m with variance s^2, given the clean value +-1. So the clean value
 that x_sigma leads one to expect is E = tanh(m x_sigma / s^2), and the velocity (E - x_sigma) / (1 - sigma).
@@ -11,7 +10,6 @@ that x_sigma leads one to expect is E = tanh(m x_sigma / s^2), and the velocity 
     lost    degraded = 0 whatever the clean value, source noise    m = sigma,  s = (1 - sigma) --source-noise
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -151,43 +149,10 @@ def flow_figure() -> None:
     save(image, "flow.png")
 
 
-def steps_figure() -> None:
-    """PSNR and texture against the number of steps, one line for each label of steps.json."""
-    file = HERE / "steps.json"
-    if not file.exists():
-        print(f"docs/steps.png: left out, there is no docs/{file.name} with measured numbers")
-        return
-    runs = json.loads(file.read_text(encoding="utf-8"))
-    image, draw = canvas(900, 330 + 20 * len(runs))
-    all_steps = sorted({s for run in runs.values() for s in run["steps"]})
-    places = {s: i for i, s in enumerate(all_steps)}
-    titles = {"psnr": "PSNR in dB, by steps", "texture": "texture (1: as the clean picture), by steps"}
-    for column, (key, title) in enumerate(titles.items()):
-        values = [v for run in runs.values() for v in run[key]]
-        low, high = min(values), max(values)
-        room = 0.08 * (high - low) or 1.0
-        left = 60 + 440 * column
-        panel = Panel(draw, (left, 40, left + 370, 280), (-0.3, len(places) - 0.7), (low - room, high + room))
-        for label, color in zip(runs, COLOURS * len(runs), strict=False):
-            xs = [places[s] for s in runs[label]["steps"]]
-            panel.line(xs, runs[label][key], color, 2)
-            for x, y in zip(xs, runs[label][key], strict=True):
-                panel.dot(x, y, color)
-        marks = [low + (high - low) * k / 4 for k in range(5)]
-        panel.ticks({i: str(s) for s, i in places.items()}, {m: f"{m:.2f}" for m in marks})
-        write(draw, SCALE * left, 18 * SCALE, title, "la", 14)
-    for i, (label, color) in enumerate(zip(runs, COLOURS * len(runs), strict=False)):
-        y = SCALE * (320 + 20 * i)
-        draw.line([(60 * SCALE, y), (85 * SCALE, y)], fill=color, width=3 * SCALE)
-        write(draw, 92 * SCALE, y, label, "lm")
-    save(image, "steps.png")
-
-
 def main() -> int:
     """All figures; 0."""
     flow_figure()
     print(toy_table())
-    steps_figure()
     if (demo := HERE.parent / "runs" / "demo" / "demo.png").exists():
         Image.open(demo).convert("RGB").reduce(2).save(HERE / "demo.jpg", quality=88)
     return 0

@@ -108,7 +108,7 @@ def path(source: Tensor, target: Tensor, eps: Tensor, s: Tensor) -> tuple[Tensor
 
 
 def velocity(flux: Network, x: Tensor, sigma: Tensor, control: Tensor, prompt: Prompt, objective: Objective) -> Tensor:
-    """v_pred = -T * flux(x, t = T (1 - sigma)), the direction from degraded to clean.
+    """v_pred = -T * flux(x, t = T (1 - sigma)), the direction from source to clean.
 
     Args:
         flux: the transformer, official sign.
@@ -174,7 +174,7 @@ def draw(seed: int, step: int, places: Sequence[int], shape: Sequence[int], tota
     Returns:
         eps (B, C, h, w) ~ N(0, 1) and u (B,) ~ U(0, 1), float32.
     """
-    # Stratified: each picture draws u from its own interval of length 1 / total, which halves the noise of the loss.
+    # Stratified: each picture draws u from its own interval of length 1 / total, which lowers the noise of the loss.
     # The strata are shuffled at every step; otherwise the place in the batch would fix the interval.
     strata = numpy_generator(seed, "strata", step).permutation(total)
     eps, u = [], []
@@ -205,6 +205,8 @@ SIGMA_DENSITIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "mode": lambda u, tokens: u + 1.29 * (torch.cos(math.pi / 2 * u).square() - 1 + u),
     # t shifted as in the sampling schedule at this size: towards the source. SD3, equation 23.
     "shift": lambda u, tokens: 1 - shift_time(1 - u, tokens),
+    # Three in four at sigma = 0, the only point that a restoration in one step evaluates; the others uniform.
+    "source": lambda u, tokens: (4 * u - 3).clamp(min=0),
 }
 # Weight of the squared error at sigma, (B,) -> (B,), with t = 1 - sigma.
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {

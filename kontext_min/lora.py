@@ -7,7 +7,7 @@ million of 11.9 billion parameters.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; A is uniform
 in +-1/sqrt(in) as in the authors' code (kaiming_uniform with a = sqrt(5)) and in peft. peft does the same for any model
-and many adapters; LoRALinear is its one line of mathematics, and needs no wrapper around the model.
+and many adapters; LoRALinear is the one line above, and needs no wrapper around the model.
 """
 
 import math
@@ -32,7 +32,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        # A and B are float32 whatever the dtype of W: bfloat16 would round an update of 1e-4 away.
+        # float32 whatever the dtype of W: bfloat16 loses every update below 1/512 of a number (docs/questions.md, 10).
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
 

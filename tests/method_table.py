@@ -1,6 +1,6 @@
 """Change one thing of the method at a time: train each variant equally long on weights/tiny, measure on photographs.
 
-    python tests/method_table.py --work runs/make-tiny [--only bridge kontext]        one table, docs/steps.json
+    python tests/method_table.py --work runs/make-tiny [--only bridge kontext]        one table
 
 WORK must hold what weights/make_tiny.py writes with `--stage photographs` and `--stage pairs --degrade SPEC --pairs
 4000`. Each row is one run of train.py: a LoRA of rank 64 on all Linears, 250 steps of 8 crops of 96 pixels, and the
@@ -42,7 +42,7 @@ def main() -> int:
     given = parser.parse_args()
     pairs = given.work / f"pairs-{SPEC}"
     roots = ["--hr-root", str(pairs / "clean"), "--lr-root", str(pairs / "degraded")]
-    table, curves = [], {}
+    table = []
     for name in given.only:
         folder, scores = given.work / f"method-{name}", given.work / f"method-{name}.json"
         argv = [*roots, "--output-dir", str(folder), "--cache-dir", str(given.work / "cache-method")]
@@ -53,11 +53,7 @@ def main() -> int:
         quality_bench.main([*bench, "--steps", *map(str, STEPS)])
         means = json.loads(scores.read_text())
         cells = [means[f"LoRA, {n} steps"]["all"] for n in STEPS]
-        psnr, _, texture = ([round(x, 3) for x in column] for column in zip(*cells, strict=True))
-        if name != "kontext":  # 10 dB lower, which would flatten the other curves
-            curves[name] = {"steps": STEPS, "psnr": psnr, "texture": texture}
         table.append(f"| {name} | {' | '.join(f'{psnr:.2f} / {texture:.2f}' for psnr, _, texture in cells)} |")
-    (TESTS.parent / "docs" / "steps.json").write_text(json.dumps(curves, indent=1) + "\n")  # for docs/figures.py
     print(f"\n| PSNR / texture | {' | '.join(map(str, STEPS))} |\n|---|{'---|' * len(STEPS)}", *table, sep="\n")
     return 0
 

@@ -65,7 +65,7 @@ def theirs(argv: list[str]) -> tuple[list[float], list[float]]:
     pipe = FluxKontextPipeline.from_pretrained(settings.weights, torch_dtype=torch.float32)
     transformer, vae = pipe.transformer.requires_grad_(False), pipe.vae.requires_grad_(False)
     settings = train.settled(settings, plan.Sizes.of(base.Weights(settings.weights)))
-    prompt = settings.prompt
+    prompt = settings.prompt[0]
     length = prompts.max_length(base.Weights(settings.weights))
     with torch.no_grad():
         txt, pooled, txt_ids = pipe.encode_prompt(prompt, None, max_sequence_length=length)
@@ -76,13 +76,14 @@ def theirs(argv: list[str]) -> tuple[list[float], list[float]]:
 
     buckets = data.buckets(settings.resolution, multiple=2 * 2 ** (len(vae.config.block_out_channels) - 1))
     pictures, _ = data.usable(data.scan(settings.hr_root)[0], buckets)
-    pairs = data.Pairs(pictures, buckets, degrade.parse(settings.degrade), settings.seed, prompt)
+    pairs = data.Pairs(pictures, buckets, degrade.parse(settings.degrade[0]), settings.seed, prompt)
     sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed)
     loader = iter(torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=data.collate))
 
     @torch.no_grad()
     def encode(images):
-        z = vae.encode(images.float() / 127.5 - 1).latent_dist.mode()
+        # One at a time, as train.py: sums in another order would be off by 1e-4, beside the constants of weights/tiny.
+        z = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in images.split(1)])
         return (z - vae.config.shift_factor) * vae.config.scaling_factor
 
     def pack(z):

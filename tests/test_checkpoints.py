@@ -475,7 +475,7 @@ def test_sizes_come_from_the_shapes_and_the_rest_from_the_config():
     assert (flux.num_heads, flux.depth, flux.depth_single_blocks, flux.axes_dim) == (6, 1, 6, (4, 14, 14))
     assert (flux.hidden_size, flux.mlp_ratio, flux.context_in_dim, flux.vec_in_dim) == (192, 4.0, 96, 64)
     vae = outline("vae", WEIGHTS)[0].params
-    assert vae == AutoencoderParams(3, 96, 3, (1, 1, 1), 0, 16, 1.0264, 0.0024)
+    assert vae == AutoencoderParams(3, 96, 3, (1, 1, 1), 0, 24, 1.0264, 0.0024)
     assert load_clip(WEIGHTS).encoder["layers"][0].self_attn.heads == config["text_encoder"]["num_attention_heads"] == 2
     t5 = outline("t5", WEIGHTS)[0].encoder.params
     assert t5 == T5Params(**_fields(T5Params, config["text_encoder_2"]))

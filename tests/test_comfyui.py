@@ -53,7 +53,7 @@ def write_lora(path, **about):
     flux, generator = load_flux(TINY, dtype=torch.float32), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in add_lora(flux, 4, 4):
-            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+            p.copy_(0.5 * torch.randn(p.shape, generator=generator))
     lora_files.save_lora(flux, path, metadata={"kontext_min": json.dumps(about)})
     return flux
 
@@ -164,14 +164,14 @@ def test_the_node_restores_as_restore_latent_does(comfyui, tmp_path, trained, so
     x = out["sampler"].sample(denoise, out["sigmas"], noise, latent, seen)
 
     assert x.shape == z.shape and (x - z).abs().max() < 1e-5
-    assert (x - latent).abs().max() > 0.5  # the LoRA does something
+    assert (x - latent).abs().max() > 0.02  # 2000 times the tolerance: the LoRA does something
     steps = len(out["sigmas"]) - 1
     assert model.evaluations == steps * (1 + (solver == "midpoint"))
     assert [step["i"] for step in seen] == list(range(steps)) and seen[0]["denoised"].shape == x.shape
     # The case tells right from wrong: without what was trained the result is another one.
     if trained or strength != 1:
         other = restore_latent(ours, flux, comfyui.autoencoder, prompt, Objective(), evaluations, solver, seed=7)
-        assert (other - z).abs().max() > 0.05
+        assert (other - z).abs().max() > 0.005  # 500 times the tolerance
 
 
 def test_other_files_are_refused_in_one_line(comfyui, tmp_path):

@@ -27,7 +27,7 @@ CASES = {
 }
 
 
-def write_lora(path, about, size=0.1):
+def write_lora(path, about, size=0.3):
     flux = load_flux(TINY, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

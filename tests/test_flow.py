@@ -206,6 +206,9 @@ def test_densities_against_their_definitions():
     cosine = 1 - u - 1.29 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
     assert torch.allclose(t["mode"].float(), cosine, atol=1e-6)
     assert torch.allclose(t["shift"], flow.shift_time(1 - u.double(), 4096), atol=1e-6)
+    at_source = t["source"] == 1
+    assert at_source.double().mean() == pytest.approx(0.75, abs=1e-4)
+    assert t["source"][~at_source].mean() == pytest.approx(0.5, abs=1e-4)
 
 
 def test_weights_against_their_definitions():

@@ -869,7 +869,7 @@ def test_merged_file_is_the_model_with_its_lora(base, tmp_path, layout, capsys):
 def tiny_args():
     torch.manual_seed(0)
     return (
-        torch.randn(1, 6, 64), torch.rand(1, 6, 3).round(), torch.randn(1, 5, 96), torch.zeros(1, 5, 3),
+        torch.randn(1, 6, 96), torch.rand(1, 6, 3).round(), torch.randn(1, 5, 96), torch.zeros(1, 5, 3),
         torch.tensor([0.4]), torch.randn(1, 64), torch.tensor([2.0]),
     )  # fmt: skip
 
@@ -1061,7 +1061,7 @@ def test_flux_kontext_pipeline_draws_the_picture_of_sample_py(kontext_run, tmp_p
     lora, seed, steps, size = kontext_run / "peft.safetensors", 7, 3, (96, 64)
     image = Image.open(ROOT / "tests" / "photos" / "bowl.jpg").convert("RGB").resize(size, Image.Resampling.LANCZOS)
     image.save(tmp_path / "in.png")
-    flags = ["--input", tmp_path / "in.png", "--seed", seed, "--steps", steps]
+    flags = ["--input", tmp_path / "in.png", "--seed", seed, "--steps", steps, "--dtype", "float32", "--tile", 96]
     assert sample.main([str(f) for f in [*flags, "--output", tmp_path / "a.png", "--lora", f"{lora}={strength}"]]) == 0
     assert f"kontext, {steps} network evaluations" in capsys.readouterr().out
     about = trained_with(read_lora(lora)[1], lora)

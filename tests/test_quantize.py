@@ -290,9 +290,9 @@ def block_error(kind, cls, hidden):
     return relative(added(), expected)
 
 
-# Measured 0.0040, 0.0106 and 0.0322 on weights/tiny, and 0.015, 0.042 and 0.148 on blocks: the more of the velocity
+# Measured 0.0071, 0.0203 and 0.0691 on weights/tiny, and 0.015, 0.042 and 0.148 on blocks: the more of the velocity
 # comes from the blocks, the more of their error. The first three change when weights/tiny is trained anew.
-BOUNDS = {"int8": (0.005, 0.02), "fp8": (0.013, 0.06), "nf4": (0.04, 0.2)}
+BOUNDS = {"int8": (0.009, 0.02), "fp8": (0.025, 0.06), "nf4": (0.085, 0.2)}
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)

@@ -15,7 +15,6 @@ import pytest
 
 import sample
 import train
-from kontext_min import degrade
 from kontext_min.extras import checks
 from kontext_min.extras.flags import parse_flags
 
@@ -238,8 +237,6 @@ def test_command_lines_in_the_texts_are_understood(name, monkeypatch, tmp_path):
             checks.check_sampling(replace(settings, reference=None, json=None, report=False))
         else:
             checks.check_training(settings)
-        if settings.degrade:
-            degrade.parse(settings.degrade)
 
 
 def test_a_wrong_command_line_would_be_seen(monkeypatch, tmp_path, capsys):

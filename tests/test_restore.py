@@ -312,24 +312,6 @@ def test_tiles_of_the_embedded_model_agree_with_the_whole_picture():
     assert seam(tiles, 160, 64, 8) < 1.1 * seam(whole, 160, 64, 8)  # the picture itself is not as rough everywhere
 
 
-def decoded(name, width, height, tile):
-    """Norms of each tile alone, and shared: values at most 1 of 255 from decoding at once; largest change of a color.
-
-    The values are parts of all. A color is the mean of 16 x 16 pixels, in levels of 255.
-    """
-    autoencoder = load_autoencoder(ROOT / "weights" / "tiny", dtype=torch.float32)
-    image = Image.open(ROOT / "tests" / "photos" / f"{name}.jpg").convert("RGB").crop((0, 0, width, height))
-    with torch.no_grad():
-        z = autoencoder.encode(to_float(to_tensor(image))[None])
-        whole = to_bytes(autoencoder.decode(z)).float()
-        alone = decode(autoencoder, z, image.size, Tiles(tile, autoencoder)).float()
-        with shared_norms.shared_norms(autoencoder, z, Tiles(tile, autoencoder)):
-            shared = decode(autoencoder, z, image.size, Tiles(tile, autoencoder)).float()
-        assert torch.equal(to_bytes(autoencoder.decode(z)).float(), whole)  # the norms are themselves again
-    found = [x - whole for x in (alone, shared)]
-    return [((x.abs() <= 1).float().mean().item(), F.avg_pool2d(x, 16).abs().max().item()) for x in found]
-
-
 def test_a_picture_of_the_embedded_model_is_the_same_alone_and_in_a_batch():
     """Up to rounding: sums of another batch size are added in another order."""
     flux, autoencoder, prompt = embedded()
@@ -343,57 +325,58 @@ def test_a_picture_of_the_embedded_model_is_the_same_alone_and_in_a_batch():
         assert (together[k] - alone).abs().max() <= 1
 
 
-def test_decoding_in_tiles_is_decoding_at_once():
-    """What is left is the attention at the bottom, which sees its tile alone."""
-    (alone, _), (shared, color) = decoded("picosdeeuropa", 384, 256, 192)
-    assert alone < 0.99
-    assert shared > 0.999 and color < 0.5
-
-
-@pytest.mark.slow
-def test_decoding_in_tiles_over_all_photographs():
-    """The table of docs/memory.md: `pytest --slow -s -k over_all_photographs tests/test_restore.py`."""
-    names = sorted(file.stem for file in (ROOT / "tests" / "photos").glob("*.jpg"))
-    parts = {name: decoded(name, 512, 384, 256) for name in names}
-    for name, ((alone, a), (shared, b)) in parts.items():
-        print(f"| {name} | {alone:.2%} | {shared:.2%} | {a:.2f} | {b:.2f} |")
-    (alone, a), (shared, b) = torch.tensor(list(parts.values())).mean(0).tolist()
-    print(f"| mean | {alone:.2%} | {shared:.2%} | {a:.2f} | {b:.2f} |")
-    assert 1 - shared < (1 - alone) / 4 and shared > 0.998
-    assert b < a
-
-
-def test_norms_of_tiles_see_nearly_what_they_see_of_the_whole():
-    """The mean and the deviation of every norm, in deviations: less than half as far off as those of a tile."""
-    autoencoder = load_autoencoder(ROOT / "weights" / "tiny", dtype=torch.float32)
-    image = Image.open(ROOT / "tests" / "photos" / "picosdeeuropa.jpg").convert("RGB").crop((0, 0, 384, 256))
-    norms = [m for m in autoencoder.decoder.modules() if isinstance(m, torch.nn.GroupNorm)]
-    ticks, errors = [], {}
+def latent_of(name, autoencoder, width=384, height=256):
+    """A crop of a photograph of tests/photos, encoded, and its size."""
+    image = Image.open(ROOT / "tests" / "photos" / f"{name}.jpg").convert("RGB").crop((0, 0, width, height))
     with torch.no_grad():
-        z = autoencoder.encode(to_float(to_tensor(image))[None])
+        return autoencoder.encode(to_float(to_tensor(image))[None]), image.size
+
+
+def test_decoding_in_tiles_is_decoding_at_once():
+    """With the embedded model, whose norms hardly depend on the picture: what is left is rounding, and a few places."""
+    autoencoder = load_autoencoder(ROOT / "weights" / "tiny", dtype=torch.float32)
+    z, size = latent_of("picosdeeuropa", autoencoder)
+    apply = Tiles(192, autoencoder)
+    with torch.no_grad():
+        whole = to_bytes(autoencoder.decode(z)).float()
+        with shared_norms.shared_norms(autoencoder, z, apply):
+            far = decode(autoencoder, z, size, apply).float() - whole
+        assert torch.equal(to_bytes(autoencoder.decode(z)).float(), whole)  # the norms are themselves again
+    assert (far.abs() <= 1).float().mean() > 0.999
+    assert F.avg_pool2d(far, 16).abs().max() < 0.5  # colors, in levels of 255
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("photograph", ["picosdeeuropa", "friends"])
+def test_norms_of_tiles_see_nearly_what_they_see_of_the_whole(photograph, seed):
+    """The mean and the deviation of every norm, in deviations: less than half as far off as those of a tile.
+
+    In the official architecture, narrow and of three levels, with random weights: its norms depend on the picture.
+    """
+    z, _ = latent_of(photograph, load_autoencoder(ROOT / "weights" / "tiny", dtype=torch.float32))
+    torch.manual_seed(seed)
+    autoencoder = Autoencoder(AutoencoderParams(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=z.shape[1]))
+    norms = [m for m in autoencoder.decoder.modules() if isinstance(m, torch.nn.GroupNorm)]
+    ticks, shared = [], []
+    with torch.no_grad():
         apply, side = Tiles(192, autoencoder), 192 // autoencoder.factor
         whole = shared_norms.gather(autoencoder, norms, z)
-        of_tiles = {
-            "a tile alone": [
-                shared_norms.gather(autoencoder, norms, z[..., :side, left:][..., :side]) for left in (0, 48)
-            ],
-            "every second": [shared_norms.gather(autoencoder, norms, z[..., ::2, ::2])],
-        }
+        alone = [shared_norms.gather(autoencoder, norms, z[..., :side, left:][..., :side]) for left in (0, side)]
         with shared_norms.shared_norms(autoencoder, z, apply, lambda: ticks.append(1)):
             for norm in norms:  # two numbers in each group tell which mean and variance it takes
                 x = torch.tensor([0.0, 1.0]).expand(1, norm.num_channels, 1, 2)
-                y = (norm(x) - norm.bias[:, None, None]) / norm.weight[:, None, None]
-                low, high = y.unflatten(1, (norm.num_groups, -1)).mean((2, 3)).unbind(-1)
-                of_tiles.setdefault("shared", [[]])[0].append((-low / (high - low), (high - low) ** -2))
-    for name, found in of_tiles.items():
+                low, high = norm(x).unflatten(1, (norm.num_groups, -1)).mean((2, 3)).unbind(-1)
+                shared.append((-low / (high - low), (high - low) ** -2))
+
+    def error(of_tiles):
         far = [
             torch.cat([(m - mean) / variance.sqrt(), (v / variance).sqrt() - 1])
-            for one in found
-            for (m, v), (mean, variance) in zip(one, whole, strict=True)
+            for found in of_tiles
+            for (m, v), (mean, variance) in zip(found, whole, strict=True)
         ]
-        errors[name] = torch.cat(far).abs().mean().item()
-    print(errors)
-    assert errors["shared"] < 0.5 * min(errors["every second"], errors["a tile alone"])
+        return torch.cat(far).abs().mean().item()
+
+    assert error([shared]) < 0.5 * error(alone)
     assert len(ticks) == 2
     assert all(norm.forward.__func__ is torch.nn.GroupNorm.forward for norm in norms)
 

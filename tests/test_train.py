@@ -24,9 +24,9 @@ import peer_training
 import sample
 import train
 from conftest import make_pictures
-from kontext_min import degrade, flow
+from kontext_min import data, degrade, flow
 from kontext_min.checkpoints import metadata
-from kontext_min.extras import base, checkpointing, held_out, plan, prompts, report, runs, validation
+from kontext_min.extras import base, checkpointing, held_out, plan, prompts, report, runs, tasks, validation
 from kontext_min.extras.lora_files import trained_with
 from train import Settings
 
@@ -61,6 +61,12 @@ def test_the_warm_up_is_a_tenth_of_a_short_run():
     warmups = [train.settled(Settings(hr_root=Path(), steps=n), sizes).warmup for n in (5, 60, 3000)]
     assert warmups == [0, 6, 100]
     assert train.settled(Settings(hr_root=Path(), steps=60, warmup=30), sizes).warmup == 30
+
+
+def test_the_density_of_sigma_depends_on_the_objective():
+    chosen = [("bridge", None), ("kontext", None), ("kontext", "uniform")]
+    settings = [Settings(hr_root=Path(), objective=objective, sigma=sigma) for objective, sigma in chosen]
+    assert [train.settled(s, plan.Sizes()).sigma for s in settings] == ["uniform", "shift", "uniform"]
 
 
 def test_validation_comes_with_every_few_epochs_and_at_the_end():
@@ -187,6 +193,30 @@ def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tm
     again = ["--steps", 1, "--objective", "kontext", "--output-dir", tmp_path / "b"]
     assert run(*again, "--init-lora", tmp_path / "run") == 0
     assert "note: --init-lora" not in capsys.readouterr().err
+
+
+def test_several_tasks_take_turns_and_each_has_its_prompt(run, pictures, tmp_path, capsys):
+    """--degrade twice: picture i of epoch e has task (i + e) mod 2, as if that one alone were given."""
+    prompts = {"noise=0.1": "Remove the noise.", "blur=2": "Remove the blur."}
+    buckets, names = data.buckets(64), list(prompts)
+    make = partial(data.Pairs, data.scan(pictures)[0], buckets, seed=1)
+    one = [make(degrade=degrade.parse(name), prompt=prompt) for name, prompt in prompts.items()]
+    both = tasks.Tasks(make(degrade=degrade.parse("guide"), prompt="?"), names, list(prompts.values()))
+    for epoch, i in ((0, 3), (0, 4), (1, 3), (2, 3)):
+        k = (epoch + i) % 2
+        expected, item = one[k][epoch, i], both[epoch, i]
+        assert item["prompt"] == prompts[names[k]] and torch.equal(item["control"], expected["control"])
+        assert torch.equal(item["target"], expected["target"]) and item["name"] == expected["name"]
+    flags = [word for pair in prompts.items() for word in zip(("--degrade", "--prompt"), pair, strict=True)]
+    argv = [word for words in flags for word in words]
+    assert run(*argv, "--steps", 2) == 0
+    printed = capsys.readouterr().out
+    assert "encoding 2 prompts" in printed and "captions are not read" in printed
+    about = trained_with(metadata(tmp_path / "run" / "lora.safetensors"), "")
+    assert (about["degrade"], about["prompt"]) == ("noise=0.1 + blur=2", "Remove the noise.")
+    assert run(*argv, "--steps", 2) == 0  # continues: the settings are those of before
+    assert run(*argv, "--prompt", "a third", "--steps", 2) == 2
+    assert "--prompt: got 3 for 2 --degrade" in capsys.readouterr().err
 
 
 def test_a_run_is_overwritten_only_when_all_else_is_right(run, tmp_path, capsys):

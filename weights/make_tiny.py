@@ -3,14 +3,14 @@
     python weights/make_tiny.py --stage vocabulary                        two tokenizers, 1024 and 640 entries
     python weights/make_tiny.py --stage text                              CLIP and T5: fixed random weights
     python weights/make_tiny.py --stage photographs --photos DIR          DIR -> WORK/training and WORK/kept-out
-    python weights/make_tiny.py --stage autoencoder                       trained on WORK/training, resumable
+    python weights/make_tiny.py --stage autoencoder                       computed from WORK/training
     python weights/make_tiny.py --stage measure                           its PSNR on WORK/kept-out
     python weights/make_tiny.py --stage transformer                       random start, which train.py --full trains
     python weights/make_tiny.py --stage pairs                             WORK/pairs: crops, degraded, their prompts
     python weights/make_tiny.py --stage base --trained RUN/transformer    what train.py --full made of them, in bfloat16
 
-Every random number is a function of --seed, its purpose and the step. The autoencoder's own story, how it starts from a
-linear code, is told in make_tiny_autoencoder.py; results and credits are in tiny/README.md.
+Every random number is a function of --seed, its purpose and a count. make_tiny_autoencoder.py explains the autoencoder;
+results and credits are in tiny/README.md.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from pathlib import Path
 import make_tiny_autoencoder as ae
 import numpy as np
 import torch
-from PIL import Image
+from einops import rearrange
+from PIL import Image, ImageOps
 from safetensors.torch import save
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
@@ -40,7 +41,15 @@ CLIP_ENTRIES, T5_PIECES, T5_LENGTH = 1024, 540, 32
 CLIP = ClipParams(CLIP_ENTRIES, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
 T5 = T5Params(vocab_size=T5_PIECES + SENTINELS, d_model=96, d_kv=32, d_ff=192, num_layers=2, num_heads=3)
 FLUX = FluxParams(
-    vec_in_dim=64, context_in_dim=96, hidden_size=192, num_heads=6, depth=1, depth_single_blocks=6, axes_dim=(4, 14, 14)
+    in_channels=4 * ae.PARAMS.z_channels,
+    out_channels=4 * ae.PARAMS.z_channels,
+    vec_in_dim=64,
+    context_in_dim=96,
+    hidden_size=192,
+    num_heads=6,
+    depth=1,
+    depth_single_blocks=6,
+    axes_dim=(4, 14, 14),
 )
 
 
@@ -60,7 +69,7 @@ SLOTS = {
     ),
     "kind": (
         "old low light high quality resolution clean sharp clear blurred blurry noisy dark bright faded damaged "
-        "scratched torn compressed detailed natural vivid black white color color original degraded small large "
+        "scratched torn compressed detailed natural vivid black white color colour original degraded small large "
         "real fine"
     ),
 }
@@ -76,7 +85,7 @@ GENERAL = (
     "house building garden forest beach city street road car boat bridge wall window door table food fruit glass wood "
     "stone metal paper cloth hair eye skin red green blue yellow orange purple brown grey pink sun moon star cloud "
     "night morning evening summer winter spring autumn text detail details texture edges contrast exposure balance "
-    "tone tones colors colors shadows highlights focus resize crop background foreground camera lens grainy soft "
+    "tone tones colors colours shadows highlights focus resize crop background foreground camera lens grainy soft "
     "softer smooth sharper clearer brighter darker warmer cooler vintage historic ancient modern"
 )
 PATTERNS = (
@@ -221,11 +230,13 @@ def make_text(seed: int) -> None:
 # ------------------------------------------------------------------------------------------------------ the autoencoder
 
 
-def make_autoencoder(work: Path, seed: int, steps: int, linear_steps: int) -> None:
-    """vae/: train the decoder, then choose the two numbers that give latents of zero mean and unit deviation."""
-    model = ae.train(work, seed, steps, linear_steps)
+def make_autoencoder(work: Path, seed: int) -> None:
+    """vae/, with the two numbers that give the 16 strongest channels of a latent zero mean and unit deviation."""
+    batches = list(ae.statistics_batches(work, seed))
+    patches = [rearrange(x, "b c (h y) (w x) -> (b h w) (y x c)", y=4, x=4) for x in batches]
+    model = ae.make(torch.cat(patches))
     with torch.no_grad():
-        z = torch.cat([model.encode(batch).flatten() for batch in ae.statistics_batches(work, seed)])
+        z = torch.cat([model.encode(batch)[:, :16].flatten() for batch in batches])
     shift, scale = round(z.mean().item(), 4), round(1 / z.std().item(), 4)
     state, levels = {}, len(ae.PARAMS.ch_mult)
     for name, p in model.state_dict().items():
@@ -292,39 +303,58 @@ def make_transformer(seed: int) -> None:
     write_json(TINY / "model_index.json", {"_class_name": "FluxKontextPipeline"} | parts)
 
 
-MIXTURE = {  # what the base learns, in parts of its pairs; old-photo is left to the demo
-    "blur=1.5,downsample=2,noise=0.05,jpeg=50": 0.3,
-    "guide": 0.15,
-    "denoise": 0.2,
-    "deblur": 0.1,
-    "super-resolution": 0.1,
-    "real-esrgan": 0.1,
-    "low-light": 0.05,
-}
+# What the base learns: share of the pairs, degradation, its prompts, and what these prompts leave in the picture.
+# Most pairs are blind: the prompt says little or too much about the damage. Light and absent damage is among them.
+# Darkness and faded colors stay whatever the prompt says: light and color are what a LoRA may learn.
+MIXTURE = (
+    (22, "noise=0:0.15", "any", None),
+    (2, "noise=0:0.15/grey", "any", None),
+    (20, "noise=0.02:0.15,jpeg=25:95", "any", None),
+    (14, "jpeg=15:95", "any", None),
+    (8, "jpeg=75:98", "any", None),
+    (12, "blur=0.3:2,noise=0:0.05@0.8,jpeg=50:95@0.7", "any", None),
+    (6, "noise=0:0.02@0.5,jpeg=85:100@0.5", "any", None),
+    (3, "blur=1.5,downsample=2,noise=0.05,jpeg=50", "guide", None),
+    (6, "guide", "guide", None),
+    (5, "denoise", "denoise", None),
+    (4, "deblur", "deblur", None),
+    (3, "super-resolution", "super-resolution", None),
+    (3, "real-esrgan", "real-esrgan", None),
+    (3, "noise=0.02:0.1,jpeg=70:95", "any", "underexpose=2:4/1000000/0"),
+    (2, "blur=0.5:1.5,noise=0.02:0.08,jpeg=60:95", "any", "fade=0.5:0.75/0.15:0.3/0:0.6,sepia=0.3:1@0.8"),
+)
+ANY = {"guide": 0.35, "denoise": 0.25, "deblur": 0.1, "super-resolution": 0.08, "real-esrgan": 0.08}
+ANY |= {"low-light": 0.1, "old-photo": 0.04}
 
 
 def make_pairs(work: Path, seed: int, count: int, side: int, only: str | None) -> None:
-    """WORK/pairs/clean, degraded: crops with the prompt of their degradation beside them, for train.py --lr-root.
+    """WORK/pairs/clean, degraded: crops with a prompt beside them, for train.py --lr-root.
 
-    A photograph is drawn by the root of its area, the place in it anywhere. `only`: one degradation instead of MIXTURE.
+    A photograph is drawn by the root of its area, the place in it anywhere, the scale between 1/2 and 1, mirrored or
+    not. `only`: one degradation with its own prompt instead of MIXTURE.
     """
-    photos = ae.load_photos(work)
-    weights = np.sqrt([photo.shape[0] * photo.shape[1] for photo in photos])
+    photos = [Image.fromarray(photo) for photo in ae.load_photos(work)]
+    weights = np.sqrt([photo.width * photo.height for photo in photos])
     folder = work / (f"pairs-{only}" if only else "pairs")
     clean, degraded = folder / "clean", folder / "degraded"
     for where in (clean, degraded):
         where.mkdir(parents=True, exist_ok=True)
-    mixture = {only: 1.0} if only else MIXTURE
-    degradations = {name: degrade.parse(name) for name in mixture}
+    mixture = ((1, only, only if only in degrade.PROMPTS else "guide", None),) if only else MIXTURE
+    shares = np.array([row[0] for row in mixture]) / sum(row[0] for row in mixture)
     for k in range(count):
         rng = np.random.default_rng([seed, 2, k])
         photo = photos[rng.choice(len(photos), p=weights / weights.sum())]
-        y, x = (rng.integers(length - side + 1) for length in photo.shape[:2])
-        crop = Image.fromarray(photo[y : y + side, x : x + side])
-        name = rng.choice(list(mixture), p=list(mixture.values()))
-        degradations[name](crop, rng).save(degraded / f"{k:06d}.png", compress_level=1)
+        length = side * rng.uniform(1, min(2, photo.width / side, photo.height / side))
+        x, y = (rng.uniform(0, whole - length) for whole in photo.size)
+        crop = photo.resize((side, side), Image.Resampling.LANCZOS, box=(x, y, x + length, y + length))
+        crop = ImageOps.mirror(crop) if rng.random() < 0.5 else crop
+        _, damage, prompt, kept = mixture[rng.choice(len(mixture), p=shares)]
+        if prompt == "any":
+            prompt = rng.choice(list(ANY), p=list(ANY.values()))
+        crop = degrade.parse(kept)(crop, rng) if kept else crop
+        degrade.parse(damage)(crop, rng).save(degraded / f"{k:06d}.png", compress_level=1)
         crop.save(clean / f"{k:06d}.png", compress_level=1)
-        (clean / f"{k:06d}.txt").write_text(degrade.PROMPTS.get(name, degrade.PROMPTS["guide"]), encoding="utf-8")
+        (clean / f"{k:06d}.txt").write_text(degrade.PROMPTS[prompt], encoding="utf-8")
 
 
 def take_base(trained: Path) -> None:
@@ -356,8 +386,6 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of photographs, for the stage of that name")
     parser.add_argument("--trained", type=Path, help="folder of the trained transformer, for the stage base")
     parser.add_argument("--work", type=Path, default=Path("runs/make-tiny"), help="prepared photographs and states")
-    parser.add_argument("--steps", type=int, default=2000, help="of the autoencoder's training; 0: its linear start")
-    parser.add_argument("--linear-steps", type=int, default=3000, help="of its linear start")
     parser.add_argument("--pairs", type=int, default=12_000, help="how many pairs the stage of that name makes")
     parser.add_argument("--side", type=int, default=96, help="of a pair's crops, in pixels")
     parser.add_argument("--degrade", help="pairs of this degradation alone, in WORK/pairs-DEGRADE, for a LoRA")
@@ -371,7 +399,7 @@ def main() -> None:
         case "photographs":
             ae.prepare(args.photos, args.work)
         case "autoencoder":
-            make_autoencoder(args.work, args.seed, args.steps, args.linear_steps)
+            make_autoencoder(args.work, args.seed)
         case "measure":
             ae.measure(load_autoencoder(TINY / "vae", dtype=torch.float32), args.work)
         case "transformer":

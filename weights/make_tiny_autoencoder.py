@@ -1,25 +1,31 @@
-"""Trains the autoencoder of weights/tiny: a photograph (3, H, W) becomes a latent (16, H/4, W/4), on a CPU.
+"""Makes the autoencoder of weights/tiny: a photograph (3, H, W) becomes a latent (24, H/4, W/4). Nothing is trained.
 
-From random weights, minutes of training give 25 dB. So encoder and decoder start as a linear code:
+    encoder   a 4x4 patch p has 48 numbers: m = U^T p + b, U its 24 principal components. They are orthonormal, so an
+              error of a latent weighs what the same error of a pixel weighs.
+    decoder   the least-squares inverse p = U (m - b): 12 numbers for each quarter of the patch, then 3 for each pixel.
 
-    encoder   a 4x4 patch has 48 numbers; project them on their 16 principal components. The components are orthonormal,
-              so an error of a latent weighs what the same error of a pixel weighs. The encoder is exactly this and is
-              not trained further: whatever learns on its latents stays valid when the decoder gets better.
-    decoder   the convolutions on its straight way, trained alone in minutes; then, from there, the whole of it.
-
-How the official architecture computes something linear: each residual branch ends in a convolution that starts at zero;
-and the norm and the swish before each conv_out see groups (a, -a, K), K a constant much larger than a, so that the norm
-divides by a constant, and
+How the official architecture computes something linear: each residual branch ends in a convolution that can be zero.
+Where a norm and a swish stand in the way, a group of three channels (a, -a, K), K a constant much larger than a, lets
+the norm divide by a constant, and
 
     swish(a) - swish(-a) = a sigmoid(a) + a sigmoid(-a) = a.
 
-That needs three channels in a norm group, and every Flux autoencoder has 32 groups: hence the width of 96. (With one or
-two channels a group, the last norm of the decoder removes the mean color: a plain wall has no way through.)
+Every Flux autoencoder has 32 groups: hence the width of 96.
+
+How the decoder tells the pixels of a square apart. Nearest-neighbor upsampling gives the same x to the four pixels of a
+2x2 square, and a convolution treats all pixels alike. So no linear decoder can give the pixel (p, q) of the square the
+value W_pq x that it should have. But one of the four diagonal neighbors of a pixel lies in its own square, and only
+that one has the same x. The block after each upsampling computes, with some linear functions c of x,
+
+    E_pq = g sum |c(neighbor that is in the square if the pixel is (p, q)) - c(x)|              0 at (p, q) alone
+    y    = M x + sum_pq [swish(D_pq x + T - E_pq) - swish(T - E_pq)]                            M = mean W, D = W - M
+
+where |d| = swish(d) + swish(-d) for large d. A bracket is D_pq x at its own pixel and 0 at the other three. In a plain
+area E is 0 everywhere, and the D_pq add up to 0: y is the mean of the square.
 Shapes: B batch, H, W sides in pixels, z latent channels, N patches.
 """
 
 import hashlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,18 +34,23 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.degrade import parse
-from kontext_min.extras.runs import load_optimizer, optimizer_tensors
-from kontext_min.extras.saving import save_file
 
 # No ResNet blocks in the levels of the encoder (and one in those of the decoder): at full size they would cost five
 # times the rest of the encoder, which runs in every step of a LoRA's training, and a linear code needs none.
-PARAMS = AutoencoderParams(ch=96, ch_mult=(1, 1, 1), num_res_blocks=0, scale_factor=1.0, shift_factor=0.0)
-STATISTICS, POOL = 10**6, 2 * 10**6  # batches from here on are for statistics, and for the linear code
+PARAMS = AutoencoderParams(
+    ch=96, ch_mult=(1, 1, 1), num_res_blocks=0, z_channels=24, scale_factor=1.0, shift_factor=0.0
+)
+GROUPS, GATES = 32, 28  # of a norm; beside the gates, four groups hold T - E of the four places
+LAST = 28  # the groups from here on are free for what a norm and the last convolution follow
+PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
+# Powers of two, so that their sums are exact. The larger, the less a norm depends on the picture, and the more float32
+# rounds what stands beside it. LOUD is for the pairs that hold differences, or E with its thousands.
+QUIET, LOUD = 2.0**11, 2.0**19
+DIFFERENCE, ENERGY, T = 100.0, 20.0, 10.0  # the gain g is the product of the first two
 
 # ----------------------------------------------------------------------------------------------------- the photographs
 
@@ -90,13 +101,13 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.tensor(pixels, dtype=torch.float32).movedim(-1, -3) / 127.5 - 1
 
 
-def crops(photos: list[np.ndarray], seed: int, step: int, pixels: int) -> Tensor:
-    """The batch of a step: (B, 3, side, side) random crops, about `pixels` pixels in all, a third of them degraded.
+def crops(photos: list[np.ndarray], seed: int, number: int, pixels: int) -> Tensor:
+    """(B, 3, side, side) random crops, about `pixels` pixels in all, a third of them degraded.
 
     A photograph is drawn by the root of its area, so that small ones count too. Degraded pictures have to pass the
-    autoencoder as well as clean ones. The sides vary, or the norms would get used to one.
+    autoencoder as well as clean ones.
     """
-    rng = np.random.default_rng([seed, 1, step])
+    rng = np.random.default_rng([seed, 1, number])
     side = int(rng.choice([48, 64, 96]))
     weights = np.sqrt([photo.shape[0] * photo.shape[1] for photo in photos])
     degrade = parse("blur=0.5:2@0.5,downsample=2@0.3,noise=0.01:0.06@0.5,jpeg=30:90@0.6")
@@ -113,74 +124,9 @@ def crops(photos: list[np.ndarray], seed: int, step: int, pixels: int) -> Tensor
 
 
 def statistics_batches(work: Path, seed: int) -> Iterator[Tensor]:
-    """Eight batches of crops that the training does not see, to take means and deviations over."""
+    """Eight batches of crops, to take components, means and deviations over."""
     photos = load_photos(work)
-    return (crops(photos, seed, STATISTICS + i, 2**16) for i in range(8))
-
-
-# ------------------------------------------------------------------------------------------------------ the linear code
-
-
-def linear_autoencoder() -> nn.ModuleList:
-    """Encoder and decoder without blocks, norms and swish, and narrower."""
-
-    def conv(n: int, m: int, stride: int = 1) -> nn.Conv2d:
-        return nn.Conv2d(n, m, 3, stride=stride, padding=2 - stride)
-
-    z, pad, up = PARAMS.z_channels, nn.ZeroPad2d((0, 1, 0, 1)), nn.Upsample(scale_factor=2)
-    encoder = nn.Sequential(conv(3, 3), pad, conv(3, 12, 2), pad, conv(12, z, 2), conv(z, z))
-    decoder = nn.Sequential(conv(z, 64), up, conv(64, 32), up, conv(32, 12), conv(12, 3))
-    return nn.ModuleList([encoder, decoder])
-
-
-@torch.no_grad()
-def set_patch_code(encoder: nn.Sequential, patches: Tensor) -> None:
-    """Make the linear encoder project 4x4 patches on the principal components of the given ones, (N, 48)."""
-    z, mean = PARAMS.z_channels, patches.mean(0)
-    u = torch.linalg.svd((patches - mean).T @ (patches - mean))[0][:, :z]  # (48, z), orthonormal columns
-    first, sort, project, last = (layer for layer in encoder if isinstance(layer, nn.Conv2d))
-    for p in encoder.parameters():
-        p.zero_()
-    first.weight[range(3), range(3), 1, 1] = 1
-    # The padding is right and below only: taps 0 and 1 are the pixels (y, x) of a 2x2 square.
-    sort.weight[:, :, :2, :2] = rearrange(torch.eye(12), "n (y x c) -> n c y x", y=2, x=2)
-    project.weight[:, :, :2, :2] = rearrange(u, "(py y px x c) z -> z (y x c) py px", py=2, y=2, px=2, x=2)
-    last.weight[range(z), range(z), 1, 1] = 1
-    last.bias.copy_(-(u.T @ mean))
-
-
-def train_linear(work: Path, seed: int, steps: int) -> nn.ModuleList:
-    """The patch code with its best linear decoder, cached in WORK."""
-    linear, file = linear_autoencoder(), work / "linear.safetensors"
-    if file.exists():
-        linear.load_state_dict(load_file(file))
-        return linear.requires_grad_(False)
-    encoder, decoder = linear
-    squares = [rearrange(x, "b c (h y) (w x) -> (b h w) (y x c)", y=4, x=4) for x in statistics_batches(work, seed)]
-    set_patch_code(encoder.requires_grad_(False), torch.cat(squares))
-    photos, random = load_photos(work), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in decoder.parameters():
-            bound = p[0].numel() ** -0.5 if p.ndim == 4 else 0.0
-            p.copy_(bound * (2 * torch.rand(p.shape, generator=random) - 1))
-    images = [crops(photos, seed, POOL + i, 2**15) for i in range(400)]
-    adam = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99))
-    for step in range(steps):
-        adam.param_groups[0]["lr"] = 3e-3 * warm_cosine(step, steps)
-        image = images[step % len(images)]
-        error = decoder(encoder(image)) - image
-        adam.zero_grad()
-        error.abs().mean().backward()
-        adam.step()
-        if (step + 1) % 200 == 0:
-            print(f"linear {step + 1:5} psnr {psnr(error.detach().square().mean().item()):.2f}", flush=True)
-    save_file(linear.state_dict(), file)
-    return linear.requires_grad_(False)
-
-
-def warm_cosine(step: int, steps: int) -> float:
-    """From 0 to 1 in 100 steps, and down to 0 along a cosine."""
-    return min(1.0, (step + 1) / 100) * 0.5 * (1 + float(np.cos(np.pi * step / steps)))
+    return (crops(photos, seed, i, 2**16) for i in range(8))
 
 
 def psnr(mse: float) -> float:
@@ -192,99 +138,140 @@ def psnr(mse: float) -> float:
 
 
 @torch.no_grad()
-def from_linear(linear: nn.ModuleList, seed: int) -> Autoencoder:
-    """An autoencoder that computes what the linear one computes."""
-    random, model = torch.Generator().manual_seed(seed), Autoencoder(PARAMS)
-    for name, p in model.named_parameters():  # norms keep their 1 and 0
-        if p.ndim == 4:
-            ends_branch = "conv2" in name or "proj_out" in name
-            p.copy_((0 if ends_branch else p[0].numel() ** -0.5) * torch.randn(p.shape, generator=random))
-        elif name.endswith("bias"):
-            p.zero_()
-    down, up = [level.downsample for level in model.encoder.down], [level.upsample for level in model.decoder.up]
-    ways = (
-        (model.encoder, down[0].conv, down[1].conv, model.encoder.mid.block_2),
-        (model.decoder, up[2].conv, up[1].conv, model.decoder.up[0].block[0]),
-    )
-    for fitted, (half, second, third, block) in zip(linear, ways, strict=True):
-        layers = [layer for layer in fitted if isinstance(layer, nn.Conv2d)]
-        for conv, layer in zip((half.conv_in, second), layers[:2], strict=True):
-            n, m = layer.weight.shape[:2]
-            conv.weight[:n] = 0
-            conv.weight[:n, :m] = layer.weight
-            conv.bias[:n] = layer.bias
-        through_norm(third, block, half.norm_out, half.conv_out, *layers[2:])
-    model.encoder.conv_out.bias[PARAMS.z_channels :] = -9.0  # log variance: whoever samples gets little noise
-    return model.to(memory_format=torch.channels_last)
+def make(patches: Tensor) -> Autoencoder:
+    """The autoencoder whose code is the principal components of the given 4x4 patches, (N, 48) as (y x c)."""
+    mean = patches.mean(0)
+    u = torch.linalg.svd((patches - mean).T @ (patches - mean))[0][:, : PARAMS.z_channels]
+    return from_code(u, -(u.T @ mean), patches)
 
 
-def through_norm(
-    before: nn.Conv2d, block: nn.Module, norm: nn.GroupNorm, after: nn.Conv2d, first: nn.Conv2d, last: nn.Conv2d
-) -> None:
-    """Let `before`, the block, norm, swish and `after` compute last(first(x)).
-
-    `first` has n outputs a. `before` gives a, -a, 0 for each, and the block adds K to each 0. The norm group (a, -a, K)
-    has the mean K/3 and, for K much larger than a, the deviation sqrt(2) K/3.
-    """
-    k, (n, m) = 512.0, first.weight.shape[:2]  # float32 still has four digits of a beside it
-    before.weight[: 3 * n] = 0
-    after.weight.zero_()
+@torch.no_grad()
+def from_code(u: Tensor, bias: Tensor, patches: Tensor) -> Autoencoder:
+    """The autoencoder of the code m = u^T p + bias, u (48, z) orthonormal; the patches (N, 48) are typical ones."""
+    model = Autoencoder(PARAMS)
+    for module in model.modules():  # every residual branch adds zero
+        if isinstance(module, nn.Conv2d):
+            module.weight.zero_()
+            module.bias.zero_()
+    set_encoder(model, u, bias)
+    # The whole patch is (py y px x c): the quarter (py, px) of 2x2 pixels, then the pixel (y, x) in it.
+    z, decoder = PARAMS.z_channels, model.decoder
+    decoder.conv_in.weight[range(z), range(z), 1, 1] = 1
+    decoder.conv_in.bias[:z] = -bias
+    quarters = rearrange(u, "(py y px x c) z -> (py px) (y x c) z", py=2, px=2, y=2, x=2)
+    pixels = rearrange(torch.eye(12), "(place c) n -> place c n", place=4)
+    samples = (patches - patches.mean(0)) @ u  # (N, z)
+    parts = rearrange(samples @ u.T, "n (py y px x c) -> (n py px) (y x c)", py=2, px=2, y=2, x=2)
+    up = decoder.up
+    stream = separate(up[2].upsample.conv, up[1].block[0], torch.eye(z, PARAMS.ch), quarters, samples, 2)
+    separate(up[1].upsample.conv, up[0].block[0], stream, pixels, parts, 4)
+    keep(decoder.norm_out, up[1].upsample.conv.bias[2::3])
     for place, sign in ((0, 1), (1, -1)):
-        channels = slice(place, 3 * n, 3)
-        before.weight[channels, :m] = sign * first.weight
-        before.bias[channels] = sign * first.bias
-        norm.weight[channels] = 2**0.5 * k / 3
-        norm.bias[channels] = k / 3
-        after.weight[: len(last.weight), channels] = sign * last.weight
-    after.bias[: len(last.bias)] = last.bias
-    block.conv2.bias[2 : 3 * n : 3] = k
+        decoder.conv_out.weight[range(3), range(3 * LAST + place, 3 * LAST + 9, 3), 1, 1] = sign
+    return model
 
 
-def train(work: Path, seed: int, steps: int, linear_steps: int) -> Autoencoder:
-    """Train the decoder with Adam on |decode(encode(x)) - x|; returns the running average of its weights."""
-    linear = train_linear(work, seed, linear_steps)
-    photos, encoder = load_photos(work), linear[0]  # computes what the whole encoder computes, and at once
-    model, average = from_linear(linear, seed), from_linear(linear, seed).requires_grad_(False)
-    # Adam moves each of the 864 weights into an output by about lr, whatever their size: more would leave the start.
-    lr = 6e-5
-    adam = torch.optim.Adam(model.decoder.parameters(), lr=lr)
-    state = work / "autoencoder.safetensors"
-    done = resume(state, model, average, adam) if state.exists() else 0
-    began, errors = time.time(), []
-    for step in range(done, steps):
-        adam.param_groups[0]["lr"] = lr * warm_cosine(step, steps)
-        image = crops(photos, seed, step, 2**15)
-        error = model.decode(encoder(image)) - image
-        adam.zero_grad()
-        error.abs().mean().backward()
-        adam.step()
-        keep = min(0.995, (step + 1) / (step + 10))
-        for a, p in zip(average.decoder.parameters(), model.decoder.parameters(), strict=True):
-            a.lerp_(p.detach(), 1 - keep)
-        errors.append(error.detach().square().mean().item())
-        if (step + 1) % 50 == 0:
-            left = (time.time() - began) / (step + 1 - done) * (steps - step - 1) / 60
-            print(f"step {step + 1:5} psnr {psnr(np.mean(errors[-50:])):.2f}, {left:.1f} minutes left", flush=True)
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            save(state, model, average, adam, step + 1)
-    return average
+def set_encoder(model: Autoencoder, u: Tensor, bias: Tensor) -> None:
+    """Sort the pixels of 2x2 squares into channels, project four squares on the components, and pass the norm."""
+    z, encoder = PARAMS.z_channels, model.encoder
+    sort, project = (level.downsample.conv for level in encoder.down[:2])
+    encoder.conv_in.weight[range(3), range(3), 1, 1] = 1
+    # The padding is right and below only: taps 0 and 1 are the pixels (y, x) of a 2x2 square.
+    sort.weight[:12, :3, :2, :2] = rearrange(torch.eye(12), "n (y x c) -> n c y x", y=2, x=2)
+    weight = rearrange(u, "(py y px x c) z -> z (y x c) py px", py=2, y=2, px=2, x=2)
+    for place, sign in ((0, 1), (1, -1)):
+        project.weight[place : 3 * z : 3, :12, :2, :2] = sign * weight
+        encoder.conv_out.weight[range(z), range(place, 3 * z, 3), 1, 1] = sign
+    project.bias[2::3] = QUIET
+    keep(encoder.norm_out, project.bias[2::3])
+    encoder.conv_out.bias[:z] = bias
+    encoder.conv_out.bias[z:] = -9.0  # log variance: whoever samples gets little noise
 
 
-def save(path: Path, model: nn.Module, average: nn.Module, adam: torch.optim.Adam, step: int) -> None:
-    """What a resumed run needs."""
-    state = {f"model.{name}": p for name, p in model.state_dict().items()}
-    state |= {f"average.{name}": p for name, p in average.state_dict().items()}
-    state |= {f"adam.{name}": value for name, value in optimizer_tensors(adam).items()}
-    save_file({name: p.contiguous() for name, p in state.items()} | {"step": torch.tensor(step)}, path)
+def keep(norm: nn.GroupNorm, k: Tensor) -> None:
+    """Let the norm of groups (a, b, K), with a + b about 0 in the mean, give a and b back; k (32,) are their K.
+
+    A group has the mean K/3 and, for K much larger than a and b, the deviation sqrt(2) K/3.
+    """
+    norm.weight.zero_()
+    norm.bias.zero_()
+    for place in (0, 1):
+        norm.weight[place::3] = 2**0.5 * k / 3
+        norm.bias[place::3] = k / 3
 
 
-def resume(path: Path, model: nn.Module, average: nn.Module, adam: torch.optim.Adam) -> int:
-    """Load what `save` wrote; returns the steps done."""
-    state = load_file(path)
-    for prefix, network in (("model.", model), ("average.", average)):
-        network.load_state_dict({name[len(prefix) :]: p for name, p in state.items() if name.startswith(prefix)})
-    load_optimizer(adam, {name[5:]: value for name, value in state.items() if name.startswith("adam.")})
-    return int(state["step"])
+def separate(conv: nn.Conv2d, block: nn.Module, read: Tensor, maps: Tensor, samples: Tensor, functions: int) -> Tensor:
+    """Let the convolution after an upsampling and the block behind it give y = maps[pq] x at the places pq of a square.
+
+    Args:
+        read: (n, 96) x = read @ stream, the channels below the upsampling.
+        maps: (4, m, n).
+        samples: (N, n) of x, zero in the mean: the gates go to the directions of the largest deviation.
+        functions: how many c(x) tell the diagonal neighbors apart.
+
+    Returns:
+        (m, 96) y = result @ stream, the channels behind the block. If groups are left for it, the pairs from group LAST
+        on are y and -y too, for a norm that follows.
+    """
+    (m, n), center = maps.shape[1:], (1, 1)
+    covariance = (samples.T @ samples).double() / len(samples) + 1e-5 * torch.eye(n).double()
+    root = torch.linalg.cholesky(covariance)
+    mean = maps.mean(0)
+
+    # ---- the gates: D_pq = sum_j out_j in_j^T, the strongest of all places
+    gates = []
+    for place, d in enumerate((maps - mean).double()):
+        out, strength, back = torch.linalg.svd(d @ root, full_matrices=False)
+        back = torch.linalg.solve_triangular(root, back, upper=False, left=False)
+        gates += [(strength[j].item(), place, out[:, j] * strength[j], back[j]) for j in range(len(strength))]
+    gates = sorted(gates, key=lambda gate: -gate[0])[:GATES]
+
+    # ---- the convolution gives pairs: x, and the differences of random functions c(x) to the diagonal neighbors
+    c = torch.randn(functions, n, generator=torch.Generator().manual_seed(0)).double()
+    c /= covariance.diagonal().sqrt().clamp(min=0.02)
+    c /= (c @ root).square().sum(1, keepdim=True).sqrt()
+    conv.weight[0 : 3 * n : 3, :, *center] = read
+    for k, row in enumerate(c.float() @ read):
+        for place, (p, q) in enumerate(PLACES):
+            group = 3 * (n + 4 * k + place)
+            conv.weight[group, :, *center] = -DIFFERENCE * row
+            conv.weight[group, :, 2 - 2 * p, 2 - 2 * q] = DIFFERENCE * row
+    apart = LAST if n + 4 * functions <= LAST else 0  # where y goes: to groups of its own, or beside x
+    if apart:
+        conv.weight[3 * apart : 3 * (apart + m) : 3, :, *center] = mean @ read
+    conv.weight[1::3] = -conv.weight[0::3]
+    conv.bias[2::3] = QUIET
+    conv.bias[2::3][n : n + 4 * functions] = LOUD
+    keep(block.norm1, conv.bias[2::3])
+
+    # ---- the block's first convolution: pairs of D_pq x + T - E_pq, and of T - E_pq alone
+    first = torch.zeros(GROUPS, PARAMS.ch)
+    rows = [*((row, place) for row, (_, place, _, _) in enumerate(gates)), *((GATES + p, p) for p in range(4))]
+    for row, place in rows:
+        for k in range(functions):
+            group = 3 * (n + 4 * k + place)
+            first[row, group : group + 2] = -ENERGY
+    for row, (_, _, _, back) in enumerate(gates):
+        first[row, 0 : 3 * n : 3], first[row, 1 : 3 * n : 3] = back.float(), -back.float()
+    block.conv1.weight[0::3, :, *center], block.conv1.weight[1::3, :, *center] = first, -first
+    block.conv1.bias[0::3], block.conv1.bias[1::3], block.conv1.bias[2::3] = T, -T, LOUD
+    keep(block.norm2, block.conv1.bias[2::3])
+
+    # ---- its second adds the gates
+    added = torch.zeros(m, PARAMS.ch)
+    for row, (_, place, out, _) in enumerate(gates):
+        added[:, 3 * row] += out.float()
+        added[:, 3 * (GATES + place)] -= out.float()
+    block.conv2.weight[3 * apart + 1 : 3 * (apart + m) : 3, :, *center] = -added if apart else added
+    result = torch.zeros(m, PARAMS.ch)
+    if apart:
+        block.conv2.weight[3 * apart : 3 * (apart + m) : 3, :, *center] = added
+        result[range(m), range(3 * apart, 3 * (apart + m), 3)] = 1
+    else:  # to the channel of -x: beside x, what was added is the sum of both
+        for place in (0, 1):
+            result[range(m), range(place, 3 * m, 3)] = 1
+        result[:, 0 : 3 * n : 3] += mean
+    return result
 
 
 @torch.no_grad()

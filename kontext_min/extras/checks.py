@@ -81,6 +81,8 @@ def check_training(s: Any) -> None:
         ValueError: a value outside its range, or flags that contradict each other.
     """
     check_values(s)
+    for text in s.degrade:
+        degrade.parse(text)
     check_folders(s)
     most = 4 * (os.cpu_count() or 1)
     whole = "so it excludes --quantize and --stream; leave them out"
@@ -118,6 +120,14 @@ def check_training(s: Any) -> None:
         (
             s.tensorboard and not find_spec("tensorboard"),
             "--tensorboard: the package is not installed; pip install tensorboard, or leave the flag out",
+        ),
+        (
+            len(s.prompt) not in (0, max(1, len(s.degrade))),
+            f"--prompt: got {len(s.prompt)} for {len(s.degrade)} --degrade; give one for each, or none",
+        ),
+        (
+            len(s.degrade) > 1 and s.cache_latents,
+            "--cache-latents keeps the latents of one --degrade; leave it out",
         ),
         (s.degrade and s.lr_root, "--degrade: the pictures in --lr-root are degraded already; leave one of them out"),
         (

@@ -155,7 +155,8 @@ def check_values(settings: Any) -> None:
 def given(settings: Any) -> str:
     """The settings that differ from their defaults, as they stand on a command line."""
     changed = {f.name: v for f in dataclasses.fields(settings) if (v := getattr(settings, f.name)) != f.default}
-    return " ".join(name_of(k) if v is True else f"{name_of(k)} {shlex.quote(str(v))}" for k, v in changed.items())
+    words = [(name_of(k), x) for k, v in changed.items() for x in (v if isinstance(v, tuple) else (v,))]
+    return " ".join(name if x is True else f"{name} {shlex.quote(str(x))}" for name, x in words)
 
 
 def defaults(settings: Any, settled: dict[str, Any]) -> dict[str, Any]:
@@ -166,9 +167,14 @@ def defaults(settings: Any, settled: dict[str, Any]) -> dict[str, Any]:
     fields = dataclasses.fields(settings)
     found = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
     found |= {f.name: settled[f.name] for f in fields if getattr(settings, f.name) == f.default}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in found.items()}
+    return {k: _plain(v) for k, v in found.items()}
 
 
 def to_json(settings: Any) -> dict[str, Any]:
     """The settings as plain JSON values, paths as strings."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
+    return {k: _plain(v) for k, v in vars(settings).items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: paths are strings, tuples lists."""
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

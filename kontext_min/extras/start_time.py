@@ -1,0 +1,19 @@
+"""Find the start time of `--start-time auto`: the mean over a few pictures of Flux's time that fits their damage.
+
+The closed form is `flow.start_time`; it says where it comes from.
+"""
+
+from typing import Any
+
+from kontext_min import data, flow
+
+COUNT = 8  # pictures
+
+
+def find_start_time(settings: Any, pairs: Any, encode: Any) -> float:
+    """The number given; for `auto`, the mean over a few pictures, which are the same after a resume."""
+    if settings.start_time != "auto":
+        return float(settings.start_time)
+    few = [data.collate([pairs[0, i]]) for i in range(min(COUNT, len(pairs)))]
+    times = [flow.start_time(encode(x["control"]), encode(x["target"]), settings.source_noise) for x in few]
+    return sum(times) / len(times)
