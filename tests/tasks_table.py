@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import quality_bench as bench  # noqa: E402
+import speedrun  # noqa: E402
 import train  # noqa: E402
 
 TASKS = {
@@ -24,7 +25,7 @@ TASKS = {
     "fade=0.6/0.2/0.4,sepia=0.5": "Bring back the contrast and the colors of this faded photo.",
 }
 STEPS = 200
-RECIPE = "--lora-targets all --sigma source --penalty psnr --ema 0.95 --validate-every-epochs 0 --dtype float32"
+MORE = "--validate-every-epochs 0 --dtype float32"
 
 
 def trained(work: Path, name: str, tasks: list[str]) -> Path:
@@ -34,7 +35,7 @@ def trained(work: Path, name: str, tasks: list[str]) -> Path:
         argv = ["--hr-root", str(work / "training"), "--output-dir", str(folder), "--steps", str(STEPS * len(tasks))]
         for task in tasks:
             argv += ["--degrade", task, "--prompt", TASKS[task]]
-        if code := train.main([*argv, *RECIPE.split()]):
+        if code := train.main([*argv, *speedrun.RECIPE.split(), *MORE.split()]):
             sys.exit(code)
     return folder / "lora.safetensors"
 
