@@ -33,7 +33,7 @@ from kontext_min.extras.base import Weights, load_base
 from kontext_min.extras.flags import flag, parse_flags
 from kontext_min.extras.lora_files import load_lora, lora_file, strength_of
 from kontext_min.extras.method import made_with, method_of
-from kontext_min.extras.parallel import COMPUTE_DTYPES, compute_dtype
+from kontext_min.extras.parallel import compute_dtype
 from kontext_min.extras.progress import Progress, Ticker
 from kontext_min.extras.scores import Scores
 from kontext_min.extras.shared_norms import passes, shared_norms
@@ -89,8 +89,8 @@ class Settings:
     )
 
     device: str = machine("auto", "cpu, cuda, cuda:1 ...; auto: cuda if there is one")
-    dtype: str = machine("auto", "compute dtype; auto: bfloat16 if the hardware supports it", COMPUTE_DTYPES)
     stream: bool = machine(False, "stream weights from disk; two blocks are in memory")
+    compile: bool = machine(False, "compile the blocks with torch.compile; worth it for a folder")
     plan: bool = machine(False, "print the memory and the time that it takes, and exit")
 
 
@@ -98,7 +98,7 @@ def sample(settings: Settings) -> int:
     """Restore a picture, or every picture of a folder. Returns the exit code."""
     checks.check_sampling(settings)
     progress, device = Progress(), parallel.start(settings.device).device
-    dtype = compute_dtype(settings.dtype, device)
+    dtype = compute_dtype("auto", device)
     weights = Weights(settings.weights, settings.transformer, settings.vae, settings.clip, settings.t5)
     method, sizes = method_of(settings, weights), plan.Sizes.of(weights)
 

@@ -202,11 +202,7 @@ def load_model(settings: Settings, me: parallel.Processes, path: Path, dtype: to
         if settings.init_lora:
             init_lora(flux, settings.init_lora, settings.objective, fingerprint(path, "transformer"))
 
-    # Each of these wraps the one before: compile a block, load its weights, recompute both in the backward pass.
-    if settings.compile:  # one graph per kind of block, for any number of tokens
-        from kontext_min.extras.compiling import compile_blocks
-
-        compile_blocks(flux)
+    # Each of these wraps the one before: load a block's weights, recompute it in the backward pass.
     if stream:
         stream.wrap()
     if settings.gradient_checkpointing != "none":  # keep only the input of a block, recompute the rest

@@ -49,6 +49,7 @@ RUNS = {  # name -> script and flags
     "sample, bf16": ["sample.py", "--steps", "4"],
     "train, stream, 512": ["train.py", *LORA, "--stream", "--resolution", "512"],
     "train, bf16, compiled": ["train.py", *CHECKPOINTED, "--compile"],
+    "sample, bf16, compiled": ["sample.py", "--steps", "4", "--compile"],
 }
 
 PARTS = ("forward", "step", "step, checkpointed", "step, checkpointed, ours compiled")

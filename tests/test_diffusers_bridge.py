@@ -44,9 +44,11 @@ def test_it_draws_the_picture_of_sample_py(tmp_path, monkeypatch, case):
     photo = Image.open(ROOT / "tests" / "photos" / "bowl.jpg").convert("RGB").crop((0, 0, 360, 280))
     photo.resize((90, 70)).save(tmp_path / "in.png")  # no multiple of a token
 
+    monkeypatch.setattr(sample, "compute_dtype", lambda *_: torch.float32)
+
     def ours(*flags):
         flags = ["--input", tmp_path / "in.png", "--output", tmp_path / "ours.png", "--overwrite", *flags]
-        flags += ["--solver", "euler", "--steps", 4, "--seed", 7, "--dtype", "float32"]
+        flags += ["--solver", "euler", "--steps", 4, "--seed", 7]
         assert sample.main([str(f) for f in flags]) == 0
         return np.asarray(Image.open(tmp_path / "ours.png"), dtype=int)
 

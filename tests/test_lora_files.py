@@ -1057,11 +1057,12 @@ def kontext_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_flux_kontext_pipeline_draws_the_picture_of_sample_py(kontext_run, tmp_path, strength, capsys):
+def test_flux_kontext_pipeline_draws_the_picture_of_sample_py(kontext_run, tmp_path, strength, capsys, monkeypatch):
     lora, seed, steps, size = kontext_run / "peft.safetensors", 7, 3, (96, 64)
     image = Image.open(ROOT / "tests" / "photos" / "bowl.jpg").convert("RGB").resize(size, Image.Resampling.LANCZOS)
     image.save(tmp_path / "in.png")
-    flags = ["--input", tmp_path / "in.png", "--seed", seed, "--steps", steps, "--dtype", "float32", "--tile", 96]
+    monkeypatch.setattr(sample, "compute_dtype", lambda *_: torch.float32)
+    flags = ["--input", tmp_path / "in.png", "--seed", seed, "--steps", steps, "--tile", 96]
     assert sample.main([str(f) for f in [*flags, "--output", tmp_path / "a.png", "--lora", f"{lora}={strength}"]]) == 0
     assert f"kontext, {steps} network evaluations" in capsys.readouterr().out
     about = trained_with(read_lora(lora)[1], lora)
@@ -1131,7 +1132,7 @@ def test_bad_starts_are_one_clear_line(kontext_run, tmp_path, capsys):
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_two_loras_are_one_picture(tmp_path, capsys):
+def test_two_loras_are_one_picture(tmp_path, capsys, monkeypatch):
     flux = with_lora(load_flux(TINY, dtype=torch.float32), 2, 2, "attention", size=0.3)
     for name, objective in (("a", "bridge"), ("b", "bridge"), ("c", "kontext")):
         about = {"kontext_min": json.dumps({"objective": objective})}
@@ -1141,7 +1142,8 @@ def test_two_loras_are_one_picture(tmp_path, capsys):
     assert "reference" in hints[1] and "bridge" not in hints[1]
     Image.open(ROOT / "tests" / "photos" / "bowl.jpg").convert("RGB").crop((0, 0, 64, 48)).save(tmp_path / "in.png")
     # float32: in bfloat16 A and B are rounded, and the sum of two roundings is another number.
-    flags = ["--input", tmp_path / "in.png", "--steps", 1, "--dtype", "float32"]
+    flags = ["--input", tmp_path / "in.png", "--steps", 1]
+    monkeypatch.setattr(sample, "compute_dtype", lambda *_: torch.float32)
 
     def run(output, *loras):
         more = [x for lora in loras for x in ("--lora", lora)]

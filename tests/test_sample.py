@@ -393,6 +393,29 @@ def test_dials_reach_the_network(identity, small_bundle, tmp_path, monkeypatch):
     assert seen == {"shape": (1, 3, 32, 32), "strength": 0.5, "velocity": ("pulled", 0.25), "seed": 7}
 
 
+def test_compiled_blocks_are_what_runs(small_bundle, tmp_path, monkeypatch, capsys):
+    """The graphs themselves are checked in test_compile.py."""
+    compiled = []
+
+    def compiler(forward, **how):
+        assert how == {"backend": "inductor", "fullgraph": True, "dynamic": True}
+        return lambda *args: compiled.append(forward) or forward(*args)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    (tmp_path / "in").mkdir()
+    for name, side in (("a.png", 32), ("b.png", 64)):
+        crop(side, side).save(tmp_path / "in" / name)
+    args = ["--input", tmp_path / "in", "--weights", small_bundle, "--steps", 1]
+    for output, *more in (("plain",), ("compiled", "--compile"), ("streamed", "--compile", "--stream")):
+        compiled.clear()
+        assert run(*args, "--output", tmp_path / output, *more) == 0
+        assert len(compiled) == (2 * len(set(compiled)) if more else 0) and bool(compiled) == bool(more)
+        assert capsys.readouterr().out.count("compiled; the first pass took") == bool(more)
+        for name in ("a.png", "b.png"):  # the same but for the last block, which then computes every token
+            got, plain = (np.asarray(Image.open(tmp_path / o / name)).astype(int) for o in (output, "plain"))
+            assert np.abs(got - plain).max() <= 1
+
+
 def test_colour_fix(small_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "restore_latent", lambda image, *_, **__: image // 2)
     monkeypatch.setattr(sample, "decode", lambda autoencoder, z, *_: z)

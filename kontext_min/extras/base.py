@@ -1,6 +1,6 @@
-"""Load the base model as the flags say: which files, and the transformer as stored, in 8 or 4 bits, or streamed.
+"""Load the base model as the flags say: which files, and the transformer as stored, in 8 or 4 bits, streamed, compiled.
 
-Both programs use it. It imports quantize.py and stream.py only if their flag is given.
+Both programs use it. It imports quantize.py, stream.py and compiling.py only if their flag is given.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,11 @@ class Weights:
 def load_base(settings: Any, path: Path, dtype: torch.dtype, device: torch.device, cache_dir: Path) -> tuple[Flux, Any]:
     """The transformer, and its stream if the weights are streamed (call `wrap` of it before it runs)."""
     flux, stream = _load(settings, path, dtype, device, cache_dir)
-    if not getattr(settings, "compile", False):  # a graph would be made anew for each number of tokens
+    if settings.compile:  # one graph per kind of block, for any number of tokens
+        from kontext_min.extras.compiling import compile_blocks
+
+        compile_blocks(flux)
+    else:  # inside of a graph it would be compiled anew for each number of tokens
         skip_unread(flux)
     return flux, stream
 
