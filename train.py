@@ -54,7 +54,7 @@ CLIP_NORM, WEIGHT_DECAY = 1.0, 1e-4  # maximum norm of the gradient; of AdamW
 GUIDE = {"resolution": 1024, "steps": 3000, "batch_size": 1, "accumulate": 4, "lr": 1e-4}  # see `settled`
 MAX_SKIPS = 10  # steps in a row without a finite gradient that stop the run
 EPILOG = "* or the value in the defaults.json of --weights, if it has one\n\n--degrade takes presets and operators.\n"
-ADVICE = "Lower --lr, raise --warmup, or look for a broken picture."
+ADVICE = "Lower --lr or --alpha, raise --warmup, or look for a broken picture."
 
 
 picture, model, method, training, validating, running, machine = (
@@ -81,7 +81,7 @@ class Settings:
     clip: Path | None = model(None, "file of the CLIP text encoder, instead of the one in --weights")
     t5: Path | None = model(None, "file of the T5 text encoder, instead of the one in --weights")
     rank: int = model(16, "rank of the LoRA", least=1)
-    alpha: float | None = model(None, "scales the LoRA by alpha / rank; default: the rank", least=1e-3)
+    alpha: float | None = model(None, "scales the LoRA by alpha / rank; default: the rank", least=1e-3, most=1e6)
     lora_targets: str = model("attention-mlp", f"{', '.join(TARGETS)}, or a pattern of module names")
     init_lora: Path | None = model(None, "LoRA file to start from, of at most --rank", there="file or folder")
     full: bool = model(False, "train all weights of the transformer instead of a LoRA")
@@ -173,7 +173,9 @@ def find_pairs(
     me.say(inventory.describe(pictures, left_out, buckets))
     expected = "expected photographs at least as large as their bucket"
     checks.refuse((not pictures, f"--hr-root {settings.hr_root}: no usable picture; {expected}"))
-    pictures, held = held_out.split(settings, pictures, buckets)
+    pictures, held, lines = held_out.split(settings, pictures, buckets)
+    for line in lines:
+        me.say(line)
     make = partial(data.Pairs, buckets=buckets, degrade=degrade.parse(settings.degrade[0]), seed=settings.seed)
     pairs = make(pictures, prompt=settings.prompt[0])
     held = make(held, prompt=settings.validation_prompt, train=False) if held else None
@@ -449,6 +451,8 @@ def settled(settings: Settings, sizes: plan.Sizes) -> Settings:
     settings = replace(settings, **filled, degrade=settings.degrade or ("guide",))
     prompt = settings.prompt or tuple(degrade.PROMPTS.get(d, degrade.PROMPTS["guide"]) for d in settings.degrade)
     checks.check_lengths(settings)
+    alike = len(set(prompt)) < len(prompt)
+    checks.refuse((alike, "--degrade: two tasks have the same prompt, which tells them apart; give each its --prompt"))
     large = sizes.flux.hidden_size >= 2048  # above about 1 billion parameters
     which = "all" if settings.stream else settings.gradient_checkpointing or ("all" if large else "none")
     return replace(

@@ -10,12 +10,14 @@ of tests/photos, which weights/tiny has not seen. Restored are other crops than 
 
 import json
 import math
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
@@ -685,19 +687,30 @@ def page(text: str, tables: dict[str, Table]) -> str:
     return text
 
 
+def run(number: int) -> Table:
+    """The table of a question, on one thread: sums have one order then, and the networks are too small for more."""
+    torch.set_num_threads(1)
+    return QUESTIONS[number].experiment()
+
+
+def run_side_by_side(numbers: Iterable[int]) -> dict[int, Future[Table]]:
+    """The tables to come, made in as many processes as there are cores."""
+    pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"))
+    made = {number: pool.submit(run, number) for number in numbers}
+    pool.shutdown(wait=False)  # once all are made
+    return made
+
+
 def main(argv: list[str]) -> int:
     """Exit code 0, or 2 if a number is not that of a question."""
     wanted = [int(arg) if arg.isdigit() else 0 for arg in argv] or list(QUESTIONS)
     if not set(wanted) <= QUESTIONS.keys():
         print(f"experiments.py: got {' '.join(argv)}, expected numbers from 1 to {len(QUESTIONS)}, or none for all.")
         return 2
-    torch.set_num_threads(1)  # these networks are too small for more
     tables = {}
-    for number in wanted:
-        began = time.monotonic()
-        tables[str(number)] = QUESTIONS[number].experiment()
-        print(f"\n{number}. {QUESTIONS[number].text} ({time.monotonic() - began:.0f} s)\n")
-        print(markdown(number, tables[str(number)]), flush=True)
+    for number, table in run_side_by_side(wanted).items():
+        tables[str(number)] = table.result()
+        print(f"\n{number}. {QUESTIONS[number].text}\n\n{markdown(number, tables[str(number)])}", flush=True)
     if not argv:
         NUMBERS.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")

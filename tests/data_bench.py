@@ -1,7 +1,9 @@
-"""Time and memory of the data pipeline, on one core. This is no test.
+"""Time and memory of the data pipeline, on one core but for `wait`. This is no test.
 
 python tests/data_bench.py speed [FOLDER] [--resolution N] [--degrade SPEC]
     milliseconds per picture, beside a plain loader: open, convert, full decode, Lanczos, the same degradation, floats
+python tests/data_bench.py wait [FOLDER] [--resolution N] [--degrade SPEC]
+    seconds a step that a GPU waits for the loader's pictures, beside steps of 1.12 s; with all cores
 python tests/data_bench.py files [COUNT]        scan of many small files, start and memory of the sampler
 python tests/data_bench.py draft [FOLDER]       how a JPEG changes that is decoded at reduced size
 """
@@ -110,6 +112,23 @@ def speed(folder, resolution, spec):
         print(f"{name:25s}" + "".join(f"{x:14.1f}" for x in (*row, sum(row))) + f"{rate:13.2f}{ratio:14.2f}")
 
 
+def wait(folder, resolution, spec, step=1.12, steps=20):
+    """What next() takes where everything else takes `step` seconds, a LoRA step of FLUX.1-Kontext on an H200."""
+    buckets = data.buckets(resolution)
+    pairs = data.Pairs(data.usable(data.scan(folder)[0], buckets)[0], buckets, degrade.parse(spec), 0, "")
+    print(f"{folder}: {len(pairs)} pictures, {resolution} px, {spec}, {os.cpu_count()} cores, steps of {step} s")
+    for workers in (0, 1, 2, 4):
+        batches = iter(data.load(pairs, data.BucketSampler(pairs.bucket_of, 1, 0), workers, False))
+        waited = []
+        for _ in range(steps + 2):
+            began = time.perf_counter()
+            next(batches)
+            waited.append(time.perf_counter() - began)
+            time.sleep(step)
+        mean, most = sum(waited[2:]) / steps, max(waited[2:])  # the first ones start the workers
+        print(f"{workers} workers: waits {mean:.3f} s a step, {most:.3f} at most, {100 * mean / step:.1f} % of a step")
+
+
 def files(count):
     """Scan many small pictures, then start the sampler far into a run."""
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +192,7 @@ def draft(folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "files", "draft"), help="what to measure")
+    parser.add_argument("what", choices=("speed", "wait", "files", "draft"), help="what to measure")
     parser.add_argument("argument", nargs="?", help="FOLDER (default: tests/photos) or COUNT (default: 10,000)")
     parser.add_argument("--resolution", type=int, default=1024, help="side of the square bucket (default: %(default)s)")
     parser.add_argument("--degrade", default="blur=1.5,noise=0.02,jpeg=85", help="default: %(default)s")
@@ -181,6 +200,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if given.what == "speed":
         speed(Path(given.argument or PHOTOS), given.resolution, given.degrade)
+    elif given.what == "wait":
+        wait(Path(given.argument or PHOTOS), given.resolution, given.degrade)
     elif given.what == "files":
         files(int(given.argument or 10_000))
     else:

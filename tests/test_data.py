@@ -464,16 +464,23 @@ def test_pictures_of_188_megapixels_are_read_and_the_limit_can_be_raised(tmp_pat
 
 
 def test_picture_files_that_cannot_be_read_are_named_and_counted(tmp_path):
-    for name in ("a.HEIC", "b.heic", "c.nef", "d.dng", "e.jxl", "f.svg", "g.eps", "notes.pdf", "film.mp4"):
+    for name in ("a.HEIC", "b.heic", "c.nef", "d.dng", "e.jxl", "f.svg", "g.eps", "scan.pdf", "film.mp4"):
         (tmp_path / name).write_bytes(b"whatever")
+    for name, format in (("h.jpg_large", "JPEG"), ("i", "PNG"), ("j.sr2", "TIFF"), ("k.bak", "WEBP")):
+        smooth((80, 80)).save(tmp_path / name, format)
     smooth((80, 80)).save(tmp_path / "z.png")
     pictures, rejected = data.scan(tmp_path)
     assert [p.name for p in pictures] == ["z.png"] and rejected == []
     rejected = inventory.unread(tmp_path, pictures)
-    assert [name for name, _ in rejected] == ["a.HEIC", "b.heic", "c.nef", "d.dng", "e.jxl", "f.svg", "g.eps"]
-    assert all("convert it to PNG or JPEG" in reason for _, reason in rejected)
+    names, reasons = zip(*rejected, strict=True)
+    assert names[:7] == ("a.HEIC", "b.heic", "c.nef", "d.dng", "e.jxl", "f.svg", "g.eps")
+    assert names[7:] == ("h.jpg_large", "i", "j.sr2", "k.bak", "scan.pdf")
+    assert all("convert it to PNG or JPEG" in reason for reason in (*reasons[:7], reasons[-1]))
+    assert reasons[7:9] == tuple(
+        f"a picture, but its ending is {ending}; rename or convert it" for ending in (".jpg_large", "missing")
+    )
     text = inventory.describe(pictures, rejected, SMALL)
-    assert "7 files left out (2 .heic, 1 .nef, 1 .dng, 1 .jxl, 1 .svg, 1 .eps)" in text
+    assert "12 files left out (2 .heic, 1 .nef, 1 .dng, 1 .jxl, 1 .svg, 1 .eps, 1 .jpg_large, 1 other, 1 .sr2," in text
 
 
 def test_captions_under_other_names_are_named_and_counted(tmp_path):
@@ -482,6 +489,8 @@ def test_captions_under_other_names_are_named_and_counted(tmp_path):
         smooth((80, 80)).save(tmp_path / name)
     for name in ("a.jpg.txt", "b.caption", "sub/c.png.caption", "d.txt", "d.caption", "alone.txt", "alone.caption"):
         (tmp_path / name).write_text("a caption")
+    smooth((80, 80)).save(tmp_path / "e.png")
+    (tmp_path / "e.txt").write_text(" \n")
     pictures, rejected = data.scan(tmp_path)
     kept, small = data.usable(pictures, SMALL)
     assert rejected == small == [] and kept == pictures
@@ -490,9 +499,10 @@ def test_captions_under_other_names_are_named_and_counted(tmp_path):
         "a.jpg.txt": "not read as a caption; rename it to a.txt",
         "b.caption": "not read as a caption; rename it to b.txt",
         "sub/c.png.caption": "not read as a caption; rename it to c.txt",
+        "e.txt": "an empty caption; --prompt takes its place",
     }
-    assert "3 files left out (1 .txt, 2 .caption)" in inventory.describe(kept, left_out, SMALL)
-    assert Pairs(kept, SMALL, noisy, 1, "restore").prompts == ["restore", "restore", "a caption", "restore"]
+    assert "4 files left out (2 .txt, 2 .caption)" in inventory.describe(kept, left_out, SMALL)
+    assert Pairs(kept, SMALL, noisy, 1, "restore").prompts == ["restore", "restore", "a caption", "restore", "restore"]
 
 
 def test_clean_pictures_that_share_a_partner_or_are_their_own_are_refused(tmp_path):
@@ -718,9 +728,11 @@ def test_own_pairs_share_the_crop(tmp_path):
 
     (low / "a.png").unlink()
     smooth((100, 90)).save(low / "c.png")
+    (low / "sub" / "b.webp").write_text("this is no picture")
     with pytest.raises(ValueError) as error:
         paired(pictures, low)
-    assert "2 of 3" in str(error.value) and "a.png (missing)" in str(error.value)
+    assert "3 of 3" in str(error.value) and "a.png (missing)" in str(error.value)
+    assert "sub/b.jpg (not a picture that Pillow can read)" in str(error.value)
     assert "c.png (100 x 90 for 301 x 200)" in str(error.value) and "\n" not in str(error.value)
 
 

@@ -610,20 +610,28 @@ def test_accumulation_is_the_large_batch_also_across_buckets(gradients, pictures
 def test_pictures_held_out_are_never_trained_on_and_stay_the_same():
     many = [Picture(Path(f"{k}.png"), f"{k}.png", 64, 64, "mark") for k in range(100)]
     settings = train.Settings(hr_root=Path())
-    training, held = held_out.split(settings, many, [(64, 64)])
+    training, held, said = held_out.split(settings, many, [(64, 64)])
+    assert said == []
     assert len(held) == 8 and len(training) == 92 and not {p.name for p in held} & {p.name for p in training}
-    _, later = held_out.split(settings, many[:50] + many[51:], [(64, 64)])
+    _, later, _ = held_out.split(settings, many[:50] + many[51:], [(64, 64)])
     assert len({p.name for p in held} & {p.name for p in later}) >= 7  # another folder holds out nearly the same
-    training, held = held_out.split(settings, many[:7], [(64, 64)])
+    training, held, said = held_out.split(settings, many[:7], [(64, 64)])
     assert (len(training), len(held)) == (7, 0)  # seven are too few to give one away
-    training, held = held_out.split(train.Settings(hr_root=Path(), validate_every_epochs=0), many, [(64, 64)])
-    assert (len(training), len(held)) == (100, 0)
+    assert said == ["note: no validation, which takes --val-root, or 8 pictures in --hr-root to hold out one"]
+    training, held, said = held_out.split(train.Settings(hr_root=Path(), validate_every_epochs=0), many, [(64, 64)])
+    assert (len(training), len(held), said) == (100, 0, [])
 
 
-def test_validation_pictures_of_their_own_folder(pictures):
+def test_validation_pictures_of_their_own_folder(pictures, tmp_path):
     settings = train.Settings(hr_root=Path(), val_root=pictures)
-    training, held = held_out.split(settings, [], data.buckets(64, 8))
-    assert training == [] and len(held) == 8
+    training, held, said = held_out.split(settings, [], data.buckets(64, 8))
+    assert training == [] and len(held) == 8 and said[0].startswith(f"--val-root {pictures}: 12 pictures in 3 of 9")
+    more = shutil.copytree(pictures, tmp_path / "more")  # what is not used is named
+    (more / "a.heic").touch()
+    shutil.copy(more / "00.png", more / "more.png")
+    training, held, said = held_out.split(train.Settings(hr_root=Path(), val_root=more), [], data.buckets(64, 8))
+    assert len(held) == 8 and "  a.heic: Pillow cannot read .heic files" in said[0]
+    assert said[1] == "note: 8 of its 13 pictures are used"
     with pytest.raises(ValueError, match=r"no usable picture; 00\.png: 72 x 72, smaller"):
         held_out.split(settings, [], data.buckets(512, 8))
 

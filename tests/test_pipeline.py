@@ -149,7 +149,7 @@ def test_a_length_that_makes_no_sense_is_512(tmp_path, value, length):
         prompts.max_length(weights)
 
 
-def test_prompts_that_are_too_long_are_counted(capsys):
+def test_prompts_that_are_too_long_are_counted(capsys, tmp_path):
     """The bundle's T5 reads 31 tokens and </s>, CLIP 75 and its two marks."""
     weights = base.Weights(TINY)
     clip, t5 = ClipTokenizer(TINY / "tokenizer"), T5Tokenizer(TINY / "tokenizer_2")
@@ -169,3 +169,6 @@ def test_prompts_that_are_too_long_are_counted(capsys):
     )
     prompts.encode(["short"], weights, None, torch.float32, "cpu")
     assert not capsys.readouterr().out
+    for _ in range(2):  # from the cache, too
+        prompts.encode([texts[-1]], weights, tmp_path, torch.float32, "cpu")
+        assert capsys.readouterr().out.count("1 of 1 prompts are longer") == 2

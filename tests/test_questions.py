@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "docs"))  # a program, not a package
@@ -23,26 +22,15 @@ NOISE = {"gain": (0.5, 0.05), "text": (0.1, 0)}  # of gains and textures: absolu
 OTHER_NOISE = (0.01, 0.25)  # of losses and errors
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the program: sums in the same order, whatever the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def table():
-    """The table of a question, made once."""
-    made = {}
-
-    def table(number):
-        if number not in made:
-            made[number] = experiments.QUESTIONS[number].experiment()
-        return made[number]
-
-    return table
+def table(request):
+    """The table of a question, made once, side by side with the others that tests of this call ask for."""
+    asked = " ".join(item.name for item in request.session.items)
+    numbers = [n for n in experiments.QUESTIONS if f"_{n}_" in asked or f"[{n}]" in asked]
+    made = experiments.run_side_by_side(numbers)
+    yield lambda number: made[number].result()
+    for future in made.values():
+        future.cancel()
 
 
 def column(table, name):

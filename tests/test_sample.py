@@ -96,6 +96,12 @@ def test_a_picture_comes_back_at_its_own_size(small, small_bundle, tmp_path, cap
         (["--output", "{here}/o.png", "--degrade", "blurr=2"], "blurr"),
         (["--output", "{here}/o.png", "--steps", "-1"], "expected at least 1"),
         (["--output", "{here}/o.png", "--device", "quantum"], "--device"),
+        (["--output", "{here}/o.png", "--device", "x" * 9999], "xxx ... xxx"),
+        (["--output", "{here}/o.png", "--lora", "a\n\x1b[31m"], "a\\n\\x1b[31m"),
+        (["--output", "{here}/o.png", "--prompt", "\udc80"], "--prompt '\\udc80': expected text in UTF-8"),
+        (["--output", "{here}/o.png", "--degrade", "noise=0"], "--degrade noise=0: changes nothing"),
+        (["--output", "{here}/new"], "use .png, .jpg, .webp or .tif, or an existing folder"),
+        (["--input", "{cut}", "--output", "o.png", "--reference", "{cut}"], "cut.jpg: is --input; name clean pictures"),
         (["--output", "/proc/o.png", "--steps", "1"], "/proc"),
     ],
 )
@@ -804,6 +810,7 @@ def test_a_signal_stops_a_folder_and_the_same_command_goes_on(small_bundle, tmp_
         (["--prompt", ""], "--prompt: got an empty value; give one, or leave the flag out"),
         (["--degrade", " "], "--degrade: got an empty value"),
         (["--ouput", "x.png"], "--ouput: no such flag; did you mean --output"),
+        (["--input", "a.png", "b.png"], "b.png: belongs to no flag; each flag takes one value"),
         (["--steps", "x"], "--steps: invalid int value: 'x'"),
         (["--output", ""], "--output: got an empty value"),
     ],
@@ -923,8 +930,9 @@ def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, 
         file.write_text("\n".join([*lines[:-1], last, lines[-1]]) + "\n")
     if what == "--reference":
         assert run(*args, "--compare", "--overwrite") == 0
+        shutil.copytree(tmp_path / "in", tmp_path / "clean")
     more = {"--compare": ["--compare"], "--quantize": ["--quantize", "int8"], "prompt": ["--prompt", "x"]}.get(what, [])
-    more += ["--compare", "--reference", tmp_path / "in"] * (what == "--reference")
+    more += ["--compare", "--reference", tmp_path / "clean"] * (what == "--reference")
     assert run(*args, *more) == 2
     named = {"LoRA": "lora was", "base": "base was", "input": "their inputs have changed since"}
     named |= {"vocabulary": "base was", "prompt": "prompt was", "--reference": "compare was True, is "}

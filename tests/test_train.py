@@ -114,11 +114,11 @@ def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
 
 def test_phases_are_named_and_the_last_line_restores_a_picture(run, pictures, tmp_path, capsys):
     folder = tmp_path / "it's my run"
-    assert run("--output-dir", folder, "--dtype", "float32") == 0
+    assert run("--output-dir", folder, "--device", "cpu") == 0
     *lines, command = capsys.readouterr().out.splitlines()
     for phase in ("encoding ", "loading the transformer", "training", f"done; curves and pictures: {folder}"):
         assert any(re.match(r"\d+s: ", line) and phase in line for line in lines), phase
-    assert "--dtype float32" in command and "--output-dir" not in command
+    assert "--device cpu" in command and "--output-dir" not in command
     command = command.replace("PICTURE", shlex.quote(str(next(pictures.glob("*.png")))))
     command = command.replace("restored.png", shlex.quote(str(tmp_path / "restored.png")))
     done = subprocess.run(f"{command} --steps 1 --tile 64", shell=True, capture_output=True, text=True)
@@ -346,7 +346,7 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--guidance", "nan"], "--guidance: got nan"),
         (["--alpha", "inf"], "--alpha: got inf"),
         (["--val-root", "{here}/empty"], "--val-root {here}/empty: no usable picture"),
-        (["--hr-root", "{here}", "--output-dir", "{here}/run"], "lies in --hr-root"),
+        (["--hr-root", "{here}", "--output-dir", "{here}/run"], "--output-dir {here}/run: lies in --hr-root"),
         (["--full", "--dtype", "bfloat16"], "leave --dtype out"),
         (["--full", "--init-lora", "{here}/text.jpg"], "--full trains no LoRA"),
         (["--full", "--rank", "4"], "--full trains no LoRA; leave out --rank, --alpha and --lora-targets"),
@@ -368,7 +368,19 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--output-dir", "/"], "--output-dir /: is no place for a run"),
         (["--output-dir", "{weights}/transformer", "--overwrite"], "/transformer: is no place for a run"),
         (["--val-root", "{here}/empty", "--validate-every-epochs", "0"], "its pictures are not used"),
+        (["--validation-prompt", "a", "--validate-every-epochs", "0"], "--validation-prompt: with --validate-every"),
+        (["--stream", "--gradient-checkpointing", "half"], "--gradient-checkpointing half: --stream recomputes every"),
+        (["--degrade", "blur=1", "--degrade", "noise=0.1"], "--degrade: two tasks have the same prompt"),
+        *(
+            (["--degrade", spec], f"--degrade {spec}: changes nothing")
+            for spec in ("noise=0", "blur=1@0", "downsample=1", "(noise=0@0.5|blur=0@0.5),jpeg=5@0")
+        ),
+        (["--prompt", "\udc80"], "--prompt '\\udc80': expected text in UTF-8"),
+        (["--validation-prompt", "\udc80"], "--prompt '\\udc80': expected text in UTF-8"),
+        (["--lora-targets", "x" * 10000], "xxx ... xxx"),
         (["--hr-root", "{here}/mine"], "/mine/restored: holds pictures that sample.py restored"),
+        (["--val-root", "{here}/runs"], "/runs/old: holds a run of train.py"),
+        (["--val-root", "{here}/empty", "--output-dir", "{here}/empty/run"], "run: lies in --val-root, among your"),
         *(
             (["--weights", "{bad}", "--defaults", text], f"{{bad}}/defaults.json: {message}")
             for text, message in (
@@ -393,6 +405,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures
         (bad / "defaults.json").write_text(flags[-1].format())
         flags = flags[:2]
     (shutil.copytree(pictures, tmp_path / "mine" / "restored") / ".restored-with.jsonl").touch()
+    (shutil.copytree(pictures, tmp_path / "runs" / "old" / "validation").parent / "metrics.jsonl").touch()
     names = {"here": tmp_path, "flux": flux, "bad": bad, "hr": pictures, "weights": small_bundle}
     assert run(*(f.format(**names) for f in flags)) == 2
     printed = capsys.readouterr()

@@ -16,6 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from kontext_min import degrade
 from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
@@ -74,6 +77,38 @@ def number(text: str) -> float:
         return math.nan
 
 
+def check_prompts(*prompts: str | None) -> None:
+    """That every prompt is text.
+
+    Raises:
+        ValueError: one has bytes that are none.
+    """
+    for text in prompts:
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"--prompt {text!r:.100}: expected text in UTF-8; set the terminal to it.") from None
+
+
+def check_degradation(spec: str) -> None:
+    """That a text describes a degradation.
+
+    Raises:
+        ValueError: it is none, or one that leaves every picture as it is.
+    """
+    picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
+    changes = _changes(degrade.parse(spec), picture)
+    refuse((not changes, f"--degrade {spec}: changes nothing; give stronger values"))
+
+
+def _changes(step: degrade.Step, picture: Image.Image) -> bool:
+    """Whether one of the operators that can run changes a picture in one of 16 draws."""
+    if step.kind in ("all", "one"):
+        return any(part.chance != 0 and _changes(part, picture) for part in step.parts)
+    rng = np.random.default_rng(0)
+    return any(step(picture, rng).tobytes() != picture.tobytes() for _ in range(16))
+
+
 def check_training(s: Any) -> None:
     """The settings of train.py.
 
@@ -82,7 +117,8 @@ def check_training(s: Any) -> None:
     """
     check_values(s)
     for text in s.degrade:
-        degrade.parse(text)
+        check_degradation(text)
+    check_prompts(*s.prompt, s.validation_prompt)
     check_folders(s)
     most = 4 * (os.cpu_count() or 1)
     whole = "so it excludes --quantize and --stream; leave them out"
@@ -93,6 +129,14 @@ def check_training(s: Any) -> None:
         (
             s.shard and parallel.place()[1] < 2,
             "--shard spreads the weights over processes; start them with torchrun --nproc-per-node N",
+        ),
+        (
+            s.stream and s.gradient_checkpointing not in (None, "all"),
+            f"--gradient-checkpointing {s.gradient_checkpointing}: --stream recomputes every block; leave it out",
+        ),
+        (
+            s.validation_prompt and s.validate_every_epochs == 0,
+            "--validation-prompt: with --validate-every-epochs 0 it is not used; leave one of the two out",
         ),
         (s.full and s.dtype == "bfloat16", "--full trains in float32; leave --dtype out"),
         (
@@ -162,13 +206,13 @@ def check_folders(s: Any) -> None:
             same(s.val_root, s.hr_root),
             f"--val-root {s.val_root}: is --hr-root; leave it out, and a few pictures are held out",
         ),
-        (
-            s.hr_root.is_dir() and out.resolve().is_relative_to(s.hr_root.resolve()),
-            f"--output-dir {out}: lies in --hr-root, so its pictures would be trained on; move it",
-        ),
-        (
-            s.hr_root.is_dir() and s.cache_dir.resolve().is_relative_to(s.hr_root.resolve()),
-            f"--cache-dir {s.cache_dir}: lies in --hr-root, among your pictures; name another folder",
+        *(
+            (
+                root and root.is_dir() and folder.resolve().is_relative_to(root.resolve()),
+                f"{flag} {folder}: lies in {name}, among your pictures; name another folder",
+            )
+            for flag, folder in (("--output-dir", out), ("--cache-dir", s.cache_dir))
+            for name, root in (("--hr-root", s.hr_root), ("--lr-root", s.lr_root), ("--val-root", s.val_root))
         ),
         (
             out.resolve() == Path(out.resolve().anchor) or out.resolve().is_relative_to(s.weights.resolve()),
@@ -213,7 +257,8 @@ def check_sampling(s: Any) -> None:
     """
     check_values(s)
     if s.degrade:
-        degrade.parse(s.degrade)
+        check_degradation(s.degrade)
+    check_prompts(s.prompt)
     folder, page = s.input.is_dir(), s.output / "report.html"
     json_file = s.json and s.json.resolve()
     own = (
@@ -226,6 +271,7 @@ def check_sampling(s: Any) -> None:
             s.degrade and s.reference,
             "--reference: with --degrade the input is the clean picture; leave one of the two out",
         ),
+        (same(s.reference, s.input), f"--reference {s.reference}: is --input; name clean pictures"),
         (
             s.reference and folder and not s.reference.is_dir(),
             f"--reference {s.reference}: is a file, but --input is a folder; name a folder",

@@ -22,11 +22,12 @@ def compile_blocks(flux: Flux, backend: str | Callable[..., Any] = "inductor") -
     progress = Progress(shown=not (distributed.is_initialized() and distributed.get_rank()))
 
     def before(*_: Any) -> None:
-        progress.say("compiling the blocks in the first pass")
+        progress.say("compiling the blocks; the first step takes longer")
         progress.began = time.monotonic()
 
     def after(*_: Any) -> None:
-        progress.say(f"compiled; the first pass took {clock(time.monotonic() - progress.began)}")
+        more = ", and the first backward pass compiles too" * torch.is_grad_enabled()
+        progress.say(f"compiled; the first pass took {clock(time.monotonic() - progress.began)}{more}")
         for hook in hooks:
             hook.remove()
 

@@ -114,10 +114,18 @@ def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str,
             options["help"] += f" (default {default})"
         groups[group].add_argument(name, **options)
     values, unknown = parser.parse_known_args(argv)
+    if unknown and unknown[0][:1] != "-":
+        rule = "each flag takes one value, in quotes if it has blanks; for many pictures, name their folder"
+        parser.error(f"{unknown[0]}: belongs to no flag; {rule}")
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         parser.error(f"{unknown[0]}: no such flag" + "".join(f"; did you mean {name}" for name in near))
+    names = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    for field in fields:
+        name = name_of(field.name)
+        if names.count(name) > 1 and typing.get_origin(hints[field.name]) is not tuple:
+            print(f"note: {name} is given {names.count(name)} times; only the last one counts")
     found = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
     missing = [name for name in required if found[name[2:].replace("-", "_")] is None]
     if missing:

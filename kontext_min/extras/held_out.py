@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kontext_min import data
-from kontext_min.extras.inventory import unread
+from kontext_min.extras.inventory import describe, unread
 
 MOST = 8  # pictures; of --hr-root at most one in eight
 EPOCHS = 5  # between validations, unless they would cost too much
@@ -22,24 +22,27 @@ COST = 5  # training pictures that take as long as one to validate on: 4.6 with 
 
 def split(
     settings: Any, pictures: Sequence[data.Picture], buckets: Sequence[data.Size]
-) -> tuple[list[data.Picture], list[data.Picture]]:
-    """Pictures to train on, and pictures to validate on.
+) -> tuple[list[data.Picture], list[data.Picture], list[str]]:
+    """Pictures to train on, pictures to validate on, and lines to print.
 
     Raises:
         ValueError: --val-root has no usable picture.
     """
     if settings.validate_every_epochs == 0:
-        return list(pictures), []
+        return list(pictures), [], []
     if settings.val_root:
         found, rejected = data.scan(settings.val_root)
         found, small = data.usable(found, buckets)
+        unused = rejected + small + unread(settings.val_root, found)
         if not found:
-            unused = rejected + small + unread(settings.val_root, found)
             reason = ": ".join(unused[0]) if unused else "the folder holds none"
             raise ValueError(f"--val-root {settings.val_root}: no usable picture; {reason}.")
-        return list(pictures), sorted(found, key=_by_name)[:MOST]
+        lines = [f"--val-root {settings.val_root}: {describe(found, unused, buckets)}"]
+        lines += [f"note: {MOST} of its {len(found)} pictures are used"] * (len(found) > MOST)
+        return list(pictures), sorted(found, key=_by_name)[:MOST], lines
     held = {p.name for p in sorted(pictures, key=_by_name)[: min(MOST, len(pictures) // 8)]}
-    return [p for p in pictures if p.name not in held], [p for p in pictures if p.name in held]
+    lines = [] if held else ["note: no validation, which takes --val-root, or 8 pictures in --hr-root to hold out one"]
+    return [p for p in pictures if p.name not in held], [p for p in pictures if p.name in held], lines
 
 
 def _by_name(picture: data.Picture) -> bytes:

@@ -3,6 +3,7 @@
 data.scan ignores files that Pillow does not know as pictures. `unread` names those that you may have meant to use.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -13,41 +14,57 @@ RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see fold
 # Pictures that Pillow cannot read.
 UNREAD = {
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq",
-    ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".spi", ".spider", ".srw",
-    ".svg", ".wmf", ".x3f", ".xcf",
+    ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pdf", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".spi", ".spider",
+    ".srw", ".svg", ".wmf", ".x3f", ".xcf",
 }  # fmt: skip
+# How files of pictures begin: JPEG, PNG, TIFF and most raw formats, WebP, HEIF and AVIF.
+BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(hei|hev|mif|avi)", re.DOTALL)
 
 
 def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     """(name, reason) of files below a folder that `scan` does not read.
 
-    These are pictures of formats that Pillow lacks, links that lead nowhere, pipes, empty captions, and text files that
-    other programs take for captions of the pictures.
+    These are pictures of formats that Pillow lacks or with another ending, links that lead nowhere, pipes, empty
+    captions, and text files that other programs take for captions of the pictures.
 
     Raises:
-        ValueError: some of the pictures are results of sample.py, which are not clean.
+        ValueError: some of the pictures were made by sample.py or train.py, so they are not clean.
     """
     for folder in {parent for p in pictures for parent in p.path.parents if root in parent.parents}:
-        if (folder / RECORD).exists():
-            raise ValueError(f"{folder}: holds pictures that sample.py restored, and {root} should hold clean ones.")
+        for record, made in ((RECORD, "pictures that sample.py restored"), ("metrics.jsonl", "a run of train.py")):
+            if (folder / record).exists():
+                raise ValueError(f"{folder}: holds {made}, and {root} should hold clean ones; move it.")
     files, left_out = dict(walk(root)), []
     for name, path in files.items():
         ending = path.suffix.lower()
         if ending in UNREAD - ENDINGS:
             left_out.append((name, f"Pillow cannot read {ending} files; convert it to PNG or JPEG"))
-        elif ending not in ENDINGS and not path.is_file():  # a pipe as a caption would be waited for
+        elif ending in ENDINGS:
+            continue
+        elif not path.is_file():  # a pipe as a caption would be waited for
             left_out.append((name, "not a file" if path.exists() else "a link that leads nowhere"))
+        elif ending != ".txt" and _is_picture(path):
+            left_out.append((name, f"a picture, but its ending is {ending or 'missing'}; rename or convert it"))
     # Some programs write .TXT.
     lower = {name[: -len(path.suffix)] + path.suffix.lower(): name for name, path in files.items() if path.suffix}
     for p in pictures:
         stem = p.name.rpartition(".")[0]
         others = [text for text in (f"{p.name}.txt", f"{stem}.caption", f"{p.name}.caption") if text in lower]
-        if p.caption and not p.caption.stat().st_size:
+        if p.caption and p.caption.stat().st_size < 1000 and not p.caption.read_bytes().strip():
             left_out.append((f"{stem}.txt", "an empty caption; --prompt takes its place"))
         if others and not p.caption:
             reason = f"not read as a caption; rename it to {PurePosixPath(stem).name}.txt"
             left_out.append((lower[others[0]], reason))
     return left_out
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file begins as one of a picture."""
+    try:
+        with path.open("rb") as file:
+            return bool(BEGINNINGS.match(file.read(12)))
+    except OSError:
+        return False
 
 
 def describe(pictures: Sequence[Picture], left_out: Sequence[tuple[str, str]], buckets: Sequence[Size]) -> str:

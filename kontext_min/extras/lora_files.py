@@ -116,6 +116,7 @@ KINDS = (  # adapters that are refused, by a pattern of their tensors' names
     (r"^lora_te|^text_encoder|\.text_model\.|^text_model\.", "a LoRA on a text encoder"),
 )
 OTHERS = (  # LoRAs of other models
+    (r"\.lora_[AB]$", "part of a checkpoint; lora.safetensors lies beside it"),
     (r"norm_(q|k|added_q|added_k)\.weight$|(query|key)_norm\.scale$", "a control LoRA, which has norms of its own"),
     (r"(input|output|down|up|mid|middle)_block|^unet\.", "a LoRA of Stable Diffusion"),
     (r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)", "a LoRA of Wan"),

@@ -56,10 +56,16 @@ def method_of(settings: Any, weights: Weights) -> Method:
     steps, solver = settings.steps or STEPS[name], settings.solver
     if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)
         solver = "midpoint" if name == "bridge" and steps > 1 else "euler"
+    objective = Objective(name, **{k: about[k] for k in ("context", "source_noise", "start_time") if k in about})
+    if settings.seed != type(settings).seed and not (settings.degrade or objective.source_noise or name == "kontext"):
+        print(
+            "note: --seed has no effect: this bridge has no source noise, and without --degrade none is drawn",
+            file=sys.stderr,
+        )
     return Method(
         prompt=settings.prompt or about.get("prompt") or degrade.PROMPTS["guide"],
         guidance=settings.guidance if settings.guidance is not None else about.get("guidance", 1.5),
-        objective=Objective(name, **{k: about[k] for k in ("context", "source_noise", "start_time") if k in about}),
+        objective=objective,
         steps=steps,
         solver=solver,
         resolution=about.get("resolution"),

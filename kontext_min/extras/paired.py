@@ -49,16 +49,17 @@ def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
         ValueError: some are missing, unreadable, shared, the picture itself, or differ in shape by over one pixel.
     """
     found, rejected = scan(root)
-    reasons = dict(rejected)
+    reasons = {name.rpartition(".")[0]: reason for name, reason in rejected}
     stems: dict[str, list[Picture]] = {}
     for p in found:
         stems.setdefault(p.name.rpartition(".")[0], []).append(p)
     partners, problems, owners = [], [], {}
     for p in pictures:
-        others = stems.get(p.name.rpartition(".")[0], [])
+        stem = p.name.rpartition(".")[0]
+        others = stems.get(stem, [])
         others = [other for other in others if other.name == p.name] or others
         if len(others) != 1:
-            problems.append(f"{p.name} ({reasons.get(p.name, 'several' if others else 'missing')})")
+            problems.append(f"{p.name} ({reasons.get(stem, 'several' if others else 'missing')})")
             continue
         partner = others[0]
         partners.append(partner)

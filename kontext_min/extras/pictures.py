@@ -114,7 +114,9 @@ def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[li
         if not target.parent.is_dir():
             raise FileNotFoundError(f"{target.parent}: no such folder for --output; make it first.")
         if target.suffix.lower() not in KINDS:
-            raise ValueError(f"--output {target}: unknown picture format; use .png, .jpg, .webp or .tif.")
+            raise ValueError(
+                f"--output {target}: unknown picture format; use .png, .jpg, .webp or .tif, or an existing folder."
+            )
         jobs, rejected = [Job(source, source.name, target, open_picture(source).size)], []
         if reason := _unwritable(jobs[0]):
             raise OSError(f"--output {reason}")

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -30,7 +31,7 @@ def restore_command(settings: Any, folder: Path) -> str:
     """
     words = [_near(Path(sys.executable)), _near(Path(__file__).parents[2] / "sample.py")]
     words += ["--input", "PICTURE", "--output", "restored.png"]
-    for name in ("weights", "transformer", "vae", "clip", "t5", "quantize", "device", "dtype", "stream"):
+    for name in ("weights", "transformer", "vae", "clip", "t5", "quantize", "device", "stream"):
         value = folder / "transformer" if settings.full and name == "transformer" else getattr(settings, name)
         if value != type(settings).__dataclass_fields__[name].default:
             words += [f"--{name}"] + [str(value)] * (value is not True)
@@ -55,6 +56,12 @@ def _more(error: BaseException) -> str:
     return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
+def _one_line(text: str) -> str:
+    """A text without the middle of a very long value, and with the control characters of a file's name spelled out."""
+    text = text if len(text) < 2000 else f"{text[:1000]} ... {text[-500:]}"
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
+
+
 def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
     for stream in ("stdout", "stderr"):  # None if they were closed before the start: `sample.py >&-`
         setattr(sys, stream, getattr(sys, stream) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -74,7 +81,7 @@ def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             print(f"{name}: stopped, its output can't be printed: {reason.strerror}{_more(error)}", file=sys.stderr)
             return 1
-        print(f"{name}: {runs.in_words(error)}{_more(error)}", file=sys.stderr)
+        print(_one_line(f"{name}: {runs.in_words(error)}{_more(error)}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"\n{name}: stopped{_more(error)}", file=sys.stderr)

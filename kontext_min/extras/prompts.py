@@ -83,19 +83,19 @@ def encode(
     names = keys(texts, weights, dtype)
     files = {text: cache / f"{name}.safetensors" for text, name in names.items()} if cache else {}
     done: Encoded = {text: file for text, file in files.items() if _whole(file)}
-    new = [text for text in names if text not in done]
-    if not new:
-        return done
 
     # Tokenizers first: they fail fast. Then one encoder at a time, one prompt at a time.
     clip_tokenizer = ClipTokenizer(weights.root / "tokenizer")
     t5_tokenizer = T5Tokenizer(weights.root / "tokenizer_2")
     length = max_length(weights)
     for name, limit, tokenizer in (("CLIP", LENGTH - 2, clip_tokenizer), ("T5", length - 1, t5_tokenizer)):
-        long = [n for n in (len(tokenizer.encode(text)) for text in new) if n > limit]
+        long = [n for n in (len(tokenizer.encode(text)) for text in names) if n > limit]
         if long:
-            count = f"{len(long)} of {len(new)} prompts are longer, up to {max(long)} tokens"
+            count = f"{len(long)} of {len(names)} prompts are longer, up to {max(long)} tokens"
             print(f"note: {name} reads {limit} tokens of a prompt: {count}; the rest has no effect there")
+    new = [text for text in names if text not in done]
+    if not new:
+        return done
     clip = load_clip(weights.path("clip"), dtype=dtype, device=device)
     y = [clip(ids[None].to(device))[1][0].cpu() for ids in clip_tokenizer(new)]  # ids (N, 77)
     del clip

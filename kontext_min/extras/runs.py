@@ -468,6 +468,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def rewind_metrics(folder: Path, step: int) -> None:
     """Drop the rows after a checkpoint, which the resumed run writes again."""
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
+    if lost := set(range(1, step + 1)) - {row["step"] for row in rows}:
+        print(f"note: {folder / 'metrics.jsonl'} is broken; it has lost the rows of {len(lost)} steps")
     write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
