@@ -180,8 +180,10 @@ def find_pairs(
     pairs = make(pictures, prompt=settings.prompt[0])
     held = make(held, prompt=settings.validation_prompt, train=False) if held else None
     if settings.lr_root:  # degraded partners from a folder instead of --degrade
-        from kontext_min.extras.paired import PairedFolders
+        from kontext_min.extras.paired import PairedFolders, unused
 
+        if line := unused(settings.lr_root, [*pairs.pictures, *(held.pictures if held else ())]):
+            me.say(line)
         pairs, held = PairedFolders(pairs, settings.lr_root), held and PairedFolders(held, settings.lr_root)
     elif len(settings.degrade) > 1:  # each with its prompt; the first one is validated
         from kontext_min.extras.tasks import Tasks

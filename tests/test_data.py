@@ -19,7 +19,7 @@ from kontext_min import data, degrade
 from kontext_min.data import BucketSampler, Pairs, Picture
 from kontext_min.extras import checks, inventory
 from kontext_min.extras.latents import CachedPairs, content_mark, fill
-from kontext_min.extras.paired import PairedFolders
+from kontext_min.extras.paired import PairedFolders, unused
 from kontext_min.extras.stand_ins import StandIns
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -505,6 +505,25 @@ def test_captions_under_other_names_are_named_and_counted(tmp_path):
     assert Pairs(kept, SMALL, noisy, 1, "restore").prompts == ["restore", "restore", "a caption", "restore", "restore"]
 
 
+def test_partners_of_no_picture_are_named_and_copies_refused(tmp_path):
+    high, low = tmp_path / "high", tmp_path / "low"
+    high.mkdir(), low.mkdir()
+    for name in ("a.png", "b.png"):
+        smooth((80, 80)).save(high / name)
+        smooth((80, 80)).save(low / name)
+    pictures, _ = data.scan(high)
+    with pytest.raises(ValueError, match="holds copies of the clean pictures"):
+        paired(pictures, low)
+    assert unused(low, pictures) == ""
+    for name in ("c.png", "d.heic", "e.png", "f.jpg"):
+        (low / name).write_text("no picture")
+    assert unused(low, pictures) == f"note: {low}: no clean picture has the name of c.png, d.heic, e.png and 1 more"
+    (low / "a.png").unlink()
+    (low / "a.heic").touch()
+    with pytest.raises(ValueError, match=r"a\.png \(Pillow cannot read \.heic files"):
+        paired(pictures, low)
+
+
 def test_clean_pictures_that_share_a_partner_or_are_their_own_are_refused(tmp_path):
     high, low = tmp_path / "high", tmp_path / "low"
     high.mkdir(), low.mkdir()
@@ -873,9 +892,9 @@ def test_no_latent_meets_another_pictures_caption_or_target(tmp_path):
 
 def test_latents_of_another_bucket_or_partner_are_others(tmp_path):
     """Over one cache: other sizes of the buckets, partners, none, and a partner whose file changes."""
-    for name in ("hr", "lr", "lr2"):
+    for k, name in enumerate(("hr", "lr", "lr2")):
         (tmp_path / name).mkdir()
-        smooth((100, 100), len(name)).save(tmp_path / name / "a.png")
+        smooth((100, 100), 2 + k).save(tmp_path / name / "a.png")
     pictures, _ = data.scan(tmp_path / "hr")
     made = []
 

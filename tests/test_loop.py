@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 import loop_overhead
@@ -642,6 +643,8 @@ def test_validation_on_pairs_of_their_own(flags, pictures, tmp_path, capsys):
     for k in range(5, 12):  # all that are left are used
         (roots["val"] / f"{k:02d}.png").unlink()
     (roots["val"] / "00.png").rename(roots["val"] / "only.png")
+    with Image.open(roots["lr"] / "11.png") as picture:
+        picture.reduce(2).save(roots["lr"] / "11.png")
     own = ["--lr-root", roots["lr"], "--val-root", roots["val"], "--steps", 1, "--warmup", 0, "--workers", 0]
     own += ["--output-dir", tmp_path / "run"]
     assert train.main([str(f) for f in [*flags, *own]]) == 2

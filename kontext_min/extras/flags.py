@@ -122,7 +122,7 @@ def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str,
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         parser.error(f"{unknown[0]}: no such flag" + "".join(f"; did you mean {name}" for name in near))
     names = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
-    for field in fields:
+    for field in fields if os.environ.get("RANK", "0") == "0" else ():  # the first of several processes speaks
         name = name_of(field.name)
         if names.count(name) > 1 and typing.get_origin(hints[field.name]) is not tuple:
             print(f"note: {name} is given {names.count(name)} times; only the last one counts")

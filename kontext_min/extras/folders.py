@@ -53,6 +53,10 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
             f"--output {target}: holds {reasons.total()} of these pictures, but {'; '.join(reasons)}; --overwrite "
             "restores them again, or choose another folder."
         )
+    edited = [j.name for j in there if made[j.name]["size"] not in (None, j.output.stat().st_size)]
+    if edited:
+        which = f"{', '.join(edited[:3])}{' ...' * (len(edited) > 3)}"
+        print(f"note: {target}: not as they were written, and kept: {which}; --overwrite restores all", file=sys.stderr)
     return [job for job in jobs if job not in there]
 
 
@@ -62,7 +66,7 @@ def _read(record: Path) -> dict[str, dict[str, Any]]:
     for text in record.read_text(encoding="utf-8", errors="replace").splitlines() if record.is_file() else []:
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             line = json.loads(text)
-            made[line["picture"]] = {"how": dict(line["how"]), "input": line["input"]}
+            made[line["picture"]] = {"how": dict(line["how"]), "input": line["input"], "size": line.get("size")}
     return made
 
 
@@ -84,8 +88,8 @@ def _state(job: Job, how: dict[str, Any]) -> list[int]:
 def noted(job: Job, source: Path, target: Path, how: dict[str, Any], overwrite: bool) -> Iterator[None]:
     """Say in the record how the picture that the block writes is made.
 
-    That is before a new picture is written, but after an old one is replaced: wherever a kill falls in between, no
-    picture counts as made in a way that it was not.
+    That is before a new picture is written, but only after an old one is replaced: wherever a kill falls in between,
+    no picture counts as made in a way that it was not. The size of its file is known, and noted, after both.
 
     Raises:
         ValueError: without `overwrite`, a file of this name has come since the start.
@@ -94,16 +98,16 @@ def noted(job: Job, source: Path, target: Path, how: dict[str, Any], overwrite: 
     if replaces and not overwrite:
         raise ValueError(f"{job.output}: has come since the start, and is kept; --overwrite replaces it.")
 
-    def note() -> None:
+    def note(size: int | None) -> None:
         if source.is_dir():
             with naming(record), record.open("a", encoding="utf-8") as f:
-                f.write(json.dumps({"picture": job.name, "input": _state(job, how), "how": how}) + "\n")
+                line = {"picture": job.name, "input": _state(job, how), "size": size, "how": how}
+                f.write(json.dumps(line) + "\n")
 
     if not replaces:
-        note()
+        note(None)
     yield
-    if replaces:
-        note()
+    note(job.output.stat().st_size)
 
 
 @contextmanager

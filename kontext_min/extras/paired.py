@@ -4,6 +4,7 @@ A partner has the name of its picture (the extension may differ) and its aspect 
 Source: none, it is file handling.
 """
 
+import filecmp
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kontext_min.data import Pairs, Picture, Size, crop, open_picture, scan, to_tensor
+from kontext_min.extras.inventory import unread
 from kontext_min.utils import numpy_generator
 
 
@@ -22,12 +24,15 @@ class PairedFolders(Pairs):
         root: folder of their partners.
 
     Raises:
-        ValueError: partners are missing or have another shape.
+        ValueError: partners are missing, have another shape, or all are the clean pictures.
     """
 
     def __init__(self, pairs: Pairs, root: Path) -> None:
         vars(self).update(vars(pairs))  # the same pictures, buckets, prompts, seed
         self.partners = match(pairs.pictures, root)
+        both = zip(self.partners, self.pictures, strict=True)
+        if self.train and all(filecmp.cmp(a.path, b.path, shallow=False) for a, b in both):
+            raise ValueError(f"{root}: holds copies of the clean pictures, so the LoRA would learn to change nothing.")
 
     def read(self, epoch: int, i: int, bucket: Size) -> tuple[Tensor, Tensor]:
         """(control, target) of picture i in a bucket: bytes (3, H, W) each. Raises UnreadableError."""
@@ -49,7 +54,7 @@ def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
         ValueError: some are missing, unreadable, shared, the picture itself, or differ in shape by over one pixel.
     """
     found, rejected = scan(root)
-    reasons = {name.rpartition(".")[0]: reason for name, reason in rejected}
+    reasons = {name.rpartition(".")[0]: reason for name, reason in rejected + unread(root, [])}
     stems: dict[str, list[Picture]] = {}
     for p in found:
         stems.setdefault(p.name.rpartition(".")[0], []).append(p)
@@ -76,3 +81,13 @@ def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
             f"{', '.join(problems[:10])}{more}."
         )
     return partners
+
+
+def unused(root: Path, pictures: Sequence[Picture]) -> str:
+    """A line about the files below `root` that are no partner of a picture; empty if there are none."""
+    names = {p.name.rpartition(".")[0] for p in pictures}
+    found, rejected = scan(root)
+    rest = sorted({p.name for p in found} | {name for name, _ in rejected + unread(root, [])})
+    rest = [name for name in rest if name.rpartition(".")[0] not in names]
+    more = f" and {len(rest) - 3} more" * (len(rest) > 3)
+    return f"note: {root}: no clean picture has the name of {', '.join(rest[:3])}{more}" if rest else ""
