@@ -730,6 +730,13 @@ def test_a_name_that_the_terminal_cannot_show_is_no_error(small_bundle, tmp_path
     assert (tmp_path / "out" / "caf\u00e9.png").exists()
 
 
+def test_a_name_that_the_locale_lacks_letters_for_is_named(tmp_path, monkeypatch):
+    job = pictures.Job(tmp_path / "in.png", "in.png", tmp_path / "caf\u00e9.png", (8, 8))
+    assert pictures._unwritable(job) is None
+    monkeypatch.setattr(os, "fsencode", lambda name: str(name).encode("ascii"))  # LC_ALL=C with PYTHONUTF8=0
+    assert "lack some of its letters; set LC_ALL=C.UTF-8" in pictures._unwritable(job)
+
+
 def test_scores_that_came_since_the_start_are_kept(small_bundle, tmp_path, capsys, monkeypatch):
     """Two calls at once with one --json."""
     crop(32, 32).save(tmp_path / "in.png")

@@ -63,7 +63,8 @@ def place() -> tuple[int, int]:
     Raises:
         ValueError: they are no such numbers.
     """
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    world = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "0" if world == "1" else "")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise ValueError(f"RANK={rank} WORLD_SIZE={world} in the environment: unset them, or start with torchrun.")
     return int(rank), int(world)

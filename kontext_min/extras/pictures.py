@@ -172,9 +172,9 @@ def _unwritable(job: Job) -> str | None:
     limit = LARGEST_SIDE.get(KINDS[job.output.suffix.lower()])
     if limit and max(job.size) > limit:
         return f"{job.output}: {max(job.size)} pixels a side, but this format has at most {limit}; use .png or .tif."
-    if len(os.fsencode(job.output.name)) > 255:  # the folder may not be there yet, and could not say so
-        return f"{job.output}: File name too long; rename the picture."
     try:
+        if len(os.fsencode(job.output.name)) > 255:  # the folder may not be there yet, and could not say so
+            return f"{job.output}: File name too long; rename the picture."
         if job.output.is_dir():
             return f"{job.output}: is a folder, expected a file or nothing."
         os.lstat(job.output)
@@ -182,6 +182,8 @@ def _unwritable(job: Job) -> str | None:
             return f"{job.output}: is no file, or a link that leads to none; expected a file or nothing."
     except FileNotFoundError:
         pass
+    except UnicodeEncodeError:  # a locale that is not UTF-8
+        return f"{job.output}: this locale's file names lack some of its letters; set LC_ALL=C.UTF-8."
     except OSError as error:  # such as a name that is too long
         return f"{job.output}: {error.strerror}."
     return None
