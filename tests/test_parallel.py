@@ -206,7 +206,13 @@ def test_a_dead_process_ends_the_others_with_a_message(small_bundle, pictures, t
 
 @pytest.mark.parametrize(
     "environment",
-    [{"RANK": "5"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "-1"}, {"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "2"}],
+    [
+        {"RANK": "5"},
+        {"RANK": "1", "WORLD_SIZE": "1"},
+        {"RANK": "-1"},
+        {"WORLD_SIZE": "abc"},
+        {"WORLD_SIZE": "2", "RANK": "0"},
+    ],
 )
 def test_an_environment_that_torchrun_did_not_make_is_one_line(monkeypatch, environment):
     for name, value in environment.items():

@@ -219,7 +219,10 @@ def commands(name: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", TEXTS)
 def test_command_lines_in_the_texts_are_understood(name, monkeypatch, tmp_path):
     """Unknown flags and values fail; `...` stands for flags that are left out, and those needed are then put in."""
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as under torchrun
+    for variable, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):  # as under torchrun
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     calls = commands(name)
     mentions = len(re.findall(r"(?:python|torchrun)3? [^\n`]*?(?:train|sample)\.py", (ROOT / name).read_text()))
     assert len(calls) >= mentions > 0

@@ -356,6 +356,7 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--lr-root", "{hr}"], "--lr-root {hr}: is --hr-root"),
         (["--lr-root", "{here}/empty", "--degrade", "guide"], "leave one of them out"),
         (["--val-root", "{hr}"], "--val-root {hr}: is --hr-root"),
+        (["--val-root", "{hr}/.."], "--val-root {hr}/..: has pictures in common with --hr-root {hr}; move one of"),
         (["--workers", "5000"], "--workers: got 5000"),
         (["--warmup", "7", "--steps", "6"], "--warmup: got 7, but the run has 6 steps"),
         (["--resolution", "100000"], "--resolution: got 100000, expected at least 16 and at most 4096"),

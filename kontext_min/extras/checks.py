@@ -44,6 +44,11 @@ def same(a: Path | None, b: Path | None) -> bool:
     return bool(a and b) and a.resolve() == b.resolve()
 
 
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path leads to a folder or into it."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 def would_lose(path: Path, deleted: Path) -> bool:
     """Whether a file or folder that is read is gone, or holds less, when another is deleted; both are resolved."""
     return path.is_relative_to(deleted) or deleted.parent == path
@@ -206,16 +211,20 @@ def check_folders(s: Any) -> None:
             same(s.val_root, s.hr_root),
             f"--val-root {s.val_root}: is --hr-root; leave it out, and a few pictures are held out",
         ),
+        (
+            s.val_root and (_lies_in(s.val_root, s.hr_root) or _lies_in(s.hr_root, s.val_root)),
+            f"--val-root {s.val_root}: has pictures in common with --hr-root {s.hr_root}; move one of the two folders",
+        ),
         *(
             (
-                root and root.is_dir() and folder.resolve().is_relative_to(root.resolve()),
+                root and root.is_dir() and _lies_in(folder, root),
                 f"{flag} {folder}: lies in {name}, among your pictures; name another folder",
             )
             for flag, folder in (("--output-dir", out), ("--cache-dir", s.cache_dir))
             for name, root in (("--hr-root", s.hr_root), ("--lr-root", s.lr_root), ("--val-root", s.val_root))
         ),
         (
-            out.resolve() == Path(out.resolve().anchor) or out.resolve().is_relative_to(s.weights.resolve()),
+            out.resolve() == Path(out.resolve().anchor) or _lies_in(out, s.weights),
             f"--output-dir {out}: is no place for a run; name a folder outside --weights, such as runs/mine",
         ),
     )

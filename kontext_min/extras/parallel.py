@@ -61,11 +61,11 @@ def place() -> tuple[int, int]:
     """Rank and number of processes, as torchrun says in the environment; 0 and 1 without it.
 
     Raises:
-        ValueError: they are no such numbers.
+        ValueError: they are no such numbers, or it says only a part.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    rank = os.environ.get("RANK", "0" if world == "1" else "")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    whole = world == "1" or {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not (whole and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise ValueError(f"RANK={rank} WORLD_SIZE={world} in the environment: unset them, or start with torchrun.")
     return int(rank), int(world)
 
