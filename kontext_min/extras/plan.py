@@ -538,8 +538,10 @@ def show(asked: Setting, sizes: Sizes, small: tuple[int, int], device: torch.dev
     if asked.picture:
         asked = coded_here(asked, sizes, device)
     plan, where = measure(asked, sizes), "device" if asked.cuda else "memory"
-    side = max(asked.size) // (GRID * sizes.factor)
-    network, coder = speed.measure(sizes.flux, sizes.autoencoder, asked.dtype, device, side)
+    sides = tuple(math.isqrt(w * h) // (GRID * sizes.factor) for w, h in (asked.size, asked.coded or asked.size))
+    network, coder = speed.measure(
+        sizes.flux, sizes.autoencoder, asked.dtype, device, sides, asked.batch, sizes.text_tokens
+    )
     total, what = asked.passes * plan.flops, "optimizer step" if asked.train else "picture"
     seconds = total / network + plan.coding / coder
     lines = [f"{asked.size[0]}x{asked.size[1]} pixels, batch {asked.batch}, in GB:"]
