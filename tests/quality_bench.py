@@ -2,6 +2,7 @@
 
     python tests/quality_bench.py --work runs/make-tiny --degrade SPEC [--lora FILE] [--steps 1 2 4 8] [--tile 64]
     python tests/quality_bench.py --published --tile 96 [--weights FOLDER FOLDER]     beside BM3D and FFDNet, one step
+    python tests/quality_bench.py --median FILE --degrade SPEC --tile 96              one step on the median photograph
     python tests/quality_bench.py --harm --tile 96                                    every preset under every prompt
 
 The pictures are the middle 256 pixels of every photograph kept out that is large enough (WORK/kept-out, from
@@ -41,6 +42,7 @@ from kontext_min.extras import base, prompts  # noqa: E402
 from kontext_min.extras.lora_files import load_lora, read_lora  # noqa: E402
 from kontext_min.extras.metrics import psnr, ssim, texture  # noqa: E402
 from kontext_min.extras.tiles import Tiles  # noqa: E402
+from kontext_min.extras.validation import grid  # noqa: E402
 from kontext_min.flow import SOLVERS, Objective  # noqa: E402
 from kontext_min.restore import restore, to_image  # noqa: E402
 
@@ -208,6 +210,20 @@ def published(args):
         print(f"| {spec} | {' | '.join(row)} |", flush=True)
 
 
+def median(args):
+    """Write degraded | restored | clean of the photograph whose gain is the median of all, and print that."""
+    model, found, (spec,) = Model(args.weights[0], None, args.prompt, args.tile, args.solver), [], args.degrade
+    photos = [crop for crops in middles(args.work, args.leave_out).values() for crop in crops]
+    for number, (name, clean) in enumerate(photos):
+        clean, bad = damaged(clean, spec, number)
+        restored = model(bad, 1)
+        before, after = psnr(bad, clean), psnr(restored, clean)
+        found.append((after - before, name, before, after, (bad, restored, clean)))
+    gain, name, before, after, pictures = sorted(found)[len(found) // 2]
+    grid([pictures]).save(args.median, quality=92)
+    print(f"{spec}: {name} is the median of {len(found)} photographs: {before:.2f} -> {after:.2f} dB, {gain:+.2f}")
+
+
 def harm(args):
     """PSNR of the restored picture minus that of its input, for every preset under every prompt; clean: the PSNR."""
     photos = [crop for crops in middles(args.work, args.leave_out).values() for crop in crops]
@@ -262,6 +278,7 @@ def main(argv=None):
     parser.add_argument("--weights", type=Path, nargs="+", default=[tiny], help="base models (default: weights/tiny)")
     parser.add_argument("--degrade", nargs="+", help="preset or operators; several with --published and --harm")
     parser.add_argument("--published", action="store_true", help="one table of degradations beside BM3D and FFDNet")
+    parser.add_argument("--median", type=Path, help="a picture to write, of the photograph with the median gain")
     parser.add_argument("--harm", action="store_true", help="one table of presets under every prompt")
     parser.add_argument("--lora", type=Path, help="measure this LoRA file too")
     parser.add_argument("--prompt", help="default: the LoRA's own; for the base, the preset's")
@@ -277,6 +294,8 @@ def main(argv=None):
     parser.add_argument("--leave-out", help="leave out photographs whose name matches this pattern")
     parser.add_argument("--json", type=Path, help="write the means to this file too")
     args = parser.parse_args(argv)
+    if args.median:
+        return median(args)
     if args.published or args.harm:
         return published(args) if args.published else harm(args)
     if not args.degrade or len(args.degrade) + len(args.weights) > 2:

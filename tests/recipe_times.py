@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image, ImageFilter
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -53,6 +55,10 @@ def main() -> None:
                 (home / folder).mkdir(parents=True)
                 for photo in names:
                     (home / folder / photo).symlink_to(photos / photo)
+            for photo in (home / "pairs/degraded").iterdir():
+                blurred = Image.open(photo).filter(ImageFilter.GaussianBlur(2))
+                photo.unlink()
+                blurred.save(photo)
         for file in ("old.jpg", "photo.jpg", "tests/photos/picosdeeuropa.jpg"):
             (one / file).symlink_to(photos / "bowl.jpg")
         (eight / "runs").mkdir()

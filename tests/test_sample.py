@@ -97,7 +97,7 @@ def test_a_picture_comes_back_at_its_own_size(small, small_bundle, tmp_path, cap
         (["--output", "{here}/o.png", "--steps", "-1"], "expected at least 1"),
         (["--output", "{here}/o.png", "--device", "quantum"], "--device"),
         (["--output", "{here}/o.png", "--device", "x" * 9999], "xxx ... xxx"),
-        (["--output", "{here}/o.png", "--lora", "a\n\x1b[31m"], "a\\n\\x1b[31m"),
+        (["--output", "{here}/o.png", "--lora", "a\n\x1b[31m\u202e"], "a\\n\\x1b[31m\\u202e"),
         (["--output", "{here}/o.png", "--prompt", "\udc80"], "--prompt '\\udc80': expected text in UTF-8"),
         (["--output", "{here}/o.png", "--degrade", "noise=0"], "--degrade noise=0: changes nothing"),
         (["--output", "{here}/new"], "use .png, .jpg, .webp or .tif, or an existing folder"),

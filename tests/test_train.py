@@ -354,6 +354,8 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--init-lora", "{here}/nowhere"], "--init-lora {here}/nowhere: no such file or folder; check the path"),
         (["--lr-root", "{here}/nowhere"], "--lr-root {here}/nowhere: no such folder; check the path"),
         (["--lr-root", "{hr}"], "--lr-root {hr}: is --hr-root"),
+        (["--hr-root", "{here}", "--lr-root", "{here}/empty"], "--lr-root {here}/empty: lies in --hr-root"),
+        (["--hr-root", "{here}/mine/restored"], "/mine/restored: holds pictures that sample.py restored"),
         (["--lr-root", "{here}/empty", "--degrade", "guide"], "leave one of them out"),
         (["--val-root", "{hr}"], "--val-root {hr}: is --hr-root"),
         (["--val-root", "{hr}/.."], "--val-root {hr}/..: has pictures in common with --hr-root {hr}; move one of"),
@@ -377,7 +379,7 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
             for spec in ("noise=0", "blur=1@0", "downsample=1", "(noise=0@0.5|blur=0@0.5),jpeg=5@0")
         ),
         (["--prompt", "\udc80"], "--prompt '\\udc80': expected text in UTF-8"),
-        (["--validation-prompt", "\udc80"], "--prompt '\\udc80': expected text in UTF-8"),
+        (["--validation-prompt", "\udc80"], "--validation-prompt '\\udc80': expected text in UTF-8"),
         (["--lora-targets", "x" * 10000], "xxx ... xxx"),
         (["--hr-root", "{here}/mine"], "/mine/restored: holds pictures that sample.py restored"),
         (["--val-root", "{here}/runs"], "/runs/old: holds a run of train.py"),
@@ -406,7 +408,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures
         (bad / "defaults.json").write_text(flags[-1].format())
         flags = flags[:2]
     (shutil.copytree(pictures, tmp_path / "mine" / "restored") / ".restored-with.jsonl").touch()
-    (shutil.copytree(pictures, tmp_path / "runs" / "old" / "validation").parent / "metrics.jsonl").touch()
+    (shutil.copytree(pictures, tmp_path / "runs" / "old" / "validation").parent / "left-out.txt").touch()
     names = {"here": tmp_path, "flux": flux, "bad": bad, "hr": pictures, "weights": small_bundle}
     assert run(*(f.format(**names) for f in flags)) == 2
     printed = capsys.readouterr()

@@ -82,8 +82,8 @@ def number(text: str) -> float:
         return math.nan
 
 
-def check_prompts(*prompts: str | None) -> None:
-    """That every prompt is text.
+def check_text(flag: str, *prompts: str | None) -> None:
+    """That the prompts of a flag are text.
 
     Raises:
         ValueError: one has bytes that are none.
@@ -92,7 +92,7 @@ def check_prompts(*prompts: str | None) -> None:
         try:
             (text or "").encode()
         except UnicodeEncodeError:
-            raise ValueError(f"--prompt {text!r:.100}: expected text in UTF-8; set the terminal to it.") from None
+            raise ValueError(f"{flag} {text!r:.100}: expected text in UTF-8; set the terminal to it.") from None
 
 
 def check_degradation(spec: str) -> None:
@@ -101,7 +101,7 @@ def check_degradation(spec: str) -> None:
     Raises:
         ValueError: it is none, or one that leaves every picture as it is.
     """
-    picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
+    picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(512, 512, 3), dtype=np.uint8))
     changes = _changes(degrade.parse(spec), picture)
     refuse((not changes, f"--degrade {spec}: changes nothing; give stronger values"))
 
@@ -123,7 +123,8 @@ def check_training(s: Any) -> None:
     check_values(s)
     for text in s.degrade:
         check_degradation(text)
-    check_prompts(*s.prompt, s.validation_prompt)
+    check_text("--prompt", *s.prompt)
+    check_text("--validation-prompt", s.validation_prompt)
     check_folders(s)
     most = 4 * (os.cpu_count() or 1)
     whole = "so it excludes --quantize and --stream; leave them out"
@@ -208,6 +209,10 @@ def check_folders(s: Any) -> None:
         ),
         (same(s.lr_root, s.hr_root), f"--lr-root {s.lr_root}: is --hr-root, so the LoRA would learn to change nothing"),
         (
+            s.lr_root and _lies_in(s.lr_root, s.hr_root),
+            f"--lr-root {s.lr_root}: lies in --hr-root, so its pictures would be trained on as clean ones; move it",
+        ),
+        (
             same(s.val_root, s.hr_root),
             f"--val-root {s.val_root}: is --hr-root; leave it out, and a few pictures are held out",
         ),
@@ -267,7 +272,7 @@ def check_sampling(s: Any) -> None:
     check_values(s)
     if s.degrade:
         check_degradation(s.degrade)
-    check_prompts(s.prompt)
+    check_text("--prompt", s.prompt)
     folder, page = s.input.is_dir(), s.output / "report.html"
     json_file = s.json and s.json.resolve()
     own = (

@@ -121,7 +121,8 @@ def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str,
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         parser.error(f"{unknown[0]}: no such flag" + "".join(f"; did you mean {name}" for name in near))
-    names = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    names = [word.replace("--no-", "--") for word in words]
     for field in fields if os.environ.get("RANK", "0") == "0" else ():  # the first of several processes speaks
         name = name_of(field.name)
         if names.count(name) > 1 and typing.get_origin(hints[field.name]) is not tuple:

@@ -17,8 +17,12 @@ UNREAD = {
     ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pdf", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".spi", ".spider",
     ".srw", ".svg", ".wmf", ".x3f", ".xcf",
 }  # fmt: skip
-# How files of pictures begin: JPEG, PNG, TIFF and most raw formats, WebP, HEIF and AVIF.
-BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(hei|hev|mif|avi)", re.DOTALL)
+# How files of pictures begin: JPEG, PNG, GIF, TIFF and most raw formats, Photoshop, WebP, JPEG 2000 and XL, HEIF, AVIF.
+BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|FUJIFILM|8BPS|RIFF....WEBP|"
+    rb"\0\0\0\x0c(jP  |JXL )|....ftyp(hei|hev|mif|avi)",
+    re.DOTALL,
+)
 
 
 def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
@@ -30,8 +34,8 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     Raises:
         ValueError: some of the pictures were made by sample.py or train.py, so they are not clean.
     """
-    for folder in {parent for p in pictures for parent in p.path.parents if root in parent.parents}:
-        for record, made in ((RECORD, "pictures that sample.py restored"), ("metrics.jsonl", "a run of train.py")):
+    for folder in {parent for p in pictures for parent in p.path.parents if root in (parent, *parent.parents)}:
+        for record, made in ((RECORD, "pictures that sample.py restored"), ("left-out.txt", "a run of train.py")):
             if (folder / record).exists():
                 raise ValueError(f"{folder}: holds {made}, and {root} should hold clean ones; move it.")
     files, left_out = dict(walk(root)), []

@@ -4,7 +4,6 @@
 """
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -59,7 +58,7 @@ def _more(error: BaseException) -> str:
 def _one_line(text: str) -> str:
     """A text without the middle of a very long value, and with the control characters of a file's name spelled out."""
     text = text if len(text) < 2000 else f"{text[:1000]} ... {text[-500:]}"
-    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
