@@ -182,9 +182,9 @@ def find_pairs(
     if settings.lr_root:  # degraded partners from a folder instead of --degrade
         from kontext_min.extras.paired import PairedFolders, unused
 
-        if line := unused(settings.lr_root, [*pairs.pictures, *(held.pictures if held else ())]):
-            me.say(line)
         pairs, held = PairedFolders(pairs, settings.lr_root), held and PairedFolders(held, settings.lr_root)
+        if line := unused(settings.lr_root, [*pairs.partners, *(held.partners if held else ())]):
+            me.say(line)
     elif len(settings.degrade) > 1:  # each with its prompt; the first one is validated
         from kontext_min.extras.tasks import Tasks
 
@@ -453,7 +453,7 @@ def settled(settings: Settings, sizes: plan.Sizes) -> Settings:
     settings = replace(settings, **filled, degrade=settings.degrade or ("guide",))
     prompt = settings.prompt or tuple(degrade.PROMPTS.get(d, degrade.PROMPTS["guide"]) for d in settings.degrade)
     checks.check_lengths(settings)
-    alike = len(set(prompt)) < len(prompt)
+    alike = len({" ".join(text.split()) for text in prompt}) < len(prompt)
     checks.refuse((alike, "--degrade: two tasks have the same prompt, which tells them apart; give each its --prompt"))
     large = sizes.flux.hidden_size >= 2048  # above about 1 billion parameters
     which = "all" if settings.stream else settings.gradient_checkpointing or ("all" if large else "none")

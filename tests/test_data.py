@@ -19,7 +19,7 @@ from kontext_min import data, degrade
 from kontext_min.data import BucketSampler, Pairs, Picture
 from kontext_min.extras import checks, inventory
 from kontext_min.extras.latents import CachedPairs, content_mark, fill
-from kontext_min.extras.paired import PairedFolders, unused
+from kontext_min.extras.paired import PairedFolders, match, unused
 from kontext_min.extras.stand_ins import StandIns
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -505,7 +505,7 @@ def test_captions_under_other_names_are_named_and_counted(tmp_path):
     assert Pairs(kept, SMALL, noisy, 1, "restore").prompts == ["restore", "restore", "a caption", "restore", "restore"]
 
 
-def test_partners_of_no_picture_are_named_and_copies_refused(tmp_path):
+def test_partners_of_no_picture_are_named_and_copies_refused(tmp_path, capsys):
     high, low = tmp_path / "high", tmp_path / "low"
     high.mkdir(), low.mkdir()
     for name in ("a.png", "b.png"):
@@ -514,10 +514,15 @@ def test_partners_of_no_picture_are_named_and_copies_refused(tmp_path):
     pictures, _ = data.scan(high)
     with pytest.raises(ValueError, match="holds copies of the clean pictures"):
         paired(pictures, low)
-    assert unused(low, pictures) == ""
+    assert unused(low, match(pictures, low)) == ""
     for name in ("c.png", "d.heic", "e.png", "f.jpg"):
         (low / name).write_text("no picture")
-    assert unused(low, pictures) == f"note: {low}: no clean picture has the name of c.png, d.heic, e.png and 1 more"
+    (low / "b.jpg").write_text("no picture")
+    said = f"note: {low}: no clean picture goes with b.jpg, c.png, d.heic and 2 more"
+    assert unused(low, match(pictures, low)) == said
+    smooth((80, 80), 9).save(low / "b.png")
+    paired(pictures, low)
+    assert "1 of 2 are copies of the clean pictures" in capsys.readouterr().out
     (low / "a.png").unlink()
     (low / "a.heic").touch()
     with pytest.raises(ValueError, match=r"a\.png \(Pillow cannot read \.heic files"):

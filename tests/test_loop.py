@@ -634,8 +634,8 @@ def test_validation_pictures_of_their_own_folder(pictures, tmp_path):
     assert len(held) == 8 and "  a.heic: Pillow cannot read .heic files" in said[0]
     assert said[1:] == ["note: 8 of its 13 pictures are used"]
     settings = train.Settings(hr_root=Path(), val_root=more)
-    _, _, said = held_out.split(settings, data.scan(more)[0][2:4], data.buckets(64, 8))
-    assert said[-1] == "note: 2 of its pictures are in --hr-root too, such as 02.png"
+    _, _, said = held_out.split(settings, data.scan(more)[0][2:5], data.buckets(64, 8))
+    assert said[-1] == "note: 3 of those are in --hr-root too, such as 03.png"
     with pytest.raises(ValueError, match=r"no usable picture; 00\.png: 72 x 72, smaller"):
         held_out.split(settings, [], data.buckets(512, 8))
 

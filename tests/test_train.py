@@ -355,7 +355,6 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--lr-root", "{here}/nowhere"], "--lr-root {here}/nowhere: no such folder; check the path"),
         (["--lr-root", "{hr}"], "--lr-root {hr}: is --hr-root"),
         (["--hr-root", "{here}", "--lr-root", "{here}/empty"], "--lr-root {here}/empty: lies in --hr-root"),
-        (["--hr-root", "{here}/mine/restored"], "/mine/restored: holds pictures that sample.py restored"),
         (["--lr-root", "{here}/empty", "--degrade", "guide"], "leave one of them out"),
         (["--val-root", "{hr}"], "--val-root {hr}: is --hr-root"),
         (["--val-root", "{hr}/.."], "--val-root {hr}/..: has pictures in common with --hr-root {hr}; move one of"),
@@ -381,8 +380,11 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--prompt", "\udc80"], "--prompt '\\udc80': expected text in UTF-8"),
         (["--validation-prompt", "\udc80"], "--validation-prompt '\\udc80': expected text in UTF-8"),
         (["--lora-targets", "x" * 10000], "xxx ... xxx"),
-        (["--hr-root", "{here}/mine"], "/mine/restored: holds pictures that sample.py restored"),
-        (["--val-root", "{here}/runs"], "/runs/old: holds a run of train.py"),
+        (["--hr-root", "{here}/mine"], "/mine/restored/deep/00.png: restored by sample.py"),
+        (["--hr-root", "{here}/mine/restored/deep"], "/mine/restored/deep/00.png: restored by sample.py"),
+        (["--hr-root", "{here}/runs/old/validation"], "/runs/old/validation/00.png: written by train.py"),
+        (["--degrade", "blur=1", "--degrade", "jpeg=9", "--prompt", "a", "--prompt", "a "], "have the same prompt"),
+        (["--val-root", "{here}/runs"], "/runs/old/validation/00.png: written by train.py"),
         (["--val-root", "{here}/empty", "--output-dir", "{here}/empty/run"], "run: lies in --val-root, among your"),
         *(
             (["--weights", "{bad}", "--defaults", text], f"{{bad}}/defaults.json: {message}")
@@ -407,7 +409,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures
     if bad:  # a file's text, not a flag
         (bad / "defaults.json").write_text(flags[-1].format())
         flags = flags[:2]
-    (shutil.copytree(pictures, tmp_path / "mine" / "restored") / ".restored-with.jsonl").touch()
+    shutil.copytree(pictures, tmp_path / "mine" / "restored" / "deep")
+    (tmp_path / "mine" / "restored" / ".restored-with.jsonl").write_text('{"picture": "deep/00.png"}\n[]\n')
     (shutil.copytree(pictures, tmp_path / "runs" / "old" / "validation").parent / "left-out.txt").touch()
     names = {"here": tmp_path, "flux": flux, "bad": bad, "hr": pictures, "weights": small_bundle}
     assert run(*(f.format(**names) for f in flags)) == 2

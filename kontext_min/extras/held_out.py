@@ -40,11 +40,10 @@ def split(
             raise ValueError(f"--val-root {settings.val_root}: no usable picture; {reason}.")
         lines = [f"--val-root {settings.val_root}: {describe(found, unused, buckets)}"]
         lines += [f"note: {MOST} of its {len(found)} pictures are used"] * (len(found) > MOST)
-        sizes = {p.path.stat().st_size: p.path for p in pictures}
-        pairs = ((p, sizes.get(p.path.stat().st_size)) for p in found)
-        known = [p.name for p, other in pairs if other and filecmp.cmp(p.path, other, shallow=False)]
-        lines += [f"note: {len(known)} of its pictures are in --hr-root too, such as {known[0]}"] if known else []
-        return list(pictures), sorted(found, key=_by_name)[:MOST], lines
+        held = sorted(found, key=_by_name)[:MOST]
+        known = [p.name for p in held if any(filecmp.cmp(p.path, other.path, shallow=False) for other in pictures)]
+        lines += [f"note: {len(known)} of those are in --hr-root too, such as {known[0]}"] if known else []
+        return list(pictures), held, lines
     held = {p.name for p in sorted(pictures, key=_by_name)[: min(MOST, len(pictures) // 8)]}
     lines = [] if held else ["note: no validation, which takes --val-root, or 8 pictures in --hr-root to hold out one"]
     return [p for p in pictures if p.name not in held], [p for p in pictures if p.name in held], lines

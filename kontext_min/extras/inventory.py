@@ -3,9 +3,11 @@
 data.scan ignores files that Pillow does not know as pictures. `unread` names those that you may have meant to use.
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from kontext_min.data import ENDINGS, Picture, Size, nearest_bucket, walk
@@ -17,9 +19,9 @@ UNREAD = {
     ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pdf", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".spi", ".spider",
     ".srw", ".svg", ".wmf", ".x3f", ".xcf",
 }  # fmt: skip
-# How files of pictures begin: JPEG, PNG, GIF, TIFF and most raw formats, Photoshop, WebP, JPEG 2000 and XL, HEIF, AVIF.
+# JPEG, PNG, GIF, TIFF, most raw formats, Photoshop, QOI, DDS, WebP, BMP, PPM, JPEG 2000 and XL, HEIF, AVIF begin so.
 BEGINNINGS = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|FUJIFILM|8BPS|RIFF....WEBP|"
+    rb"\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|FUJIFILM|8BPS|qoif|DDS |RIFF....WEBP|BM....\0{4}|P[4-6]\s\d|"
     rb"\0\0\0\x0c(jP  |JXL )|....ftyp(hei|hev|mif|avi)",
     re.DOTALL,
 )
@@ -34,10 +36,7 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     Raises:
         ValueError: some of the pictures were made by sample.py or train.py, so they are not clean.
     """
-    for folder in {parent for p in pictures for parent in p.path.parents if root in (parent, *parent.parents)}:
-        for record, made in ((RECORD, "pictures that sample.py restored"), ("left-out.txt", "a run of train.py")):
-            if (folder / record).exists():
-                raise ValueError(f"{folder}: holds {made}, and {root} should hold clean ones; move it.")
+    _refuse_results(root.resolve(), [p.name for p in pictures])
     files, left_out = dict(walk(root)), []
     for name, path in files.items():
         ending = path.suffix.lower()
@@ -54,12 +53,32 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     for p in pictures:
         stem = p.name.rpartition(".")[0]
         others = [text for text in (f"{p.name}.txt", f"{stem}.caption", f"{p.name}.caption") if text in lower]
-        if p.caption and p.caption.stat().st_size < 1000 and not p.caption.read_bytes().strip():
+        small = p.caption and p.caption.stat().st_size < 5000
+        if small and not p.caption.read_bytes().decode("utf-8-sig", "replace").strip():
             left_out.append((f"{stem}.txt", "an empty caption; --prompt takes its place"))
         if others and not p.caption:
             reason = f"not read as a caption; rename it to {PurePosixPath(stem).name}.txt"
             left_out.append((lower[others[0]], reason))
     return left_out
+
+
+def _refuse_results(root: Path, names: Sequence[str]) -> None:
+    """Raises ValueError if a picture is one that sample.py has restored, or that train.py wrote to validate."""
+    records = {folder / RECORD for name in names for folder in (root / name).parents if (folder / RECORD).is_file()}
+    restored = {record.parent / name for record in records for name in _recorded(record)}
+    for path in (root / name for name in names):
+        if path in restored:
+            raise ValueError(f"{path}: restored by sample.py, and {root} should hold clean pictures; move it.")
+        if path.parent.name == "validation" and (path.parent.parent / "left-out.txt").exists():
+            raise ValueError(f"{path}: written by train.py, and {root} should hold clean pictures; move it.")
+
+
+def _recorded(record: Path) -> Iterator[str]:
+    """The names below its folder of the pictures in a record; a .gif, for instance, is restored as .gif.png."""
+    for line in record.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            name = str(json.loads(line)["picture"])
+            yield from (name, f"{name}.png")
 
 
 def _is_picture(path: Path) -> bool:

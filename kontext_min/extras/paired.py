@@ -31,8 +31,11 @@ class PairedFolders(Pairs):
         vars(self).update(vars(pairs))  # the same pictures, buckets, prompts, seed
         self.partners = match(pairs.pictures, root)
         both = zip(self.partners, self.pictures, strict=True)
-        if self.train and all(filecmp.cmp(a.path, b.path, shallow=False) for a, b in both):
+        copies = sum(filecmp.cmp(a.path, b.path, shallow=False) for a, b in both) if self.train else 0
+        if copies == len(self.pictures):
             raise ValueError(f"{root}: holds copies of the clean pictures, so the LoRA would learn to change nothing.")
+        if copies:
+            print(f"note: {root}: {copies} of {len(self.pictures)} are copies of the clean pictures")
 
     def read(self, epoch: int, i: int, bucket: Size) -> tuple[Tensor, Tensor]:
         """(control, target) of picture i in a bucket: bytes (3, H, W) each. Raises UnreadableError."""
@@ -83,11 +86,10 @@ def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
     return partners
 
 
-def unused(root: Path, pictures: Sequence[Picture]) -> str:
-    """A line about the files below `root` that are no partner of a picture; empty if there are none."""
-    names = {p.name.rpartition(".")[0] for p in pictures}
+def unused(root: Path, partners: Sequence[Picture]) -> str:
+    """A line about the pictures below `root` that are not among the partners; empty if there are none."""
     found, rejected = scan(root)
-    rest = sorted({p.name for p in found} | {name for name, _ in rejected + unread(root, [])})
-    rest = [name for name in rest if name.rpartition(".")[0] not in names]
+    names = {p.name for p in found} | {name for name, _ in rejected + unread(root, [])}
+    rest = sorted(names - {p.name for p in partners})
     more = f" and {len(rest) - 3} more" * (len(rest) > 3)
-    return f"note: {root}: no clean picture has the name of {', '.join(rest[:3])}{more}" if rest else ""
+    return f"note: {root}: no clean picture goes with {', '.join(rest[:3])}{more}" if rest else ""

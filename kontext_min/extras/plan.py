@@ -540,7 +540,7 @@ def show(asked: Setting, sizes: Sizes, small: tuple[int, int], device: torch.dev
     plan, where = measure(asked, sizes), "device" if asked.cuda else "memory"
     sides = tuple(math.isqrt(w * h) // (GRID * sizes.factor) for w, h in (asked.size, asked.coded or asked.size))
     network, coder = speed.measure(
-        sizes.flux, sizes.autoencoder, asked.dtype, device, sides, asked.batch, sizes.text_tokens
+        sizes.flux, sizes.autoencoder, asked.dtype, device, sides, min(asked.batch, 8), sizes.text_tokens
     )
     total, what = asked.passes * plan.flops, "optimizer step" if asked.train else "picture"
     seconds = total / network + plan.coding / coder
