@@ -99,7 +99,7 @@ def open_run(
     if results and not last:
         raise ValueError(f"{folder}: holds {results[0]}, but no checkpoint to continue from; {instead}.")
     if yours := [name for name in results if name.endswith(".safetensors") and not _of_this_project(folder / name)]:
-        raise ValueError(f"{folder}: holds {yours[0]}, which no run wrote and this run would replace; move it.")
+        raise ValueError(f"{folder}: holds {yours[0]}, which no run wrote or which is cut; move it.")
     if there and not accept:
         if before is None:
             raise ValueError(
