@@ -2,6 +2,7 @@
 
     python tests/quality_bench.py --work runs/make-tiny --degrade SPEC [--lora FILE] [--steps 1 2 4 8] [--tile 64]
     python tests/quality_bench.py --published --tile 96 [--weights FOLDER FOLDER]     beside BM3D and FFDNet, one step
+    python tests/quality_bench.py --published --trained --tile 96                     on 20 trained photographs
     python tests/quality_bench.py --median FILE --degrade SPEC --tile 96              one step on the median photograph
     python tests/quality_bench.py --harm --tile 96                                    every preset under every prompt
 
@@ -60,6 +61,17 @@ def middles(work, leave_out=None):
             if min(image.size) >= SIDE and not (leave_out and re.search(leave_out, path.stem)):
                 x, y = (image.width - SIDE) // 2, (image.height - SIDE) // 2
                 found[split].append((path.stem, image.crop((x, y, x + SIDE, y + SIDE))))
+    return found
+
+
+def trained(work):
+    """[(name, clean crop)] of the first 20 large photographs that the base was trained on, as in `middles`."""
+    paths = [p for p in sorted((work / "training").glob("*.png")) if min(Image.open(p).size) >= SIDE]
+    found = []
+    for path in paths[:20]:
+        image = Image.open(path).convert("RGB")
+        x, y = (image.width - SIDE) // 2, (image.height - SIDE) // 2
+        found.append((path.stem, image.crop((x, y, x + SIDE, y + SIDE))))
     return found
 
 
@@ -189,21 +201,22 @@ PUBLISHED = {
 def published(args):
     """The table of the base beside the published methods, whose numbers are kept in WORK/published.json."""
     photos = [crop for crops in middles(args.work, args.leave_out).values() for crop in crops]
+    photos, methods = (trained(args.work), {"FFDNet": PUBLISHED["FFDNet"]}) if args.trained else (photos, PUBLISHED)
     file = args.work / "published.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     models = [Model(folder, None, None, args.tile, args.solver) for folder in args.weights]
     print(f"{len(photos)} photographs: {', '.join(name for name, _ in photos)}\n")
-    print(f"| | {' | '.join([*PUBLISHED, *map(str, args.weights)])} |\n|---|{'---|' * (len(PUBLISHED) + len(models))}")
+    print(f"| | {' | '.join([*methods, *map(str, args.weights)])} |\n|---|{'---|' * (len(methods) + len(models))}")
     for spec in args.degrade or DAMAGE:
         pairs = [damaged(clean, spec, number) for number, (_, clean) in enumerate(photos)]
         row = []
-        for name, measure in PUBLISHED.items() if spec != "clean" else ():
-            key = f"{spec}, {name}, {args.leave_out}"
+        for name, measure in methods.items() if spec != "clean" else ():
+            key = f"{spec}, {name}, {args.leave_out}" + ", trained" * args.trained
             if key not in known:
                 known[key] = measure(pairs, spec)
                 file.write_text(json.dumps(known, indent=1))
             row.append(f"{known[key]:.2f}")
-        row = row or [""] * len(PUBLISHED)
+        row = row or [""] * len(methods)
         for model in models:
             model.ask(args.prompt or degrade.PROMPTS.get(spec, degrade.PROMPTS["guide"]))
             row.append(f"{mean_psnr(lambda bad, m=model: m(bad, 1), pairs):.2f}")
@@ -278,6 +291,7 @@ def main(argv=None):
     parser.add_argument("--weights", type=Path, nargs="+", default=[tiny], help="base models (default: weights/tiny)")
     parser.add_argument("--degrade", nargs="+", help="preset or operators; several with --published and --harm")
     parser.add_argument("--published", action="store_true", help="one table of degradations beside BM3D and FFDNet")
+    parser.add_argument("--trained", action="store_true", help="with --published: photographs of the training")
     parser.add_argument("--median", type=Path, help="a picture to write, of the photograph with the median gain")
     parser.add_argument("--harm", action="store_true", help="one table of presets under every prompt")
     parser.add_argument("--lora", type=Path, help="measure this LoRA file too")

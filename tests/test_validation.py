@@ -47,3 +47,4 @@ def test_a_picture_worse_than_its_input_is_said():
     scores = "PSNR 20.00 -> 19.99 dB, SSIM 0.500, loss 0.020 (no change: 0.030)"
     assert describe(row) == f"{scores}, worse than its input"
     assert "worse" not in describe(row | {"psnr": 20.0})
+    assert "worse" not in describe(row | {"psnr": 19.999})  # both are printed as 20.00

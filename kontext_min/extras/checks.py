@@ -101,8 +101,10 @@ def check_degradation(spec: str) -> None:
     Raises:
         ValueError: it is none, or one that leaves every picture as it is.
     """
-    picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(512, 512, 3), dtype=np.uint8))
-    changes = _changes(degrade.parse(spec), picture)
+    step, rng = degrade.parse(spec), np.random.default_rng(0)
+    sides = (64, 1400)  # dust is so rare that it may miss a small picture
+    pictures = (Image.fromarray(rng.integers(256, size=(side, side, 3), dtype=np.uint8)) for side in sides)
+    changes = any(_changes(step, picture) for picture in pictures)
     refuse((not changes, f"--degrade {spec}: changes nothing; give stronger values"))
 
 

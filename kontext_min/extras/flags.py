@@ -119,7 +119,7 @@ def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str,
         parser.error(f"{unknown[0]}: belongs to no flag; {rule}")
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, 0.75)
         parser.error(f"{unknown[0]}: no such flag" + "".join(f"; did you mean {name}" for name in near))
     words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
     names = [word.replace("--no-", "--") for word in words]

@@ -64,7 +64,8 @@ def place() -> tuple[int, int]:
         ValueError: they are no such numbers, or it says only a part.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    whole = world == "1" or {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    numbers = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"))
+    whole = world == "1" or ("MASTER_ADDR" in os.environ and all(text.isdecimal() for text in numbers))
     if not (whole and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise ValueError(f"RANK={rank} WORLD_SIZE={world} in the environment: unset them, or start with torchrun.")
     return int(rank), int(world)

@@ -89,6 +89,10 @@ def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
         if str(error).startswith("Symlink loop"):  # of Path.resolve
             print(f"{name}: {error}: a link that leads to itself; name another path", file=sys.stderr)
             return 2
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            print(f"{name}: --compile: {str(error).splitlines()[0]}; install a C++ compiler, or leave --compile out",
+                  file=sys.stderr)  # fmt: skip
+            return 2
         if parallel.lost_another(error):
             print(f"{name}: another process of this run ended, so this one stops; the same command continues from "
                   "the last checkpoint", file=sys.stderr)  # fmt: skip

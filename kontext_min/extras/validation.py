@@ -122,6 +122,6 @@ def describe(row: dict[str, Any]) -> str:
     """A row of `validate` in one line, with what you should not overlook."""
     line = f"PSNR {row['psnr_degraded']:.2f} -> {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}, loss {row['loss']:.3f}"
     line += f" (no change: {row['loss_unchanged']:.3f})"
-    if row["psnr"] < row["psnr_degraded"]:
+    if round(row["psnr"], 2) < round(row["psnr_degraded"], 2):  # as printed
         line += ", worse than its input"
     return line + (f", shifted by {row['shift']} pixels" if row.get("shift") else "")
