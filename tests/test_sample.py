@@ -979,14 +979,14 @@ def test_the_record_is_of_each_picture(identity, small_bundle, tmp_path, capsys,
         assert run(*second, "--overwrite") == 130
     assert run(*second) == 2
     assert "holds 2 of these pictures, but seed was 42, is 1" in capsys.readouterr().err
+    record = tmp_path / "out" / folders.RECORD
+    record.write_text(record.read_text()[:-20] + "\n[[[\n3\n")
+    assert run(*second) == 2 and "holds 3 of these" in capsys.readouterr().err
     assert run(*second, "--overwrite") == 0 and run(*second) == 0
     assert "not as they were written" not in capsys.readouterr().err
     (tmp_path / "out" / "b.png").write_bytes(b"cut")
     assert run(*second) == 0
     assert "out: not as they were written, and kept: b.png; --overwrite restores all" in capsys.readouterr().err
-    record = tmp_path / "out" / folders.RECORD
-    record.write_text(record.read_text()[:-20] + "\n[[[\n3\n")
-    assert run(*second) == 2 and "holds 3 of these" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_a_folder_and_names_the_file(identity, small_bundle, tmp_path, capsys, monkeypatch):
