@@ -454,7 +454,7 @@ def settled(settings: Settings, sizes: plan.Sizes) -> Settings:
     prompt = settings.prompt or tuple(degrade.PROMPTS.get(d, degrade.PROMPTS["guide"]) for d in settings.degrade)
     checks.check_lengths(settings)
     alike = len({" ".join(text.split()) for text in prompt}) < len(prompt)
-    checks.refuse((alike, "--degrade: two tasks have the same prompt, which tells them apart; give each its --prompt"))
+    checks.refuse((alike, "--degrade: two tasks have the same prompt, so nothing tells them apart; give each its own"))
     large = sizes.flux.hidden_size >= 2048  # above about 1 billion parameters
     which = "all" if settings.stream else settings.gradient_checkpointing or ("all" if large else "none")
     return replace(
