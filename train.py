@@ -53,7 +53,7 @@ INTERVALS = 5  # of sigma; the log has a loss for each
 CLIP_NORM, WEIGHT_DECAY = 1.0, 1e-4  # maximum norm of the gradient; of AdamW
 GUIDE = {"resolution": 1024, "steps": 3000, "batch_size": 1, "accumulate": 4, "lr": 1e-4}  # see `settled`
 MAX_SKIPS = 10  # steps in a row without a finite gradient that stop the run
-EPILOG = "* or the value in the defaults.json of --weights, if it has one\n\n--degrade takes presets and operators.\n"
+EPILOG = "* or that of the base, such as weights/tiny/defaults.json\n\n--degrade takes presets and operators:\n\n"
 ADVICE = "Lower --lr or --alpha, raise --warmup, or look for a broken picture."
 
 
@@ -441,6 +441,9 @@ def train(settings: Settings) -> int:
         me.say(
             f"note: {state['skipped']} of {settings.steps} steps had no finite gradient and changed nothing. {ADVICE}"
         )
+    best = folder / "checkpoints" / f"step-{state['best_step'] or 0:06d}"  # no such folder if that is the base itself
+    if state["best_step"] != settings.steps and best.exists():
+        me.say(f"note: step {state['best_step']} has the best PSNR, {state['best_psnr']:.2f} dB; it is kept in {best}")
     restore = program.restore_command(typed, folder)
     progress.phase(f"done; curves and pictures: {folder}/report.html; restore with\n    {restore}")
     return 0

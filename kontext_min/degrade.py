@@ -336,9 +336,9 @@ def parse(spec: str) -> Step:
 
 
 def describe() -> str:
-    """The operators with the names of their values, and the presets with their texts, for --help."""
-    operators = [f"  {name}={'/'.join(_values(name))}" for name in OPERATORS]
-    return "\n".join(["operators:", *operators, "presets:", *(f"  {name}: {PRESETS[name]}" for name in PRESETS)])
+    """The language, as above, the operators with the names of their values, and the presets with their texts."""
+    operators = [__doc__.split("\n\n")[2], "operators:", *(f"  {name}={'/'.join(_values(name))}" for name in OPERATORS)]
+    return "\n".join([*operators, "presets:", *(f"  {name}: {PRESETS[name]}" for name in PRESETS)])
 
 
 def _values(operator: str) -> dict[str, inspect.Parameter]:

@@ -132,6 +132,22 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(outside, whole
     assert (tmp_path / "run" / "lora.safetensors").read_bytes() == (whole / "lora.safetensors").read_bytes()
 
 
+def test_the_end_names_the_best_step_if_it_is_not_the_last(flags, tmp_path, monkeypatch, capsys):
+    validate, psnrs = validation.validate, iter([20, 21, 25.678, 23])
+
+    def wrapped(*args):
+        row, sheet = validate(*args)
+        return row | {"psnr": next(psnrs)}, sheet
+
+    monkeypatch.setattr(validation, "validate", wrapped)
+    more = ["--output-dir", tmp_path / "run", "--workers", 0, "--steps", 3, "--accumulate", 1]
+    monkeypatch.setattr(held_out, "batches_between", lambda *args: 1)
+    assert train.main([str(x) for x in [*flags, *more]]) == 0
+    best = tmp_path / "run" / "checkpoints" / "step-000002"
+    assert f"note: step 2 has the best PSNR, 25.68 dB; it is kept in {best}\n" in capsys.readouterr().out
+    assert (best / "lora.safetensors").exists()
+
+
 def test_what_the_program_was_started_to_ignore_stays_ignored(outside, whole, tmp_path):
     """`nohup train.py &`: the run outlives its terminal."""
     code, said = outside(tmp_path / "run", "--workers", 0, setup=under_nohup)

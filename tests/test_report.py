@@ -147,7 +147,8 @@ def test_an_installed_package_carries_its_data():
 def test_headline_names_the_best_validation(run):
     facts = {name: (value, note) for name, value, note in read(run)["facts"]}
     assert facts["Gain in PSNR"] == ("+3.50 dB", "27.50 → 31.00 dB")
-    assert facts["SSIM"] == ("0.900", "before 0.800") and facts["Best step"] == ("50", "by PSNR")
+    assert facts["SSIM"] == ("0.900", "before 0.800")
+    assert facts["Best step"] == ("50", "by PSNR; the last: 29.00 dB")
     assert facts["Steps"] == ("100", "of 3,000")
     assert facts["Time"][0] == "5m20s"  # 100 steps of 2 s and 2 validations of 60 s
 

@@ -156,7 +156,9 @@ def run_facts(training: Sequence[Row], validations: Sequence[Row], goal: Any) ->
     facts = []
     if top := best(validations):
         facts += gains(*(top[key] for key in SCORES))
-        facts.append(["Best step", f"{top['step']:,}", "by PSNR"])
+        last = validations[-1].get("psnr")
+        note = f"by PSNR; the last: {last:.2f} dB" if is_number(last) else "by PSNR"
+        facts.append(["Best step", f"{top['step']:,}", note])
     if training:
         skipped = training[-1].get("skipped")
         note = (f"of {goal:,}" if is_step(goal) else "") + (f", {skipped} skipped" if skipped else "")
