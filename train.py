@@ -90,7 +90,7 @@ class Settings:
     objective: str = method("bridge", "flow to learn: from degraded to clean, or from noise to clean", OBJECTIVES)
     context: bool = method(False, "bridge: append the degraded picture as reference tokens")
     source_noise: float = method(0.0, "bridge: standard deviation of noise added to the source", least=0, most=1)
-    start_time: str = method("1", "bridge: Flux's time at sigma = 0, in (0, 1], or auto (no gain on weights/tiny)")
+    start_time: str = method("1", "bridge: Flux's time at sigma = 0, 0.001 to 1, or auto (no gain on weights/tiny)")
     sigma: str | None = method(None, "density of sigma; default: uniform; kontext: shift", flow.SIGMA_DENSITIES)
     weighting: str = method("uniform", "weight of the squared error as a function of sigma", flow.WEIGHTINGS)
     penalty: str = method("mse", "minimize the squared error of each picture, or its log (psnr)", flow.PENALTIES)
@@ -157,6 +157,7 @@ def trained_for(settings: Settings, objective: Objective, written: dict[str, Any
     about |= {"degrade": "pairs" if settings.lr_root else " + ".join(settings.degrade), "prompt": settings.prompt[0]}
     about |= {"objective": objective.name, "context": objective.context, "source_noise": objective.source_noise}
     about |= {"start_time": objective.start_time, "base": written["fingerprint"]["transformer"]}
+    about["prompts"] = settings.prompt  # of several tasks
     return {"kontext_min": json.dumps(about)}
 
 
@@ -170,25 +171,24 @@ def find_pairs(
     pictures, rejected = data.scan(settings.hr_root)
     pictures, small = data.usable(pictures, buckets)
     left_out = rejected + small + inventory.unread(settings.hr_root, pictures)
-    me.say(inventory.describe(pictures, left_out, buckets))
+    me.say(inventory.describe(settings.hr_root, pictures, left_out, buckets))
     expected = "expected photographs at least as large as their bucket"
     checks.refuse((not pictures, f"--hr-root {settings.hr_root}: no usable picture; {expected}"))
     pictures, held, lines = held_out.split(settings, pictures, buckets)
-    for line in lines:
-        me.say(line)
     make = partial(data.Pairs, buckets=buckets, degrade=degrade.parse(settings.degrade[0]), seed=settings.seed)
     pairs = make(pictures, prompt=settings.prompt[0])
     held = make(held, prompt=settings.validation_prompt, train=False) if held else None
     if settings.lr_root:  # degraded partners from a folder instead of --degrade
-        from kontext_min.extras.paired import PairedFolders, unused
+        from kontext_min.extras.paired import pair_up
 
-        pairs, held = PairedFolders(pairs, settings.lr_root), held and PairedFolders(held, settings.lr_root)
-        if line := unused(settings.lr_root, [*pairs.partners, *(held.partners if held else ())]):
-            me.say(line)
+        pairs, held, more = pair_up(pairs, held, settings.lr_root)
+        lines += more
     elif len(settings.degrade) > 1:  # each with its prompt; the first one is validated
         from kontext_min.extras.tasks import Tasks
 
         pairs = Tasks(pairs, settings.degrade, settings.prompt)
+    for line in lines:
+        me.say(line)
     largest = int(np.bincount(pairs.bucket_of).max())
     if settings.batch_size * me.world > largest:
         me.say(f"note: a batch is larger than the largest bucket ({largest} pictures), so pictures repeat within it")
@@ -275,6 +275,8 @@ def train(settings: Settings) -> int:
     if last:
         state |= runs.restore(last, trained, ema, optimizer)
         me.say(f"continuing from {last}")
+        if settings.accept_changes:  # the steps before may have had easier pictures
+            state |= {"best_psnr": None, "best_step": None}
         # With --accept-changes a finished run would write its old weights again, and the new settings beside them.
         if state["step"] + settings.accept_changes > settings.steps:
             raise ValueError(f"--steps: got {settings.steps}, but {last} is at step {state['step']}; give more steps.")
@@ -441,9 +443,8 @@ def train(settings: Settings) -> int:
         me.say(
             f"note: {state['skipped']} of {settings.steps} steps had no finite gradient and changed nothing. {ADVICE}"
         )
-    best = folder / "checkpoints" / f"step-{state['best_step'] or 0:06d}"  # no such folder if that is the base itself
-    if state["best_step"] != settings.steps and best.exists():
-        me.say(f"note: step {state['best_step']} has the best PSNR, {state['best_psnr']:.2f} dB; it is kept in {best}")
+    for line in runs.best_step(folder, state):
+        me.say(line)
     restore = program.restore_command(typed, folder)
     progress.phase(f"done; curves and pictures: {folder}/report.html; restore with\n    {restore}")
     return 0

@@ -57,8 +57,7 @@ def buckets(resolution: int = 1024, multiple: int = 16) -> list[Size]:
         raise ValueError(f"resolution: got {resolution}, expected at least {multiple} pixels, one token of this model.")
     tokens = resolution / 1024 / multiple
     scaled = [(max(1, round(w * tokens)) * multiple, max(1, round(h * tokens)) * multiple) for w, h in PREFERRED]
-    # Several small shapes may round to the same one; a dict keeps each once, in order.
-    return list(dict.fromkeys(scaled))
+    return list(dict.fromkeys(scaled))  # each once, in order: small shapes may round to the same one
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Size]) -> Size:
@@ -244,10 +243,11 @@ def _to_rgb(image: Image.Image, to_srgb: bool) -> Image.Image:
     kind = {"CMYK": "CMYK", "P": "RGB"}.get(image.mode) or Image.getmodebase(image.mode)
     # Float, 16 and 32 bits: convert() would clip them at 255.
     if image.mode == "F" or image.mode.startswith("I"):
-        x = np.asarray(image)
-        white = 1 if image.mode == "F" else 65535
-        if not (x.min() >= 0 and x.max() <= white):
-            raise ValueError(f"values from {x.min()} to {x.max()}, expected 0 to {white}")
+        x, tags, white = np.asarray(image), getattr(image, "tag_v2", {}), 1 if image.mode == "F" else 65535
+        # In a TIFF white may be 0 (262) or the largest of 12 bits or of 16 with a sign (258, 339), in FITS anything.
+        odd = tags.get(262, 1) != 1 or (tags.get(258), tags.get(339, (1,))) in (((12,), (1,)), ((16,), (2,)))
+        if odd or image.format == "FITS" or not (x.min() >= 0 and x.max() <= white):
+            raise ValueError(f"its white is not {white} (values from {x.min()} to {x.max()}); convert it to 8 bits")
         image = Image.fromarray(np.rint(x * np.float32(255 / white)).astype(np.uint8))
     # Colors under full transparency are undefined, so they must not show.
     if image.has_transparency_data:

@@ -330,15 +330,15 @@ def parse(spec: str) -> Step:
         step = _read_steps(tokens)
         if tokens:
             raise ValueError(f"unexpected {tokens[0]!r}; join steps by ',' or '|' and open every parenthesis")
+        return step
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--degrade {spec[:1000]!r}: {error}") from error
-    return step
 
 
 def describe() -> str:
     """The language, as above, the operators with the names of their values, and the presets with their texts."""
-    operators = [__doc__.split("\n\n")[2], "operators:", *(f"  {name}={'/'.join(_values(name))}" for name in OPERATORS)]
-    return "\n".join([*operators, "presets:", *(f"  {name}: {PRESETS[name]}" for name in PRESETS)])
+    lines = [f"{__doc__}\n\n\n\n".split("\n\n")[2], "operators:", *(f"  {n}={'/'.join(_values(n))}" for n in OPERATORS)]
+    return "\n".join([*lines, "presets:", *(f"  {n}: {t}" for n, t in PRESETS.items())])
 
 
 def _values(operator: str) -> dict[str, inspect.Parameter]:

@@ -19,7 +19,7 @@ from kontext_min import data, degrade
 from kontext_min.data import BucketSampler, Pairs, Picture
 from kontext_min.extras import checks, inventory
 from kontext_min.extras.latents import CachedPairs, content_mark, fill
-from kontext_min.extras.paired import PairedFolders, match, unused
+from kontext_min.extras.paired import PairedFolders, match, pair_up
 from kontext_min.extras.stand_ins import StandIns
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -148,7 +148,7 @@ def test_scan_survives_links_and_odd_files(tmp_path):
     pictures, rejected = data.scan(tmp_path)
     assert [p.name for p in pictures] == ["\\xff.png", "a.png", "sub/b.png"]
     assert dict(rejected) == {"gone.jpg": "No such file or directory", "pipe.png": "not a file"}
-    print(inventory.describe(pictures, rejected, SMALL))  # can be printed
+    print(inventory.describe(tmp_path, pictures, rejected, SMALL))  # can be printed
 
 
 # ---- broken and unusual files ----------------------------------------------------------------------------------------
@@ -233,6 +233,19 @@ def test_strip_is_too_small_and_cropped_without_exhausting_memory(tmp_path):
     assert image.size == (1568, 672) and image.getextrema() == ((255, 255), (0, 0), (0, 0))
 
 
+def _tiff_of_12_bits():
+    """16 x 16 pixels of the value 4000, packed."""
+    tags = ((256, 16), (257, 16), (258, 12), (259, 1), (262, 1), (273, 122), (277, 1), (278, 16), (279, 384))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    file = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return file.ljust(122, b"\0") + bytes.fromhex("fa0fa0") * 128
+
+
+def _fits_of_16_bits():
+    cards = ("SIMPLE  = T", "BITPIX  = 16", "NAXIS   = 2", "NAXIS1  = 16", "NAXIS2  = 16", "END")
+    return "".join(card.ljust(80) for card in cards).ljust(2880).encode() + struct.pack(">h", 9000) * 256
+
+
 def test_modes_become_rgb(tmp_path):
     def opened(image, name, **options):
         """What a file of this picture is read as."""
@@ -245,8 +258,15 @@ def test_modes_become_rgb(tmp_path):
     assert (opened(Image.fromarray((ramp / 255).astype(np.float32)), "float.tif") == ramp[..., None]).all()
     (tmp_path / "deep.pgm").write_bytes(b"P5 256 16 65535\n" + (ramp * 257).astype(">u2").tobytes())
     assert (np.asarray(data.open_picture(tmp_path / "deep.pgm")) == ramp[..., None]).all()
-    with pytest.raises(ValueError, match=r"values from 0.0 to 1000.0, expected 0 to 1"):
+    with pytest.raises(ValueError, match=r"its white is not 1 \(values from 0.0 to 1000.0\); convert it"):
         opened(Image.fromarray(np.linspace(0, 1000, 256, dtype=np.float32).reshape(16, 16)), "hdr.tif")
+    for name, tags in (("white-is-0", {262: 0}), ("signed", {339: 2})):
+        with pytest.raises(ValueError, match=rf"{name}\.tif: its white is not 65535"):
+            opened(Image.fromarray(ramp * 127), f"{name}.tif", tiffinfo=tags)
+    for name, file in (("12bit.tif", _tiff_of_12_bits()), ("sky.fits", _fits_of_16_bits())):
+        (tmp_path / name).write_bytes(file)
+        with pytest.raises(ValueError, match=rf"{name}: its white is not 65535"):
+            data.open_picture(tmp_path / name)
     assert (opened(Image.fromarray(ramp.astype(np.uint8)), "grey.png") == ramp[..., None]).all()
     assert set(np.unique(opened(Image.fromarray(ramp > 100), "bits.png"))) == {0, 255}
 
@@ -479,8 +499,20 @@ def test_picture_files_that_cannot_be_read_are_named_and_counted(tmp_path):
     assert reasons[7:9] == tuple(
         f"a picture, but its ending is {ending}; rename or convert it" for ending in (".jpg_large", "missing")
     )
-    text = inventory.describe(pictures, rejected, SMALL)
+    text = inventory.describe(tmp_path, pictures, rejected, SMALL)
     assert "12 files left out (2 .heic, 1 .nef, 1 .dng, 1 .jxl, 1 .svg, 1 .eps, 1 .jpg_large, 1 other, 1 .sr2," in text
+
+
+def test_every_other_file_is_counted(tmp_path):
+    """A line says how many files of a folder nothing else names."""
+    for name in ("a.dcm", "b.dcm", "c.pct", "notes.txt", "z.txt", "made/report.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"whatever")
+    smooth((80, 80)).save(tmp_path / "z.png")
+    assert inventory.others(tmp_path, {"z.png"}, {(tmp_path / "made").resolve()}) == [
+        f"note: {tmp_path}: 4 other files (2 .dcm, 1 .pct, 1 .txt), not read as pictures or captions"
+    ]
+    assert inventory.others(tmp_path, {"z.png", "a.dcm", "b.dcm", "c.pct", "notes.txt", "made/report.html"}) == []
 
 
 def test_captions_under_other_names_are_named_and_counted(tmp_path):
@@ -501,7 +533,7 @@ def test_captions_under_other_names_are_named_and_counted(tmp_path):
         "sub/c.png.caption": "not read as a caption; rename it to c.txt",
         "e.txt": "an empty caption; --prompt takes its place",
     }
-    assert "4 files left out (2 .txt, 2 .caption)" in inventory.describe(kept, left_out, SMALL)
+    assert "4 files left out (2 .txt, 2 .caption)" in inventory.describe(tmp_path, kept, left_out, SMALL)
     assert Pairs(kept, SMALL, noisy, 1, "restore").prompts == ["restore", "restore", "a caption", "restore", "restore"]
 
 
@@ -514,19 +546,35 @@ def test_partners_of_no_picture_are_named_and_copies_refused(tmp_path, capsys):
     pictures, _ = data.scan(high)
     with pytest.raises(ValueError, match="holds copies of the clean pictures"):
         paired(pictures, low)
-    assert unused(low, match(pictures, low)) == ""
+
+    def unused():
+        return inventory.unused(low, {p.name for p in match(pictures, low)}, "usable clean picture")
+
+    assert unused() == []
     for name in ("c.png", "d.heic", "e.png", "f.jpg"):
         (low / name).write_text("no picture")
     (low / "b.jpg").write_text("no picture")
-    said = f"note: {low}: no clean picture goes with b.jpg, c.png, d.heic and 2 more"
-    assert unused(low, match(pictures, low)) == said
+    said = f"note: {low}: no usable clean picture goes with b.jpg, c.png, d.heic and 2 more"
+    assert unused() == [said]
     smooth((80, 80), 9).save(low / "b.png")
     paired(pictures, low)
-    assert "1 of 2 are copies of the clean pictures" in capsys.readouterr().out
+    assert "1 of 2 to train on are copies of the clean pictures" in capsys.readouterr().out
     (low / "a.png").unlink()
     (low / "a.heic").touch()
     with pytest.raises(ValueError, match=r"a\.png \(Pillow cannot read \.heic files"):
         paired(pictures, low)
+
+
+def test_pictures_to_train_and_to_validate_on_do_not_share_a_partner(tmp_path, capsys):
+    for name in ("high", "low", "other"):
+        (tmp_path / name).mkdir()
+        smooth((80, 80), seed=len(name)).save(tmp_path / name / "a.png")
+    pairs, held = (Pairs(data.scan(tmp_path / name)[0], SMALL, noisy, 1, "restore") for name in ("high", "other"))
+    both = f"{held.pictures[0].path} and {pairs.pictures[0].path}"
+    with pytest.raises(ValueError, match=rf"low/a\.png: goes with {both}; rename one"):
+        pair_up(pairs, held, tmp_path / "low")
+    _, again, lines = pair_up(pairs, pairs, tmp_path / "low")  # the same photograph
+    assert again.partners[0].name == "a.png" and lines == []
 
 
 def test_clean_pictures_that_share_a_partner_or_are_their_own_are_refused(tmp_path):
@@ -763,7 +811,7 @@ def test_own_pairs_share_the_crop(tmp_path):
 def test_describe(tmp_path):
     sizes = [(2000, 2000)] * 3 + [(3000, 2000)]
     pictures = [Picture(Path(f"{k}"), f"{k}", *size) for k, size in enumerate(sizes)]
-    text = inventory.describe(pictures, [(f"{k}.jpg", "empty") for k in range(12)], data.PREFERRED)
+    text = inventory.describe(tmp_path, pictures, [(f"{k}.jpg", "empty") for k in range(12)], data.PREFERRED)
     assert text.startswith("4 pictures in 2 of 17 buckets\n   1024 x 1024         3\n   1248 x 832          1\n")
     assert "12 files left out (12 .jpg)" in text and "9.jpg: empty" in text and "10.jpg" not in text
     assert text.endswith("... and 2 more")

@@ -133,7 +133,7 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(outside, whole
 
 
 def test_the_end_names_the_best_step_if_it_is_not_the_last(flags, tmp_path, monkeypatch, capsys):
-    validate, psnrs = validation.validate, iter([20, 21, 25.678, 23])
+    validate, psnrs = validation.validate, iter([20, 21, 25.678, 23, 26, 25])
 
     def wrapped(*args):
         row, sheet = validate(*args)
@@ -146,6 +146,8 @@ def test_the_end_names_the_best_step_if_it_is_not_the_last(flags, tmp_path, monk
     best = tmp_path / "run" / "checkpoints" / "step-000002"
     assert f"note: step 2 has the best PSNR, 25.68 dB; it is kept in {best}\n" in capsys.readouterr().out
     assert (best / "lora.safetensors").exists()
+    assert train.main([str(x) for x in [*flags, *more, "--overwrite", "--steps", 1, "--warmup", 0]]) == 0
+    assert "note: step 0 has the best PSNR, 26.00 dB: the steps after it did not help" in capsys.readouterr().out
 
 
 def test_what_the_program_was_started_to_ignore_stays_ignored(outside, whole, tmp_path):
@@ -624,8 +626,10 @@ def test_accumulation_is_the_large_batch_also_across_buckets(gradients, pictures
     assert not torch.allclose(alone[1][0], large[0][0])
 
 
-def test_pictures_held_out_are_never_trained_on_and_stay_the_same():
-    many = [Picture(Path(f"{k}.png"), f"{k}.png", 64, 64, "mark") for k in range(100)]
+def test_pictures_held_out_are_never_trained_on_and_stay_the_same(tmp_path):
+    many = [Picture(tmp_path / f"{k}.png", f"{k}.png", 64, 64) for k in range(100)]
+    for k, one in enumerate(many):
+        one.path.write_text(str(k))
     settings = train.Settings(hr_root=Path())
     training, held, said = held_out.split(settings, many, [(64, 64)])
     assert said == []
@@ -634,9 +638,18 @@ def test_pictures_held_out_are_never_trained_on_and_stay_the_same():
     assert len({p.name for p in held} & {p.name for p in later}) >= 7  # another folder holds out nearly the same
     training, held, said = held_out.split(settings, many[:7], [(64, 64)])
     assert (len(training), len(held)) == (7, 0)  # seven are too few to give one away
-    assert said == ["note: no validation, which takes --val-root, or 8 pictures in --hr-root to hold out one"]
+    assert said == ["note: no validation; it takes --val-root, or 8 pictures in --hr-root to hold out one"]
     training, held, said = held_out.split(train.Settings(hr_root=Path(), validate_every_epochs=0), many, [(64, 64)])
     assert (len(training), len(held), said) == (100, 0, [])
+    copies = [dataclasses.replace(one, name=f"copy of {one.name}") for one in many[:10]]
+    _, held, said = held_out.split(settings, many[:10] + copies, [(64, 64)])
+    assert said == [f"note: 2 of 2 to validate on are to train on too, such as {held[0].name}"]
+    told = [dataclasses.replace(one, caption=one.path) for one in many]
+    assert held_out.split(settings, told, [(64, 64)])[2] == [
+        "note: every picture to train on has a caption, so --prompt trains none"
+    ]
+    two = dataclasses.replace(settings, degrade=("denoise", "deblur"))
+    assert held_out.split(two, many, [(64, 64)])[2] == ["note: only the first --degrade is validated, denoise"]
 
 
 def test_validation_pictures_of_their_own_folder(pictures, tmp_path):
@@ -651,7 +664,7 @@ def test_validation_pictures_of_their_own_folder(pictures, tmp_path):
     assert said[1:] == ["note: 8 of its 13 pictures are used"]
     settings = train.Settings(hr_root=Path(), val_root=more)
     _, _, said = held_out.split(settings, data.scan(more)[0][2:5], data.buckets(64, 8))
-    assert said[-1] == "note: 3 of those are in --hr-root too, such as 03.png"
+    assert said[-1] == "note: 3 of 8 to validate on are to train on too, such as 03.png"
     with pytest.raises(ValueError, match=r"no usable picture; 00\.png: 72 x 72, smaller"):
         held_out.split(settings, [], data.buckets(512, 8))
 

@@ -237,8 +237,10 @@ def test_command_lines_in_the_texts_are_understood(name, monkeypatch, tmp_path):
                 (tmp_path / field.name).mkdir(exist_ok=True)
                 settings = replace(settings, **{field.name: tmp_path / field.name})
         if program == "sample":
+            monkeypatch.setenv("WORLD_SIZE", "1")
             checks.check_sampling(replace(settings, reference=None, json=None, report=False))
         else:
+            monkeypatch.setenv("WORLD_SIZE", "2")
             checks.check_training(settings)
 
 

@@ -29,6 +29,7 @@ import train
 from kontext_min import data, degrade
 from kontext_min.checkpoints import load_flux
 from kontext_min.extras import checks, fidelity, folders, metrics, pictures
+from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.lora_files import save_lora
 from kontext_min.extras.scores import Scores
 from kontext_min.lora import add_lora, lora_layers
@@ -558,6 +559,47 @@ def test_scores_are_those_of_the_metrics(scored, tmp_path, capsys):
     lines = said.out.splitlines()[-4:]
     assert len({len(line) for line in lines}) == 1  # aligned
     assert lines[1].split()[1] == f"{rows[0]['input']['psnr']:.2f}" and lines[3].startswith("mean")
+
+
+def test_clean_pictures_that_are_not_or_fit_twice_are_named(scored, tmp_path, capsys):
+    clean = tmp_path / "clean"
+    shutil.copy(clean / "a.png", clean / "extra.png"), (clean / "c.heic").touch()
+    shutil.copy(tmp_path / "in" / "c.png", clean / "c.png"), (clean / RECORD).touch()
+    assert run(*scored) == 0
+    said = capsys.readouterr().err
+    assert f"note: {clean}: no input goes with c.heic, extra.png\n" in said
+    assert f"note: {clean}: 1 of 3 are copies of the inputs\n" in said
+    assert f"note: {clean}: holds pictures that sample.py restored\n" in said
+    (clean / "a.png").rename(clean / "a.webp"), shutil.copy(clean / "c.png", clean / "a.bmp")
+    assert run(*scored) == 2
+    assert f"--reference {clean}: a.bmp and a.webp go with a.png; keep one of them" in capsys.readouterr().err
+    (clean / "a.bmp").unlink(), shutil.copy(tmp_path / "in" / "c.png", tmp_path / "in" / "a.jpg")
+    assert run(*scored) == 2
+    assert "a.webp goes with two pictures of --input; rename one of them" in capsys.readouterr().err
+    one = ["--input", clean / "c.png", "--reference", tmp_path / "in" / "c.png", "--output", tmp_path / "o.png"]
+    assert run(*one) == 2
+    assert "in/c.png: is a copy of --input; name the clean picture" in capsys.readouterr().err
+
+
+def test_scores_of_another_folder_or_reference_are_kept(scored, tmp_path, capsys):
+    json_file, other = tmp_path / "scores.json", tmp_path / "other"
+    shutil.copytree(tmp_path / "clean", tmp_path / "clean2")
+    assert run(*scored, "--json", json_file) == 0
+    assert run(*scored, "--json", json_file) == 0  # the same call
+    before = json_file.read_bytes()
+    assert run(*scored[:2], "--output", other, *scored[4:6]) == 0
+    for wrong in (["--output", other], ["--reference", tmp_path / "clean2"]):
+        assert run(*scored, "--json", json_file, *wrong) == 2
+        assert "exists and holds the scores of another call" in capsys.readouterr().err
+    assert json_file.read_bytes() == before
+
+
+def test_sample_is_one_process(scored, monkeypatch, capsys):
+    torchrun = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 29914}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, str(value))
+    assert run(*scored) == 2
+    assert "WORLD_SIZE=2 in the environment: sample.py is one process" in capsys.readouterr().err
 
 
 def test_a_reference_of_another_size_is_named(scored, tmp_path, capsys):

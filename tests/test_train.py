@@ -27,6 +27,7 @@ from conftest import make_pictures
 from kontext_min import data, degrade, flow
 from kontext_min.checkpoints import metadata
 from kontext_min.extras import base, checkpointing, held_out, plan, prompts, report, runs, tasks, validation
+from kontext_min.extras.flags import given, parse_flags
 from kontext_min.extras.lora_files import trained_with
 from train import Settings
 
@@ -126,6 +127,12 @@ def test_phases_are_named_and_the_last_line_restores_a_picture(run, pictures, tm
     assert (tmp_path / "restored.png").exists()
 
 
+def test_the_printed_command_is_one(pictures):
+    settings = parse_flags(Settings, ["--hr-root", str(pictures), "--no-resume", "--plan", "--degrade", "blur=1"], "")
+    assert given(settings) == f"--hr-root {pictures} --degrade blur=1 --no-resume --plan"
+    assert parse_flags(Settings, shlex.split(given(settings)), "") == settings
+
+
 def test_what_is_filled_in_is_no_changed_setting(run, tmp_path):
     assert run("--steps", 1) == 0
     table = report.settings_table(json.loads((tmp_path / "run" / "settings.json").read_text()))
@@ -140,16 +147,24 @@ def test_killed_and_resumed_runs_end_bit_for_bit_like_the_others():
     assert kill_test.main(["--runs", "2"]) == 0
 
 
-def test_a_changed_setting_is_named_and_must_be_confirmed(run, capsys):
+def test_a_changed_setting_is_named_and_must_be_confirmed(run, tmp_path, capsys):
     assert run("--steps", 2) == 0
     capsys.readouterr()
     assert run("--resume", "--lr", 3e-4) == 2  # more steps are a change too: the cosine ends elsewhere
     error = capsys.readouterr().err
-    assert "lr was 0.0001, is 0.0003" in error
+    assert "lr was 0.0001, is 0.0003" in error and "pictures" not in error
+    assert run("--resume", "--degrade", "denoise", "--prompt", "another") == 2
+    error = capsys.readouterr().err
+    assert "prompt was" in error and "degrade was" in error and "pictures" not in error
     assert "steps was 2, is 4" in error
     assert "--accept-changes" in error
+    lora = tmp_path / "run" / "lora.safetensors"
+    assert run("--resume", "--accept-changes", "--init-lora", shutil.copy(lora, tmp_path / "start.safetensors")) == 2
+    assert f"--init-lora {tmp_path / 'start.safetensors'}: {tmp_path / 'run'} continues from" in capsys.readouterr().err
     assert run("--resume", "--lr", 3e-4, "--accept-changes") == 0
     assert "continuing from" in capsys.readouterr().out
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000004" / "state.json").read_text())
+    assert state["best_step"] == 4  # those of before may have had easier pictures
 
 
 def test_a_changed_picture_or_caption_must_be_confirmed(run, tmp_path, capsys):
@@ -195,7 +210,7 @@ def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tm
     assert "note: --init-lora" not in capsys.readouterr().err
 
 
-def test_several_tasks_take_turns_and_each_has_its_prompt(run, pictures, tmp_path, capsys):
+def test_several_tasks_take_turns_and_each_has_its_prompt(run, small_bundle, pictures, tmp_path, capsys):
     """--degrade twice: picture i of epoch e has task (i + e) mod 2, as if that one alone were given."""
     prompts = {"noise=0.1": "Remove the noise.", "blur=2": "Remove the blur."}
     buckets, names = data.buckets(64), list(prompts)
@@ -214,6 +229,17 @@ def test_several_tasks_take_turns_and_each_has_its_prompt(run, pictures, tmp_pat
     assert "encoding 2 prompts" in printed and "captions are not read" in printed
     about = trained_with(metadata(tmp_path / "run" / "lora.safetensors"), "")
     assert (about["degrade"], about["prompt"]) == ("noise=0.1 + blur=2", "Remove the noise.")
+    for prompt, said in (
+        ((), "that of the first"),
+        (("--prompt", "?"), "of none"),
+        (("--prompt", prompts["blur=2"]), ""),
+    ):
+        words = ["--input", next(pictures.glob("*.png")), "--output", tmp_path / "o.png", "--overwrite", *prompt]
+        words += ["--lora", tmp_path / "run", "--weights", small_bundle, "--steps", 1, "--tile", 64]
+        assert sample.main([str(word) for word in words]) == 0
+        error = capsys.readouterr().err
+        line = f"has several tasks; the prompt is {said}; --prompt chooses: ['Remove the noise.', 'Remove the blur.']"
+        assert line in error if said else "several tasks" not in error
     assert run(*argv, "--steps", 2) == 0  # continues: the settings are those of before
     assert run(*argv, "--prompt", "a third", "--steps", 2) == 2
     assert "--prompt: got 3 for 2 --degrade" in capsys.readouterr().err
@@ -386,6 +412,12 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--degrade", "blur=1", "--degrade", "jpeg=9", "--prompt", "a", "--prompt", "a "], "have the same prompt"),
         (["--val-root", "{here}/runs"], "/runs/old/validation/00.png: written by train.py"),
         (["--val-root", "{here}/empty", "--output-dir", "{here}/empty/run"], "run: lies in --val-root, among your"),
+        (
+            ["--hr-root", "{here}/d/validation", "--output-dir", "{here}/d"],
+            "/d: its validation/ would hold results",
+        ),
+        (["--val-root", "{here}/c/latents/a", "--cache-dir", "{here}/c"], "/c: its latents/ would hold results among"),
+        (["--start-time", "1e-300"], "--start-time: got 1e-300, expected auto or a number from 0.001 to 1"),
         *(
             (["--weights", "{bad}", "--defaults", text], f"{{bad}}/defaults.json: {message}")
             for text, message in (
@@ -397,8 +429,8 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures, tmp_path, capsys, flags, message):
-    for name in ("empty", "broken"):
-        (tmp_path / name).mkdir()
+    for name in ("empty", "broken", "d/validation", "c/latents/a"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "text.jpg").write_text("this is no picture")
     (tmp_path / "tiny.txt").write_text("mine")
     (tmp_path / "broken" / "text.jpg").write_text("this is no picture")

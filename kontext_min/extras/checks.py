@@ -5,6 +5,7 @@ a single number is part of its flag (flags.py).
 """
 
 import atexit
+import filecmp
 import json
 import math
 import os
@@ -161,8 +162,8 @@ def check_training(s: Any) -> None:
             "python -m kontext_min.extras.export merge",
         ),
         (
-            not auto and not 0 < number(s.start_time) <= 1,
-            f"--start-time: got {s.start_time}, expected auto or a number above 0 and at most 1",
+            not auto and not 1e-3 <= number(s.start_time) <= 1,
+            f"--start-time: got {s.start_time}, expected auto or a number from 0.001 to 1",
         ),
         (
             s.objective == "kontext" and (s.source_noise or auto or number(s.start_time) != 1),
@@ -201,6 +202,7 @@ def check_folders(s: Any) -> None:
     deleted = [path.resolve() for path in runs.written(out)] if s.overwrite and s.output_dir else []
     lost = next((p for p in read if p and any(would_lose(p.resolve(), path) for path in deleted)), None)
     page = out / "report.html"
+    pictures = (("--hr-root", s.hr_root), ("--lr-root", s.lr_root), ("--val-root", s.val_root))
     cached = ["prompts"] + ["latents"] * bool(s.cache_latents) + ["quantized"] * bool(s.stream and s.quantize)
     refuse(
         (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),
@@ -228,7 +230,19 @@ def check_folders(s: Any) -> None:
                 f"{flag} {folder}: lies in {name}, among your pictures; name another folder",
             )
             for flag, folder in (("--output-dir", out), ("--cache-dir", s.cache_dir))
-            for name, root in (("--hr-root", s.hr_root), ("--lr-root", s.lr_root), ("--val-root", s.val_root))
+            for name, root in pictures
+        ),
+        *(
+            (
+                root and _lies_in(root, folder / name),
+                f"{flag} {folder}: its {name}/ would hold results among the pictures of {root}; name another folder",
+            )
+            for flag, folder, names in (
+                ("--output-dir", out, ("validation", "checkpoints", "transformer", "tensorboard")),
+                ("--cache-dir", s.cache_dir, ("prompts", "latents", "quantized")),
+            )
+            for name in names
+            for _, root in pictures
         ),
         (
             out.resolve() == Path(out.resolve().anchor) or _lies_in(out, s.weights),
@@ -265,6 +279,12 @@ def check_lengths(s: Any) -> None:
     refuse((longer, f"--warmup: got {s.warmup}, but the run has {s.steps} steps and would never reach --lr; give less"))
 
 
+def whose_scores(s: Any) -> str:
+    """The line in the record of --output that says that --json holds its scores, and against what."""
+    against = s.degrade or (s.reference and s.reference.resolve())
+    return json.dumps({"json": str(s.json.resolve()), "against": str(against)})
+
+
 def check_sampling(s: Any) -> None:
     """The settings of sample.py.
 
@@ -272,10 +292,14 @@ def check_sampling(s: Any) -> None:
         ValueError: a value outside its range, or flags that contradict each other.
     """
     check_values(s)
+    alone = "sample.py is one process; start it without torchrun, or unset WORLD_SIZE"
+    refuse((parallel.place()[1] > 1, f"WORLD_SIZE={parallel.place()[1]} in the environment: {alone}"))
     if s.degrade:
         check_degradation(s.degrade)
     check_text("--prompt", s.prompt)
     folder, page = s.input.is_dir(), s.output / "report.html"
+    record = s.output / RECORD
+    noted = record.read_text(encoding="utf-8", errors="replace").splitlines() if record.is_file() else []
     json_file = s.json and s.json.resolve()
     own = (
         json_file
@@ -288,6 +312,10 @@ def check_sampling(s: Any) -> None:
             "--reference: with --degrade the input is the clean picture; leave one of the two out",
         ),
         (same(s.reference, s.input), f"--reference {s.reference}: is --input; name clean pictures"),
+        (
+            s.reference and s.reference.is_file() and s.input.is_file() and filecmp.cmp(s.reference, s.input, False),
+            f"--reference {s.reference}: is a copy of --input; name the clean picture",
+        ),
         (
             s.reference and folder and not s.reference.is_dir(),
             f"--reference {s.reference}: is a file, but --input is a folder; name a folder",
@@ -308,8 +336,7 @@ def check_sampling(s: Any) -> None:
             f"--json {s.json}: exists and holds no scores; name another file",
         ),
         (
-            # What is restored in --output tells the scores of this call, continued, from those of another.
-            s.json and s.json.exists() and s.json.stat().st_size and not (s.overwrite or (s.output / RECORD).is_file()),
+            s.json and s.json.exists() and s.json.stat().st_size and not (s.overwrite or whose_scores(s) in noted),
             f"--json {s.json}: exists and holds the scores of another call; name another file, or add --overwrite",
         ),
         (s.report and not folder, "--report: is for folders; of one picture, --compare shows before and after"),

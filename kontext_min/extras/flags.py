@@ -164,8 +164,9 @@ def check_values(settings: Any) -> None:
 def given(settings: Any) -> str:
     """The settings that differ from their defaults, as they stand on a command line."""
     changed = {f.name: v for f in dataclasses.fields(settings) if (v := getattr(settings, f.name)) != f.default}
-    words = [(name_of(k), x) for k, v in changed.items() for x in (v if isinstance(v, tuple) else (v,))]
-    return " ".join(name if x is True else f"{name} {shlex.quote(str(x))}" for name, x in words)
+    words = [(k.replace("_", "-"), x) for k, v in changed.items() for x in (v if isinstance(v, tuple) else (v,))]
+    switches = {"True": "--{}", "False": "--no-{}"}  # of a flag without a value
+    return " ".join(switches.get(repr(x), "--{} {}").format(name, shlex.quote(str(x))) for name, x in words)
 
 
 def defaults(settings: Any, settled: dict[str, Any]) -> dict[str, Any]:

@@ -38,15 +38,21 @@ def split(
         if not found:
             reason = ": ".join(unused[0]) if unused else "the folder holds none"
             raise ValueError(f"--val-root {settings.val_root}: no usable picture; {reason}.")
-        lines = [f"--val-root {settings.val_root}: {describe(found, unused, buckets)}"]
+        lines = [f"--val-root {settings.val_root}: {describe(settings.val_root, found, unused, buckets)}"]
         lines += [f"note: {MOST} of its {len(found)} pictures are used"] * (len(found) > MOST)
-        held = sorted(found, key=_by_name)[:MOST]
-        known = [p.name for p in held if any(filecmp.cmp(p.path, other.path, shallow=False) for other in pictures)]
-        lines += [f"note: {len(known)} of those are in --hr-root too, such as {known[0]}"] if known else []
-        return list(pictures), held, lines
-    held = {p.name for p in sorted(pictures, key=_by_name)[: min(MOST, len(pictures) // 8)]}
-    lines = [] if held else ["note: no validation, which takes --val-root, or 8 pictures in --hr-root to hold out one"]
-    return [p for p in pictures if p.name not in held], [p for p in pictures if p.name in held], lines
+        held, kept = sorted(found, key=_by_name)[:MOST], list(pictures)
+    else:
+        names = {p.name for p in sorted(pictures, key=_by_name)[: min(MOST, len(pictures) // 8)]}
+        held, kept = [p for p in pictures if p.name in names], [p for p in pictures if p.name not in names]
+        lines = [] if held else ["note: no validation; it takes --val-root, or 8 pictures in --hr-root to hold out one"]
+    if kept and all(p.caption for p in kept) and len(settings.degrade) < 2:
+        lines.append("note: every picture to train on has a caption, so --prompt trains none")
+    known = [p.name for p in held if any(filecmp.cmp(p.path, other.path, shallow=False) for other in kept)]
+    if known:
+        lines.append(f"note: {len(known)} of {len(held)} to validate on are to train on too, such as {known[0]}")
+    if len(settings.degrade) > 1:
+        lines.append(f"note: only the first --degrade is validated, {settings.degrade[0]}")
+    return kept, held, lines
 
 
 def _by_name(picture: data.Picture) -> bytes:

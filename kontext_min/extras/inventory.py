@@ -4,13 +4,15 @@ data.scan ignores files that Pillow does not know as pictures. `unread` names th
 """
 
 import json
-import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from kontext_min.data import ENDINGS, Picture, Size, nearest_bucket, walk
+from PIL import Image
+
+from kontext_min.data import ENDINGS, FORMATS, Picture, Size, nearest_bucket, scan, walk
 
 RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
 # Pictures that Pillow cannot read.
@@ -19,12 +21,8 @@ UNREAD = {
     ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pdf", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".spi", ".spider",
     ".srw", ".svg", ".wmf", ".x3f", ".xcf",
 }  # fmt: skip
-# JPEG, PNG, GIF, TIFF, most raw formats, Photoshop, QOI, DDS, WebP, BMP, PPM, JPEG 2000 and XL, HEIF, AVIF begin so.
-BEGINNINGS = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|FUJIFILM|8BPS|qoif|DDS |RIFF....WEBP|BM....\0{4}|P[4-6]\s\d|"
-    rb"\0\0\0\x0c(jP  |JXL )|....ftyp(hei|hev|mif|avi)",
-    re.DOTALL,
-)
+# Those that Pillow knows by their first bytes; the others only by their ending.
+SIGNED = sorted(set(FORMATS) - {"CUR", "ICO", "PCD", "PCX", "SGI", "SPIDER", "TGA"})
 
 
 def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
@@ -82,23 +80,57 @@ def _recorded(record: Path) -> Iterator[str]:
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether a file begins as one of a picture."""
+    """Whether Pillow knows what is in a file, whatever its ending."""
     try:
-        with path.open("rb") as file:
-            return bool(BEGINNINGS.match(file.read(12)))
-    except OSError:
+        with Image.open(path, formats=SIGNED):
+            return True
+    except Exception:  # as in data.open_picture, anything
         return False
 
 
-def describe(pictures: Sequence[Picture], left_out: Sequence[tuple[str, str]], buckets: Sequence[Size]) -> str:
-    """Text to print: pictures in each bucket, files left out by ending, and the first ten of those with reasons."""
+def others(root: Path, named: Collection[str], made: Set[Path] = frozenset()) -> list[str]:
+    """A line about the files below a folder that no other line names, if there are some.
+
+    Args:
+        root: the folder.
+        named: the pictures in use, and the files that are left out. The .txt beside one of them is its caption.
+        made: folders of results, whose files are left out.
+    """
+    stems = {name.rpartition(".")[0] for name in named}
+    files = {name: path for name, path in walk(root) if not (name.lower().endswith(".txt") and name[:-4] in stems)}
+    rest = [name for name, path in files.items() if name not in named and made.isdisjoint(path.resolve().parents)]
+    return [f"note: {root}: {_count(rest, 'other file')}, not read as pictures or captions"] if rest else []
+
+
+def unused(root: Path, used: Collection[str], whose: str) -> list[str]:
+    """A line about the pictures below `root`, whole or not, that are not among those in use, if there are some."""
+    found, rejected = scan(root)
+    rest = sorted(({p.name for p in found} | {name for name, _ in rejected + unread(root, [])}) - set(used))
+    more = f" and {len(rest) - 3} more" * (len(rest) > 3)
+    return [f"note: {root}: no {whose} goes with {printable(', '.join(rest[:3]))}{more}"] if rest else []
+
+
+def printable(name: str) -> str:
+    """A name with its control characters spelled out."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c)[0] == "C" else c for c in name)
+
+
+def _count(names: Sequence[str], what: str) -> str:
+    """Such as: 3 files (2 .heic, 1 other)."""
+    endings = Counter(printable(PurePosixPath(name).suffix.lower()) or "other" for name in names)
+    kinds = ", ".join(f"{count} {ending}" for ending, count in endings.items())
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({kinds})"
+
+
+def describe(
+    root: Path, pictures: Sequence[Picture], left_out: Sequence[tuple[str, str]], buckets: Sequence[Size]
+) -> str:
+    """Text to print: pictures in each bucket, files left out by ending, the first ten of those with reasons, others."""
     counts = Counter(nearest_bucket(p.width, p.height, buckets) for p in pictures)
     lines = [f"{len(pictures)} pictures in {len(counts)} of {len(buckets)} buckets"]
     lines += [f"  {w:5d} x {h:<5d} {counts[w, h]:8d}" for w, h in buckets if (w, h) in counts]
     if left_out:
-        endings = Counter(PurePosixPath(name).suffix.lower() or "other" for name, _ in left_out)
-        kinds = ", ".join(f"{count} {ending}" for ending, count in endings.items())
-        lines.append(f"{len(left_out)} file{'s' * (len(left_out) > 1)} left out ({kinds})")
-        lines += [f"  {name}: {reason}" for name, reason in left_out[:10]]
+        lines.append(_count([name for name, _ in left_out], "file").replace(" (", " left out ("))
+        lines += [f"  {printable(name)}: {reason}" for name, reason in left_out[:10]]
         lines += [f"  ... and {len(left_out) - 10} more"] * (len(left_out) > 10)
-    return "\n".join(lines)
+    return "\n".join(lines + others(root, {p.name for p in pictures} | {name for name, _ in left_out}))

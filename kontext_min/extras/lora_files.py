@@ -408,6 +408,7 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # in the header: wha
     "guidance": ("a number from 0 to 100", lambda v: _number(v) and 0 <= v <= 100),
     "resolution": ("a whole number from 16 to 16384", lambda v: type(v) is int and 16 <= v <= 16384),
     "prompt": ("text", _text),
+    "prompts": ("a list of texts", lambda v: isinstance(v, list) and all(map(_text, v))),
     "base": ("text", _text),
 }
 

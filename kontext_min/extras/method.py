@@ -53,6 +53,10 @@ def method_of(settings: Any, weights: Weights) -> Method:
         raise ValueError(f"--objective {name}: {model} was trained for {about['objective']}; leave the flag out.")
     if about["base"] not in (None, fingerprint(weights.path("transformer"), "transformer")):
         print(f"note: {model} was trained on another base model than --weights", file=sys.stderr)
+    tasks = about.get("prompts", [])
+    if len(tasks) > 1 and settings.prompt not in tasks:
+        used = "the prompt is that of the first" if settings.prompt is None else "the prompt is of none"
+        print(f"note: {model} has several tasks; {used}; --prompt chooses: {tasks}", file=sys.stderr)
     steps, solver = settings.steps or STEPS[name], settings.solver
     if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)
         solver = "midpoint" if name == "bridge" and steps > 1 else "euler"

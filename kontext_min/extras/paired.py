@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kontext_min.data import Pairs, Picture, Size, crop, open_picture, scan, to_tensor
-from kontext_min.extras.inventory import unread
+from kontext_min.extras.inventory import unread, unused
 from kontext_min.utils import numpy_generator
 
 
@@ -31,11 +31,12 @@ class PairedFolders(Pairs):
         vars(self).update(vars(pairs))  # the same pictures, buckets, prompts, seed
         self.partners = match(pairs.pictures, root)
         both = zip(self.partners, self.pictures, strict=True)
-        copies = sum(filecmp.cmp(a.path, b.path, shallow=False) for a, b in both) if self.train else 0
-        if copies == len(self.pictures):
+        copies = sum(filecmp.cmp(a.path, b.path, shallow=False) for a, b in both)
+        if copies == len(self.pictures) and self.train:
             raise ValueError(f"{root}: holds copies of the clean pictures, so the LoRA would learn to change nothing.")
         if copies:
-            print(f"note: {root}: {copies} of {len(self.pictures)} are copies of the clean pictures")
+            use = "train" if self.train else "validate"
+            print(f"note: {root}: {copies} of {len(self.pictures)} to {use} on are copies of the clean pictures")
 
     def read(self, epoch: int, i: int, bucket: Size) -> tuple[Tensor, Tensor]:
         """(control, target) of picture i in a bucket: bytes (3, H, W) each. Raises UnreadableError."""
@@ -48,6 +49,21 @@ class PairedFolders(Pairs):
             shown.append(to_tensor(crop(image, self.pictures[i], bucket, rng)))
         control, target = shown
         return control, target
+
+
+def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders, PairedFolders | None, list[str]]:
+    """The pairs to train on and to validate on with their partners below `root`, and lines to print.
+
+    Raises:
+        ValueError: as for PairedFolders; or two pictures, one of each, have the same partner.
+    """
+    pairs, held = PairedFolders(pairs, root), held and PairedFolders(held, root)
+    owners = {partner.name: p.path for partner, p in zip(pairs.partners, pairs.pictures, strict=True)}
+    for partner, p in zip(held.partners, held.pictures, strict=True) if held else ():
+        if partner.name in owners and not filecmp.cmp(p.path, owners[partner.name], shallow=False):
+            raise ValueError(f"{root / partner.name}: goes with {p.path} and {owners[partner.name]}; rename one.")
+        owners[partner.name] = p.path
+    return pairs, held, unused(root, owners, "usable clean picture")
 
 
 def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
@@ -84,12 +100,3 @@ def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
             f"{', '.join(problems[:10])}{more}."
         )
     return partners
-
-
-def unused(root: Path, partners: Sequence[Picture]) -> str:
-    """A line about the pictures below `root` that are not among the partners; empty if there are none."""
-    found, rejected = scan(root)
-    names = {p.name for p in found} | {name for name, _ in rejected + unread(root, [])}
-    rest = sorted(names - {p.name for p in partners})
-    more = f" and {len(rest) - 3} more" * (len(rest) > 3)
-    return f"note: {root}: no clean picture goes with {', '.join(rest[:3])}{more}" if rest else ""

@@ -20,9 +20,11 @@ Style Transfer in Real-time with Adaptive Instance Normalization", equation 8. T
 low is linear; it needs one filter instead of two. Pictures are RGB of one size; borders are repeated.
 """
 
+import filecmp
 import io
 import math
 import os
+import re
 import secrets
 import sys
 import tempfile
@@ -35,7 +37,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
-from kontext_min.extras.inventory import RECORD, unread
+from kontext_min.extras.inventory import RECORD, others, printable, unread, unused
 from kontext_min.extras.saving import naming
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
@@ -123,7 +125,17 @@ def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[li
     taken = {_identity(job.path): f"the input {job.path}" for job in jobs}
     for path in protected:
         files = [reference_of(job, path) for job in jobs] if path.is_dir() else [path]
-        taken |= {_identity(file): str(file) for file in files if file}
+        found = [str(file) for file in files if file]
+        taken |= {_identity(Path(file)): file for file in found}
+        if shared := next((file for file in found if path.is_dir() and found.count(file) > 1), None):
+            raise ValueError(f"--reference: {shared} goes with two pictures of --input; rename one of them.")
+        if path.is_dir():  # of clean pictures
+            pairs = [(job.path, file) for job, file in zip(jobs, files, strict=True) if file]
+            lines = unused(path, {file.relative_to(path).as_posix() for _, file in pairs}, "input")
+            copies = sum(filecmp.cmp(*pair, shallow=False) for pair in pairs)
+            lines += [f"note: {path}: {copies} of {len(pairs)} are copies of the inputs"] * bool(copies)
+            lines += [f"note: {path}: holds pictures that sample.py restored"] * bool([*path.rglob(RECORD)])
+            print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
     for job in jobs:
         place = _identity(job.output)
         if place in taken:
@@ -154,12 +166,15 @@ def _find_in_folder(source: Path, target: Path) -> tuple[list[Job], list[tuple[s
     rejected = [(name, why) for name, why in rejected if made.isdisjoint((source / name).resolve().parents)]
     if not jobs and not rejected:
         raise ValueError(f"--input {source}: no pictures in this folder.")
+    for line in others(source, {p.name for p in pictures} | {name for name, _ in rejected}, made):
+        print(line, file=sys.stderr)
     names = {job.name for job in jobs}
     reasons = {job.name: reason for job in jobs if (reason := _unwritable(job))}
     for job in jobs:  # a.gif becomes a.gif.png
         if (written := job.output.relative_to(target).as_posix()) != job.name and written in names:
             reasons[job.name] = f"would become {written}, which is another picture of the folder; rename one of them"
-    return [job for job in jobs if job.name not in reasons], sorted([*rejected, *reasons.items()])
+    rejected = sorted([*rejected, *reasons.items()])
+    return [job for job in jobs if job.name not in reasons], [(printable(name), why) for name, why in rejected]
 
 
 def _writable_name(name: str) -> str:
@@ -204,14 +219,20 @@ def existing(path: Path) -> Path:
 
 
 def reference_of(job: Job, folder_or_file: Path) -> Path | None:
-    """The file itself, or the picture of the same name in the folder; of another ending if there is no such one."""
+    """The file itself, or the picture of the same name in the folder; of another ending if there is no such one.
+
+    Raises:
+        ValueError: there are several of other endings.
+    """
     if not folder_or_file.is_dir():
         return folder_or_file
     same = folder_or_file / job.name
     if same.is_file() or not same.parent.is_dir():
         return same if same.is_file() else None
-    others = (p for p in same.parent.iterdir() if p.stem == same.stem and p.suffix.lower() in ENDINGS)
-    return min(others, default=None)
+    found = sorted(p.name for p in same.parent.iterdir() if p.stem == same.stem and p.suffix.lower() in ENDINGS)
+    if len(found) > 1:
+        raise ValueError(f"--reference {folder_or_file}: {' and '.join(found)} go with {job.name}; keep one of them.")
+    return same.with_name(found[0]) if found else None
 
 
 # ------------------------------------------------------------------------------------------------------ one in, one out
@@ -252,7 +273,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
         notes.append("scores need 11 pixels a side")
         clean = None
     for note in notes:
-        print(f"note: {job.name}: {note}", file=sys.stderr)
+        print(f"note: {printable(job.name)}: {note}", file=sys.stderr)
     return Photo(job, file, degraded, clean)
 
 
@@ -293,7 +314,8 @@ def read(path: Path) -> File:
     try:
         with Image.open(path, formats=FORMATS) as image:
             keep, notes, alpha = {}, [], None
-            deep = image.mode.startswith(("I", "F")) or any(";16" in str(tile) for tile in image.tile)
+            # The tile of a PPM holds its white.
+            deep = image.mode.startswith(("I", "F")) or any(re.search(r";16|, \d{3,}\)\)", str(t)) for t in image.tile)
             # In a PNG, EXIF and text may stand behind the pixels.
             image.load()
             if deep:
@@ -301,7 +323,7 @@ def read(path: Path) -> File:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 notes.append(f"{image.n_frames} frames or pages: the first is restored")
             if profile := image.info.get("icc_profile"):
-                if (space := profile[16:20].decode("latin1").strip()) == "RGB":
+                if (space := profile[16:20].decode("latin1").strip() or "broken") == "RGB":
                     keep["icc_profile"] = profile
                 else:
                     notes.append(f"its {space} color profile does not fit RGB: dropped")

@@ -100,6 +100,9 @@ def open_run(
         raise ValueError(f"{folder}: holds {results[0]}, but no checkpoint to continue from; {instead}.")
     if yours := [name for name in results if name.endswith(".safetensors") and not _of_this_project(folder / name)]:
         raise ValueError(f"{folder}: holds {yours[0]}, which no run wrote or which is cut; move it.")
+    start = settings.get("init_lora")
+    if last and before and start and before.get("init_lora") != start:
+        raise ValueError(f"--init-lora {start}: {folder} continues from {last.name}; leave the flag out, or {instead}.")
     if there and not accept:
         if before is None:
             raise ValueError(
@@ -108,6 +111,8 @@ def open_run(
             )
         changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
         words = {"pictures": "pictures were added, removed or changed, or their captions were"}
+        if "prompt" in changed:  # one of the pictures' prompts, which the hash of the pictures holds too
+            changed.pop("pictures", None)
         lines = [words.get(k, f"{k} was {v}, is {settings[k]}") for k, v in changed.items() if k not in MAY_CHANGE]
         if lines:
             raise ValueError(f"{folder}: settings changed: {'; '.join(lines)}. Give --accept-changes, or {instead}.")
@@ -156,6 +161,8 @@ def _settings_of_a_run(folder: Path) -> dict[str, Any] | None:
     """What settings.json holds, or None if there is none, or it is broken or of another program."""
     try:
         found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except PermissionError:
+        raise
     except (OSError, ValueError, RecursionError):
         return None
     versions = found.get("versions") if isinstance(found, dict) else None
@@ -177,7 +184,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 def _of_this_project(file: Path) -> bool:
     """Whether the header of a result says that train.py wrote it."""
-    with suppress(ValueError, OSError):
+    with suppress(ValueError, FileNotFoundError):
         return "kontext_min" in metadata(file)
     return False
 
@@ -265,6 +272,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def best_step(folder: Path, state: dict[str, Any]) -> list[str]:
+    """A line if another step than the last one has the best PSNR: where it is kept, or that training did not help."""
+    step, psnr = state["best_step"], state["best_psnr"]
+    if step in (None, state["step"]):
+        return []
+    kept = folder / "checkpoints" / f"step-{step:06d}"
+    if step and kept.exists():
+        return [f"note: step {step} has the best PSNR, {psnr:.2f} dB; it is kept in {kept}"]
+    return [f"note: step {step} has the best PSNR, {psnr:.2f} dB: the steps after it did not help; try another --lr"]
+
+
 def save_checkpoint(
     folder: Path,
     files: Mapping[str, Mapping[str, Tensor]],
@@ -317,6 +335,8 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
     Raises:
         ValueError: a file is broken.
     """
+    for file in filter(Path.is_file, checkpoint.iterdir()):
+        file.open("rb").close()  # a file that you may not read is not broken
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         files = {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}

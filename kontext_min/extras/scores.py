@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from kontext_min import __version__
-from kontext_min.extras import metrics, pictures, report
+from kontext_min.extras import checks, metrics, pictures, report
 from kontext_min.extras.flags import defaults, to_json
+from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.runs import finite, write_json
 
 
@@ -23,6 +24,7 @@ class Scores:
         self.settings = values | {"defaults": defaults(settings, values), "versions": versions}
         self.known = settings.overwrite or (settings.json and settings.json.exists())  # at the start, checks.py looked
         self.json, self.folder = settings.json, settings.output if settings.report else None
+        self.record, self.note = settings.output / RECORD, settings.json and checks.whose_scores(settings)
         self.wanted = bool(settings.degrade or settings.reference or settings.report)
         self.rows: list[metrics.Row] = []
         self.figures: list[dict[str, Any]] = []
@@ -47,6 +49,9 @@ class Scores:
             lines.append(f"--json {self.json}: has come since the start, and is kept; the scores are those above")
         elif self.json:
             write_json(self.json.resolve(), finite(rows))  # a link stays, and what it leads to is written
+            if self.record.is_file():
+                with self.record.open("a", encoding="utf-8") as f:
+                    f.write(self.note + "\n")
         if self.figures:
             lines.append(report.write_restored_report(self.folder, self.figures, restored, mean, self.settings))
         return lines
