@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from kontext_min import degrade
-from kontext_min.extras import metrics, pictures
+from kontext_min import data, degrade
+from kontext_min.extras import inventory, metrics, pictures
 from kontext_min.extras.pictures import find, load, load_restored, read, write
 
 PHOTO = Path(__file__).parent / "photos" / "bowl.jpg"
@@ -238,3 +238,15 @@ def test_a_restored_picture_is_read_again_for_its_scores(folder):
     write(job.output, crop(64, 40))
     with pytest.raises(ValueError, match=r"a\.png: 64x40, its input 30x40; add --overwrite"):
         load_restored(job, compare=False)
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tif"])
+def test_a_result_or_a_sheet_among_clean_pictures_is_known(folder, ending):
+    """Wherever it is moved, and whether or not its input had EXIF."""
+    (folder / "clean").mkdir()
+    write(folder / "clean" / f"sheet{ending}", crop(48, 40))
+    with pytest.raises(ValueError, match=rf"sheet\{ending}: restored by sample\.py, and .* should hold clean pictures"):
+        inventory.unread(folder / "clean", data.scan(folder / "clean")[0])
+    (folder / "clean" / f"sheet{ending}").unlink()
+    crop(48, 40).save(folder / "clean" / f"mine{ending}")
+    assert inventory.unread(folder / "clean", data.scan(folder / "clean")[0]) == []

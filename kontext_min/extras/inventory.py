@@ -7,14 +7,16 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
+from PIL import ExifTags, Image
 
-from kontext_min.data import ENDINGS, FORMATS, Picture, Size, nearest_bucket, scan, walk
+from kontext_min.data import ENDINGS, FORMATS, THREADS, Picture, Size, nearest_bucket, scan, walk
 
 RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
+MARK = "kontext_min sample.py"  # marks a restored picture, in its EXIF
 # Pictures that Pillow cannot read.
 UNREAD = {
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq",
@@ -64,7 +66,10 @@ def _refuse_results(root: Path, names: Sequence[str]) -> None:
     """Raises ValueError if a picture is one that sample.py has restored, or that train.py wrote to validate."""
     records = {folder / RECORD for name in names for folder in (root / name).parents if (folder / RECORD).is_file()}
     restored = {record.parent / name for record in records for name in _recorded(record)}
-    for path in (root / name for name in names):
+    with ThreadPoolExecutor(THREADS) as pool:
+        paths = [root / name for name in names]
+        restored |= {path for path, marked in zip(paths, pool.map(_is_marked, paths), strict=True) if marked}
+    for path in paths:
         if path in restored:
             raise ValueError(f"{path}: restored by sample.py, and {root} should hold clean pictures; move it.")
         if path.parent.name == "validation" and (path.parent.parent / "left-out.txt").exists():
@@ -77,6 +82,15 @@ def _recorded(record: Path) -> Iterator[str]:
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             name = str(json.loads(line)["picture"])
             yield from (name, f"{name}.png")
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether the EXIF of a picture says that sample.py wrote it."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return Image.Image.getexif(image).get(ExifTags.Base.ProcessingSoftware) == MARK  # as in data._orientation
+    except Exception:  # as in data.open_picture, anything
+        return False
 
 
 def _is_picture(path: Path) -> bool:

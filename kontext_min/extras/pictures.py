@@ -5,8 +5,9 @@
 
 A restored picture keeps the size, the ICC profile, the resolution (dpi), the transparency and those EXIF and XMP
 entries of its file that describe the photograph. Entries that describe the old pixels go. EXIF orientation is applied
-and its tag set to 1. One line says what else is lost: bits beyond 8 per channel, the profile of a gray or CMYK picture
-(the result is RGB), transparency where the format has none. Pictures are compared in sRGB.
+and its tag set to 1; ProcessingSoftware names sample.py, so that train.py does not take the picture for a clean one.
+One line says what else is lost: bits beyond 8 per channel, the profile of a gray or CMYK picture (the result is RGB),
+transparency where the format has none. Pictures are compared in sRGB.
 
 Restored tiles may drift in color, from each other and from the input. Two color fixes give the restored picture the
 colors of the degraded one. Use neither for faded or dark pictures, whose colors you want to change:
@@ -37,7 +38,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
-from kontext_min.extras.inventory import RECORD, others, printable, unread, unused
+from kontext_min.extras.inventory import MARK, RECORD, others, printable, unread, unused
 from kontext_min.extras.saving import naming
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
@@ -45,7 +46,7 @@ from kontext_min.utils import numpy_generator
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 QUALITY = 95  # of JPEG and WebP
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # in pixels, of the formats' encoders
-LARGEST_SEGMENT = 65502  # bytes of EXIF or XMP in a JPEG
+LARGEST_SEGMENT = 65502 - 64  # bytes of EXIF or XMP in a JPEG; the mark takes some
 # Title, camera, resolution, software, date, artist, computer, copyright, rating, IPTC, Windows' title to subject.
 KEPT = {269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 18246, 18249, 33723, *range(40091, 40096)}
 # Of the Exif part all is kept but the layout of the old pixels, and an offset into the old file.
@@ -418,11 +419,12 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     if "xmp" in options and kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode("utf-8", "replace"))
+    exif = Image.Exif()
+    exif.load(options.get("exif", b""))
+    exif[ExifTags.Base.ProcessingSoftware] = MARK
     if "xmp" in options and kind == "TIFF":
-        exif = Image.Exif()
-        exif.load(options.get("exif", b""))
         exif[700] = options.pop("xmp")
-        options["exif"] = exif.tobytes()
+    options["exif"] = exif.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     # A short name: one made of path.name could be longer than file systems take.
     aside = path.with_name(f".{secrets.token_hex(4)}.tmp")
