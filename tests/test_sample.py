@@ -646,6 +646,7 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--strength", "nan"], "--strength: got nan"),
         (["--strength", "1e-300"], "--strength: got 1e-300, expected at least 0.001"),
         (["--fidelity", "1.5"], "--fidelity: got 1.5"),
+        (["--fidelity", "1e-300"], "--fidelity: got 1e-300, expected 0 or at least 1e-06"),
         (["--reference", "{here}/nowhere"], "nowhere: no such file or folder"),
         (["--reference", "{here}/text.jpg"], "text.jpg: not a picture"),
         (["--reference", "{here}/in.png", "--degrade", "guide"], "leave one of the two out"),

@@ -417,6 +417,8 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
             "/d: its validation/ would hold results",
         ),
         (["--val-root", "{here}/c/latents/a", "--cache-dir", "{here}/c"], "/c: its latents/ would hold results among"),
+        (["--ema", "1e-300"], "--ema: got 1e-300, expected 0 or at least 1e-06"),
+        (["--source-noise", "1e-7"], "--source-noise: got 1e-07, expected 0 or at least 1e-06"),
         (["--start-time", "1e-300"], "--start-time: got 1e-300, expected auto or a number from 0.001 to 1"),
         *(
             (["--weights", "{bad}", "--defaults", text], f"{{bad}}/defaults.json: {message}")

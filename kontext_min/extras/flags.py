@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class Settings:
-        lr: float = flag("training", 1e-4, "peak learning rate", above=0, most=1)
+        lr: float = flag("training", 1e-4, "peak learning rate", least=1e-9, most=1)
 
 becomes `--lr LR`. Bad input ends with exit code 2 and one line: the flag, what was given, what is expected.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+TINY = 1e-6  # a positive number below it has no effect
 
 
 def flag(
@@ -30,7 +31,6 @@ def flag(
     choices: Iterable[str] | None = None,
     least: float | None = None,
     most: float | None = None,
-    above: float | None = None,
     bare: str | None = None,
     there: str | None = None,
 ) -> Any:
@@ -40,7 +40,7 @@ def flag(
     its path must lead to: "folder" or "file or folder".
     """
     metadata = {"help": help, "group": group, "choices": tuple(choices) if choices else None}
-    metadata |= {"least": least, "most": most, "above": above, "bare": bare, "there": there}
+    metadata |= {"least": least, "most": most, "bare": bare, "there": there}
     if default is ...:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -149,15 +149,16 @@ def check_values(settings: Any) -> None:
                 raise ValueError(f"{name} {str(value)[:200]}: {error.strerror}; check the path.") from None
             if not allowed:
                 raise ValueError(f"{name} {value}: Permission denied; name another folder.")
-        least, most, above, there = (field.metadata[key] for key in ("least", "most", "above", "there"))
+        least, most, there = (field.metadata[key] for key in ("least", "most", "there"))
         if there and value and not (value.is_dir() if there == "folder" else value.exists()):
             raise ValueError(f"{name} {value}: no such {there}; check the path.")
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        bounds = [f"at least {least}"] * (least is not None) + [f"more than {above}"] * (above is not None)
-        bounds += [f"at most {most}"] * (most is not None)
+        bounds = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
         inside = (least is None or value >= least) and (most is None or value <= most)
-        if not (math.isfinite(value) and inside and (above is None or value > above)):
+        if not least and 0 < value < TINY:
+            raise ValueError(f"{name}: got {value}, expected 0 or at least {TINY}.")
+        if not (math.isfinite(value) and inside):
             raise ValueError(f"{name}: got {value}, expected {' and '.join(bounds) or 'a finite number'}.")
 
 
