@@ -55,20 +55,20 @@ def test_the_time_left_of_a_folder_follows_the_area(time, capsys):
     tick = Ticker(Progress(every=0), [(1000, 1000), (1000, 500), (1000, 500)])
     tick.begin("a.jpg", (1000, 1000), passes=2)
     time.now += 10
-    tick()
+    tick("decoding")
     time.now += 10
-    tick()
+    tick("decoding")
     tick.end()
     tick.begin("b.jpg", (1000, 500), passes=3)
     time.now += 4
-    tick()
+    tick("decoding")
     tick.begin("c.jpg", (1000, 500), passes=3)  # b.jpg has failed
-    tick()
+    tick("decoding")
     assert capsys.readouterr().out.splitlines() == [
-        "picture 1 of 3, a.jpg: 50 %",
-        "picture 1 of 3, a.jpg: 100 %",
-        "picture 2 of 3, b.jpg: 33 %  left 16s",
-        "picture 3 of 3, c.jpg: 33 %  left 10s",
+        "picture 1 of 3, a.jpg: decoding, 50 %",
+        "picture 1 of 3, a.jpg: decoding, 100 %",
+        "picture 2 of 3, b.jpg: decoding, 33 %  left 16s",
+        "picture 3 of 3, c.jpg: decoding, 33 %  left 10s",
     ]
     assert tick.pace() == "24s, 20 s a megapixel"
 

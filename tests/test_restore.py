@@ -141,7 +141,7 @@ def prompt_of(rows):
     return Prompt(*(x.expand(rows, *x.shape[1:]) for x in (PROMPT.txt, PROMPT.y, PROMPT.guidance)))
 
 
-def latents(image, flux, objective=BRIDGE, steps=1, tile=None, report=lambda: None, **options):
+def latents(image, flux, objective=BRIDGE, steps=1, tile=None, report=lambda part: None, **options):
     """Latents that are the pictures in floats, as PIXELS changes nothing."""
     apply = Tiles(tile, PIXELS, report) if tile else WHOLE
     return restore_latent(image, flux, PIXELS, prompt_of(len(image)), objective, steps, apply=apply, **options)
@@ -156,8 +156,8 @@ def test_steps_are_network_evaluations_and_all_passes_are_reported(solver, evalu
         return img * 0
 
     image = torch.zeros(1, 3, 24, 40)
-    z = latents(image, flux, steps=5, solver=solver, tile=16, report=lambda: ticks.append(1))
-    decode(PIXELS, z, (40, 24), apply := Tiles(16, PIXELS, lambda: ticks.append(1)))
+    z = latents(image, flux, steps=5, solver=solver, tile=16, report=ticks.append)
+    decode(PIXELS, z, (40, 24), apply := Tiles(16, PIXELS, ticks.append))
     tiles = 2 * 3
     assert len(calls) == tiles * evaluations
     assert len(ticks) == tiles * (evaluations + 2) == apply.passes(40, 24, 5, solver)
@@ -362,7 +362,7 @@ def test_norms_of_tiles_see_nearly_what_they_see_of_the_whole(photograph, seed):
         apply, side = Tiles(192, autoencoder), 192 // autoencoder.factor
         whole = shared_norms.gather(autoencoder, norms, z)
         alone = [shared_norms.gather(autoencoder, norms, z[..., :side, left:][..., :side]) for left in (0, side)]
-        with shared_norms.shared_norms(autoencoder, z, apply, lambda: ticks.append(1)):
+        with shared_norms.shared_norms(autoencoder, z, apply, ticks.append):
             for norm in norms:  # two numbers in each group tell which mean and variance it takes
                 x = torch.tensor([0.0, 1.0]).expand(1, norm.num_channels, 1, 2)
                 low, high = norm(x).unflatten(1, (norm.num_groups, -1)).mean((2, 3)).unbind(-1)
@@ -429,8 +429,9 @@ def test_the_autoencoder_has_tiles_of_its_own():
         return img * 0
 
     ticks = []
-    apply = Tiles(32, Coder(), lambda: ticks.append(1), Room(1e9, 1.0, 1.0, 0.0))
+    apply = Tiles(32, Coder(), ticks.append, Room(1e9, 1.0, 1.0, 0.0))
     restore(torch.zeros(1, 3, 64, 96), flux, Coder(), PROMPT, BRIDGE, 1, apply=apply)
     assert seen[0] == ("encode", 64, 96) and seen[-1] == ("decode", 32, 48)
     assert [s for s in seen if s[0] == "step"] == [("step", 64)] * 12
     assert len(seen) == len(ticks) == apply.passes(96, 64, 1, "euler")
+    assert list(dict.fromkeys(ticks)) == ["encoding", "restoring", "decoding"]

@@ -109,10 +109,10 @@ class Ticker:
         self.name, self.pixels, self.passes, self.done = name, math.prod(size), passes, 0
         self.number, self.began = self.number + 1, time.monotonic()
 
-    def __call__(self) -> None:
-        """One more pass is done."""
+    def __call__(self, part: str) -> None:
+        """One more pass is done, of encoding, restoring or decoding; the last takes the longest of a small model."""
         self.done += 1
-        line = f"picture {self.number} of {self.pictures}, {self.name}: {100 * self.done // self.passes} %"
+        line = f"picture {self.number} of {self.pictures}, {self.name}: {part}, {100 * self.done // self.passes} %"
         if self.done_pixels:
             left = self.seconds / self.done_pixels * self.left - (time.monotonic() - self.began)
             line += f"  left {clock(max(left, 0))}"

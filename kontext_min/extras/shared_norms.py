@@ -32,7 +32,7 @@ Statistics = tuple[Tensor, Tensor]  # mean and variance, (B, groups) each
 
 @contextmanager
 def shared_norms(
-    autoencoder: Autoencoder, z: Tensor, apply: Tiles, report: Callable[[], None] = lambda: None
+    autoencoder: Autoencoder, z: Tensor, apply: Tiles, report: Callable[[str], None] = lambda part: None
 ) -> Iterator[None]:
     """Inside it, every group norm of the decoder applies the statistics of all of z to whatever tile it is given.
 
@@ -51,7 +51,7 @@ def shared_norms(
             found = []
             for step in (stride, 2 * stride):
                 found.append(gather(autoencoder, norms, z[..., ::step, ::step]))
-                report()
+                report("decoding")
             for norm, (mean, variance), (coarse_mean, coarse_variance) in zip(norms, *found, strict=True):
                 ratio = (variance + norm.eps) / (coarse_variance + norm.eps)  # a group may be constant
                 norm.forward = fixed(norm, (2 * mean - coarse_mean, variance * ratio))

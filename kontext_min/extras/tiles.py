@@ -19,6 +19,7 @@ attention of the smallest level, n^2 for n latent positions, takes more than the
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -76,7 +77,7 @@ class Tiles:
     Args:
         tile: side in pixels; best is the side that was trained. None: 64 tokens.
         autoencoder: its factor tells latent positions from pixels.
-        report: called after each pass of a tile through a network.
+        report: called after each pass of a tile through a network, with what that does.
         room: chooses the tile of the autoencoder; without it, that is the transformer's.
 
     Raises:
@@ -87,7 +88,7 @@ class Tiles:
         self,
         tile: int | None,
         autoencoder: Autoencoder,
-        report: Callable[[], None] = lambda: None,
+        report: Callable[[str], None] = lambda part: None,
         room: Room | None = None,
     ) -> None:
         self.side, self.factor = tile_side(tile, autoencoder.factor), autoencoder.factor
@@ -102,7 +103,8 @@ class Tiles:
         side, overlap = self.side, OVERLAP
         if scale != 1:
             side, overlap = self.picture_side(*(length // unit for length in inputs[0].shape[-2:])), OVERLAP_OF_PICTURES
-        return tiled(f, inputs, side * unit, GRID * unit, scale, finish, self.report, overlap)
+        report = partial(self.report, "encoding" if scale < 1 else "decoding" if scale > 1 else "restoring")
+        return tiled(f, inputs, side * unit, GRID * unit, scale, finish, report, overlap)
 
     def picture_side(self, height: int, width: int) -> int:
         """The side of a tile of the autoencoder, in latent positions, for a latent of this size."""
