@@ -439,6 +439,8 @@ def test_contact_sheet_command(tmp_path, capsys):
     photo = tmp_path / "photo.png"
     PHOTO.resize((400, 300)).save(photo)
     contact_sheet.main([str(photo)], str(tmp_path / "sheet.jpg"))
+    with pytest.raises(ValueError, match="exists; name a new file for the sheet"):  # contact_sheet *.jpg
+        contact_sheet.main([str(photo)], str(photo))
     sheet = Image.open(tmp_path / "sheet.jpg")
     assert sheet.size == (4 * 320, 2 * (24 + 240 + 160))
     heads, row, mean = capsys.readouterr().out.splitlines()

@@ -646,7 +646,7 @@ def test_pictures_held_out_are_never_trained_on_and_stay_the_same(tmp_path):
     assert said == [f"note: 2 of 2 to validate on are to train on too, such as {held[0].name}"]
     told = [dataclasses.replace(one, caption=one.path) for one in many]
     assert held_out.split(settings, told, [(64, 64)])[2] == [
-        "note: every picture to train on has a caption, so --prompt trains none"
+        "note: every picture to train on has a caption; none trains with --prompt, sample.py's default"
     ]
     two = dataclasses.replace(settings, degrade=("denoise", "deblur"))
     assert held_out.split(two, many, [(64, 64)])[2] == ["note: only the first --degrade is validated, denoise"]

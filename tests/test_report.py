@@ -153,6 +153,12 @@ def test_headline_names_the_best_validation(run):
     assert facts["Time"][0] == "5m20s"  # 100 steps of 2 s and 2 validations of 60 s
 
 
+def test_headline_tells_what_the_base_gains_without_training(tmp_path):
+    rows = [validation_row(0, psnr=28.0), *(training_row(s) for s in range(1, 5)), validation_row(4, psnr=29.0)]
+    facts = {name: (value, note) for name, value, note in read(make_run(tmp_path / "run", rows))["facts"]}
+    assert facts["Before training"] == ("28.00 dB", "the base alone")
+
+
 def test_slider_shows_the_last_validation_and_offers_the_best(run):
     data = read(run)
     assert data["steps"] == ["50, best", "100"]

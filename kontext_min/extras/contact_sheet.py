@@ -32,6 +32,8 @@ def contact_sheet(pictures: dict[str, Image.Image]) -> Image.Image:
 
 def main(photos: list[str], sheet: str) -> None:
     """Print the table, and write the contact sheet of the first photograph."""
+    if Path(sheet).exists():  # perhaps a photograph, if you forgot to name the sheet
+        raise ValueError(f"{sheet}: exists; name a new file for the sheet, behind the photographs.")
     table = []
     for seed, path in enumerate(photos):
         photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
@@ -42,6 +44,7 @@ def main(photos: list[str], sheet: str) -> None:
     print(f"{'PSNR, dB':20}" + "".join(f"{name:>18}" for name in PRESETS))
     for path, row in zip([*photos, "mean"], [*table, np.mean(table, axis=0)], strict=True):
         print(f"{Path(path).name:20}" + "".join(f"{value:18.2f}" for value in row))
+    print(f"{sheet}: what they do to {photos[0]}")
 
 
 if __name__ == "__main__":

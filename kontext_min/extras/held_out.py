@@ -46,7 +46,7 @@ def split(
         held, kept = [p for p in pictures if p.name in names], [p for p in pictures if p.name not in names]
         lines = [] if held else ["note: no validation; it takes --val-root, or 8 pictures in --hr-root to hold out one"]
     if kept and all(p.caption for p in kept) and len(settings.degrade) < 2:
-        lines.append("note: every picture to train on has a caption, so --prompt trains none")
+        lines.append("note: every picture to train on has a caption; none trains with --prompt, sample.py's default")
     known = [p.name for p in held if any(filecmp.cmp(p.path, other.path, shallow=False) for other in kept)]
     if known:
         lines.append(f"note: {len(known)} of {len(held)} to validate on are to train on too, such as {known[0]}")

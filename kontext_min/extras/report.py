@@ -156,7 +156,9 @@ def run_facts(training: Sequence[Row], validations: Sequence[Row], goal: Any) ->
     facts = []
     if top := best(validations):
         facts += gains(*(top[key] for key in SCORES))
-        last = validations[-1].get("psnr")
+        first, last = (row.get("psnr") for row in (validations[0], validations[-1]))
+        if validations[0].get("step") == 0 and is_number(first):
+            facts.append(["Before training", f"{first:.2f} dB", "the base alone"])
         note = f"by PSNR; the last: {last:.2f} dB" if is_number(last) else "by PSNR"
         facts.append(["Best step", f"{top['step']:,}", note])
     if training:
