@@ -443,6 +443,7 @@ def test_contact_sheet_command(tmp_path, capsys):
         contact_sheet.main([str(photo)], str(photo))
     sheet = Image.open(tmp_path / "sheet.jpg")
     assert sheet.size == (4 * 320, 2 * (24 + 240 + 160))
-    heads, row, mean = capsys.readouterr().out.splitlines()
+    heads, row, mean, last = capsys.readouterr().out.splitlines()
+    assert last == f"{tmp_path / 'sheet.jpg'}: what they do to {photo}"
     assert heads.split()[2:] == list(PRESETS) and row.split()[1:] == mean.split()[1:]
     assert all(5 < float(value) < 45 for value in row.split()[1:])

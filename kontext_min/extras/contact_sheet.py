@@ -31,7 +31,11 @@ def contact_sheet(pictures: dict[str, Image.Image]) -> Image.Image:
 
 
 def main(photos: list[str], sheet: str) -> None:
-    """Print the table, and write the contact sheet of the first photograph."""
+    """Print the table, and write the contact sheet of the first photograph.
+
+    Raises:
+        ValueError: the sheet exists.
+    """
     if Path(sheet).exists():  # perhaps a photograph, if you forgot to name the sheet
         raise ValueError(f"{sheet}: exists; name a new file for the sheet, behind the photographs.")
     table = []
