@@ -70,7 +70,7 @@ class Settings:
     vae: Path | None = model(None, "file of the autoencoder, instead of the one in --weights")
     clip: Path | None = model(None, "file of the CLIP text encoder, instead of the one in --weights")
     t5: Path | None = model(None, "file of the T5 text encoder, instead of the one in --weights")
-    lora: tuple[str, ...] = model((), "LoRA file; FILE=0.8 sets its strength; may be repeated")
+    lora: tuple[str, ...] = model((), "LoRA file or folder; FILE=0.8 sets its strength; may be repeated")
     quantize: str | None = model(None, "quantize the weights to 8 or 4 bits", QUANTIZED)
 
     prompt: str | None = method(None, "instruction; default: the LoRA's, or that of the preset guide")

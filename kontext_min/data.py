@@ -241,12 +241,12 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image, to_srgb: bool) -> Image.Image:
     profile = image.info.get("icc_profile") if to_srgb else None
     kind = {"CMYK": "CMYK", "P": "RGB"}.get(image.mode) or Image.getmodebase(image.mode)
-    # Float, 16 and 32 bits: convert() would clip them at 255.
-    if image.mode == "F" or image.mode.startswith("I"):
+    if image.mode == "F" or image.mode.startswith("I"):  # float, 16 and 32 bits: convert() would clip them at 255
         x, tags, white = np.asarray(image), getattr(image, "tag_v2", {}), 1 if image.mode == "F" else 65535
-        # In a TIFF white may be 0 (262) or the largest of 12 bits or of 16 with a sign (258, 339), in FITS anything.
-        odd = tags.get(262, 1) != 1 or (tags.get(258), tags.get(339, (1,))) in (((12,), (1,)), ((16,), (2,)))
-        if odd or image.format == "FITS" or not (x.min() >= 0 and x.max() <= white):
+        # A TIFF may have its white at 0 (262), 12 or 32 bits (258), or a sign (339): known are uint16 and float32.
+        layout = tags.get(262, 1), tags.get(258, (16,)), tags.get(339, (1,))
+        odd = image.format == "FITS" or (tags and layout not in ((1, (16,), (1,)), (1, (32,), (3,))))
+        if odd or not (x.min() >= 0 and x.max() <= white):
             raise ValueError(f"its white is not {white} (values from {x.min()} to {x.max()}); convert it to 8 bits")
         image = Image.fromarray(np.rint(x * np.float32(255 / white)).astype(np.uint8))
     # Colors under full transparency are undefined, so they must not show.

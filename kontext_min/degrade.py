@@ -323,7 +323,7 @@ def parse(spec: str) -> Step:
     Raises:
         ValueError: one line that says what was given, what is possible and what to do.
     """
-    tokens = re.findall(r"[(),|]|@[^(),|@]*|[^(),|@]+", "".join(spec.split()))  # a sign, @ with its chance, or a name
+    tokens = re.findall(r"[(),|]|@[^(),|@]*|[^(),|@]+", re.sub(r"\s*([(),|@=/:])\s*", r"\1", spec.strip()))
     try:
         if not tokens:
             raise ValueError(f"it is empty; write a preset, {', '.join(PRESETS)}, or operators, {PRESETS['guide']}")

@@ -260,6 +260,8 @@ def test_modes_become_rgb(tmp_path):
     assert (np.asarray(data.open_picture(tmp_path / "deep.pgm")) == ramp[..., None]).all()
     with pytest.raises(ValueError, match=r"its white is not 1 \(values from 0.0 to 1000.0\); convert it"):
         opened(Image.fromarray(np.linspace(0, 1000, 256, dtype=np.float32).reshape(16, 16)), "hdr.tif")
+    with pytest.raises(ValueError, match=r"32bit\.tif: its white is not 65535 \(values from 0 to 255\)"):
+        opened(Image.fromarray(ramp.astype(np.int32)), "32bit.tif")
     for name, tags in (("white-is-0", {262: 0}), ("signed", {339: 2})):
         with pytest.raises(ValueError, match=rf"{name}\.tif: its white is not 65535"):
             opened(Image.fromarray(ramp * 127), f"{name}.tif", tiffinfo=tags)
@@ -510,9 +512,13 @@ def test_every_other_file_is_counted(tmp_path):
         (tmp_path / name).write_bytes(b"whatever")
     smooth((80, 80)).save(tmp_path / "z.png")
     assert inventory.others(tmp_path, {"z.png"}, {(tmp_path / "made").resolve()}) == [
-        f"note: {tmp_path}: 4 other files (2 .dcm, 1 .pct, 1 .txt), not read as pictures or captions"
+        f"note: {tmp_path}: 5 other files (2 .dcm, 1 .pct, 2 .txt), not read as pictures or captions"
     ]
-    assert inventory.others(tmp_path, {"z.png", "a.dcm", "b.dcm", "c.pct", "notes.txt", "made/report.html"}) == []
+    for captions, said in ((True, "5 other files (2 .dcm, 1 .pct, 1 .txt, 1 .html)"), (False, "6 other files")):
+        assert said in inventory.describe(tmp_path, data.scan(tmp_path)[0], [], SMALL, captions)
+    assert inventory.unused(tmp_path, {"z.png"}, "input")[0].startswith(f"note: {tmp_path}: 6 other files")
+    (tmp_path / "z.TXT").write_text("another")  # one of both is read
+    assert "6 other files" in inventory.describe(tmp_path, data.scan(tmp_path)[0], [], SMALL)
 
 
 def test_captions_under_other_names_are_named_and_counted(tmp_path):

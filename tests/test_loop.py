@@ -144,7 +144,7 @@ def test_the_end_names_the_best_step_if_it_is_not_the_last(flags, tmp_path, monk
     monkeypatch.setattr(held_out, "batches_between", lambda *args: 1)
     assert train.main([str(x) for x in [*flags, *more]]) == 0
     best = tmp_path / "run" / "checkpoints" / "step-000002"
-    assert f"note: step 2 has the best PSNR, 25.68 dB; it is kept in {best}\n" in capsys.readouterr().out
+    assert f"note: step 2 has the best PSNR, 25.68 dB; to restore with it, name {best}\n" in capsys.readouterr().out
     assert (best / "lora.safetensors").exists()
     assert train.main([str(x) for x in [*flags, *more, "--overwrite", "--steps", 1, "--warmup", 0]]) == 0
     assert "note: step 0 has the best PSNR, 26.00 dB: the steps after it did not help" in capsys.readouterr().out

@@ -195,6 +195,20 @@ def test_too_much_exif_for_a_jpeg(tmp_path, capsys, large):
     assert capsys.readouterr().err.count("left out, too large for a JPEG\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("header", "size", "deep"),
+    [
+        (b"P5 9 9 100\n", 81, 0),
+        (b"P6 9 9 255\n", 243, 0),
+        (b"P6 9 9 65535\n", 486, 1),
+        (b"P1 9 9\n" + b"1 " * 81, 0, 0),
+    ],
+)
+def test_bits_that_a_ppm_loses_are_named(tmp_path, header, size, deep):
+    (tmp_path / "in.ppm").write_bytes(header + bytes(size))
+    assert read(tmp_path / "in.ppm").notes == ("more than 8 bits a channel: restored and written with 8",) * deep
+
+
 # ------------------------------------------------------------------------------------------- colours that are compared
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ import sample
 import train
 from kontext_min import data, degrade
 from kontext_min.checkpoints import load_flux
-from kontext_min.extras import checks, fidelity, folders, metrics, pictures
+from kontext_min.extras import base, checks, fidelity, folders, metrics, pictures
 from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.lora_files import save_lora
 from kontext_min.extras.scores import Scores
@@ -646,7 +647,7 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--strength", "nan"], "--strength: got nan"),
         (["--strength", "1e-300"], "--strength: got 1e-300, expected at least 0.001"),
         (["--fidelity", "1.5"], "--fidelity: got 1.5"),
-        (["--fidelity", "1e-300"], "--fidelity: got 1e-300, expected 0 or at least 1e-06"),
+        (["--fidelity", "1e-300"], "--fidelity: got 1e-300, expected 0 or at least 0.001"),
         (["--reference", "{here}/nowhere"], "nowhere: no such file or folder"),
         (["--reference", "{here}/text.jpg"], "text.jpg: not a picture"),
         (["--reference", "{here}/in.png", "--degrade", "guide"], "leave one of the two out"),
@@ -1164,3 +1165,13 @@ def test_memory_grows_by_the_picture_and_its_latent_alone(small_bundle, tmp_path
         )
     print(peaks, "MB at 1 and 6 MP")
     assert (peaks[1] - peaks[0]) / 5 < 20
+
+
+def test_guidance_for_a_base_without_it_is_named(monkeypatch, capsys):
+    flux = SimpleNamespace(params=SimpleNamespace(guidance_embed=False))
+    monkeypatch.setattr(base, "_load", lambda *_: (flux, None))
+    monkeypatch.setattr(base, "skip_unread", lambda flux: None)
+    for guidance, said in ((None, ""), (2.0, "note: --guidance has no effect: base has no guidance embedding\n")):
+        settings = sample.Settings(input=Path("a"), output=Path("b"), guidance=guidance)
+        base.load_base(settings, Path("base"), torch.float32, torch.device("cpu"), Path("cache"))
+        assert capsys.readouterr().err == said

@@ -26,7 +26,7 @@ import train
 from conftest import make_pictures
 from kontext_min import data, degrade, flow
 from kontext_min.checkpoints import metadata
-from kontext_min.extras import base, checkpointing, held_out, plan, prompts, report, runs, tasks, validation
+from kontext_min.extras import base, checkpointing, checks, held_out, plan, prompts, report, runs, tasks, validation
 from kontext_min.extras.flags import given, parse_flags
 from kontext_min.extras.lora_files import trained_with
 from train import Settings
@@ -125,6 +125,20 @@ def test_phases_are_named_and_the_last_line_restores_a_picture(run, pictures, tm
     done = subprocess.run(f"{command} --steps 1 --tile 64", shell=True, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "restored.png").exists()
+
+
+def test_a_part_of_a_degradation_that_changes_nothing_is_named(capsys):
+    for spec, idle in (
+        ("blur=1,noise=0.1@0,gamma=1", "noise, gamma"),
+        ("(blur=1@1|noise=0.1)", "noise"),
+        ("blur=1,(dust=0,jpeg=50)", "dust"),
+        ("guide@0,blur=1", "blur, noise, jpeg"),
+        ("blur=1,scratches=1/1/0.5", ""),
+        *((name, "") for name in degrade.PRESETS),
+    ):
+        checks.check_degradation(spec)
+        said = f"note: --degrade {spec}: never changes a picture: {idle}\n" if idle else ""
+        assert capsys.readouterr().err == said, spec
 
 
 def test_the_printed_command_is_one(pictures):
@@ -365,6 +379,7 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--vae", "{flux}"], "It looks like the Flux transformer"),
         (["--output-dir", "{here}/text.jpg/run"], "--output-dir {here}/text.jpg/run: can't be made or written: Not a"),
         (["--degrade", "blurr=2"], "blurr"),
+        (["--degrade", "jpeg=3 0"], "quality of jpeg must be"),
         (["--steps", "0"], "--steps: got 0"),
         (["--objective", "kontext", "--source-noise", "0.1"], "starts from pure noise"),
         (["--lora-targets", "nothing"], "matches no Linear"),
@@ -417,8 +432,8 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
             "/d: its validation/ would hold results",
         ),
         (["--val-root", "{here}/c/latents/a", "--cache-dir", "{here}/c"], "/c: its latents/ would hold results among"),
-        (["--ema", "1e-300"], "--ema: got 1e-300, expected 0 or at least 1e-06"),
-        (["--source-noise", "1e-7"], "--source-noise: got 1e-07, expected 0 or at least 1e-06"),
+        (["--ema", "1e-300"], "--ema: got 1e-300, expected 0 or at least 0.001"),
+        (["--source-noise", "1e-7"], "--source-noise: got 1e-07, expected 0 or at least 0.001"),
         (["--start-time", "1e-300"], "--start-time: got 1e-300, expected auto or a number from 0.001 to 1"),
         *(
             (["--weights", "{bad}", "--defaults", text], f"{{bad}}/defaults.json: {message}")

@@ -3,6 +3,7 @@
 Both programs use it. It imports quantize.py, stream.py and compiling.py only if their flag is given.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Weights:
 def load_base(settings: Any, path: Path, dtype: torch.dtype, device: torch.device, cache_dir: Path) -> tuple[Flux, Any]:
     """The transformer, and its stream if the weights are streamed (call `wrap` of it before it runs)."""
     flux, stream = _load(settings, path, dtype, device, cache_dir)
+    if not flux.params.guidance_embed and settings.guidance != type(settings).guidance:
+        print(f"note: --guidance has no effect: {path} has no guidance embedding", file=sys.stderr)
     if settings.compile:  # one graph per kind of block, for any number of tokens
         from kontext_min.extras.compiling import compile_blocks
 

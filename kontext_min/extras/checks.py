@@ -104,15 +104,24 @@ def check_degradation(spec: str) -> None:
     """
     step, rng = degrade.parse(spec), np.random.default_rng(0)
     sides = (64, 1400)  # dust is so rare that it may miss a small picture
-    pictures = (Image.fromarray(rng.integers(256, size=(side, side, 3), dtype=np.uint8)) for side in sides)
-    changes = any(_changes(step, picture) for picture in pictures)
-    refuse((not changes, f"--degrade {spec}: changes nothing; give stronger values"))
+    pictures = [Image.fromarray(rng.integers(256, size=(side, side, 3), dtype=np.uint8)) for side in sides]
+    idle = [operator for operator, works in _operators(step, pictures) if not works]
+    refuse((len(idle) == len(_operators(step, [])), f"--degrade {spec}: changes nothing; give stronger values"))
+    if idle and parallel.place()[0] == 0:
+        print(f"note: --degrade {spec:.1000}: never changes a picture: {', '.join(idle)}", file=sys.stderr)
+
+
+def _operators(step: degrade.Step, pictures: Sequence[Image.Image]) -> list[tuple[str, bool]]:
+    """Every operator of a degradation, and whether it can run and changes one of the pictures in one of 16 draws."""
+    if step.chance is not None and step.chance < 1e-9:
+        pictures = []
+    if step.kind in ("all", "one"):
+        return [found for part in step.parts for found in _operators(part, pictures)]
+    return [(step.kind, any(_changes(step, picture) for picture in pictures))]
 
 
 def _changes(step: degrade.Step, picture: Image.Image) -> bool:
-    """Whether one of the operators that can run changes a picture in one of 16 draws."""
-    if step.kind in ("all", "one"):
-        return any(part.chance != 0 and _changes(part, picture) for part in step.parts)
+    """Whether an operator changes a picture in one of 16 draws."""
     rng = np.random.default_rng(0)
     return any(step(picture, rng).tobytes() != picture.tobytes() for _ in range(16))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
-TINY = 1e-6  # a positive number below it has no effect
+TINY = 1e-3  # a positive number below it has no effect
 
 
 def flag(

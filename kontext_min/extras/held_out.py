@@ -38,7 +38,8 @@ def split(
         if not found:
             reason = ": ".join(unused[0]) if unused else "the folder holds none"
             raise ValueError(f"--val-root {settings.val_root}: no usable picture; {reason}.")
-        lines = [f"--val-root {settings.val_root}: {describe(settings.val_root, found, unused, buckets)}"]
+        text = describe(settings.val_root, found, unused, buckets, captions=False)  # --validation-prompt is theirs
+        lines = [f"--val-root {settings.val_root}: {text}"]
         lines += [f"note: {MOST} of its {len(found)} pictures are used"] * (len(found) > MOST)
         held, kept = sorted(found, key=_by_name)[:MOST], list(pictures)
     else:

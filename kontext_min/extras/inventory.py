@@ -53,7 +53,7 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     for p in pictures:
         stem = p.name.rpartition(".")[0]
         others = [text for text in (f"{p.name}.txt", f"{stem}.caption", f"{p.name}.caption") if text in lower]
-        small = p.caption and p.caption.stat().st_size < 5000
+        small = p.caption and p.caption.stat().st_size < 1e6
         if small and not p.caption.read_bytes().decode("utf-8-sig", "replace").strip():
             left_out.append((f"{stem}.txt", "an empty caption; --prompt takes its place"))
         if others and not p.caption:
@@ -107,21 +107,21 @@ def others(root: Path, named: Collection[str], made: Set[Path] = frozenset()) ->
 
     Args:
         root: the folder.
-        named: the pictures in use, and the files that are left out. The .txt beside one of them is its caption.
+        named: the pictures and captions in use, and the files that are left out.
         made: folders of results, whose files are left out.
     """
-    stems = {name.rpartition(".")[0] for name in named}
-    files = {name: path for name, path in walk(root) if not (name.lower().endswith(".txt") and name[:-4] in stems)}
-    rest = [name for name, path in files.items() if name not in named and made.isdisjoint(path.resolve().parents)]
+    rest = [name for name, path in walk(root) if name not in named and made.isdisjoint(path.resolve().parents)]
     return [f"note: {root}: {_count(rest, 'other file')}, not read as pictures or captions"] if rest else []
 
 
 def unused(root: Path, used: Collection[str], whose: str) -> list[str]:
-    """A line about the pictures below `root`, whole or not, that are not among those in use, if there are some."""
+    """A line about the pictures below `root`, whole or not, that are not among those in use, one about other files."""
     found, rejected = scan(root)
-    rest = sorted(({p.name for p in found} | {name for name, _ in rejected + unread(root, [])}) - set(used))
+    pictures = {p.name for p in found} | {name for name, _ in rejected + unread(root, [])}
+    rest = sorted(pictures - set(used))
     more = f" and {len(rest) - 3} more" * (len(rest) > 3)
-    return [f"note: {root}: no {whose} goes with {printable(', '.join(rest[:3]))}{more}"] if rest else []
+    lines = [f"note: {root}: no {whose} goes with {printable(', '.join(rest[:3]))}{more}"] if rest else []
+    return lines + others(root, pictures)
 
 
 def printable(name: str) -> str:
@@ -136,8 +136,17 @@ def _count(names: Sequence[str], what: str) -> str:
     return f"{len(names)} {what}{'s' * (len(names) > 1)} ({kinds})"
 
 
+def caption_of(picture: Picture) -> str:
+    """The name of the caption below the root, as data.scan knows it."""
+    return picture.name[: -len(picture.path.suffix)] + picture.caption.suffix
+
+
 def describe(
-    root: Path, pictures: Sequence[Picture], left_out: Sequence[tuple[str, str]], buckets: Sequence[Size]
+    root: Path,
+    pictures: Sequence[Picture],
+    left_out: Sequence[tuple[str, str]],
+    buckets: Sequence[Size],
+    captions: bool = True,
 ) -> str:
     """Text to print: pictures in each bucket, files left out by ending, the first ten of those with reasons, others."""
     counts = Counter(nearest_bucket(p.width, p.height, buckets) for p in pictures)
@@ -147,4 +156,5 @@ def describe(
         lines.append(_count([name for name, _ in left_out], "file").replace(" (", " left out ("))
         lines += [f"  {printable(name)}: {reason}" for name, reason in left_out[:10]]
         lines += [f"  ... and {len(left_out) - 10} more"] * (len(left_out) > 10)
-    return "\n".join(lines + others(root, {p.name for p in pictures} | {name for name, _ in left_out}))
+    named = {p.name for p in pictures} | {name for name, _ in left_out}
+    return "\n".join(lines + others(root, named | {caption_of(p) for p in pictures if p.caption and captions}))

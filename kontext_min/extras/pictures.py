@@ -316,7 +316,9 @@ def read(path: Path) -> File:
         with Image.open(path, formats=FORMATS) as image:
             keep, notes, alpha = {}, [], None
             # The tile of a PPM holds its white.
-            deep = image.mode.startswith(("I", "F")) or any(re.search(r";16|, \d{3,}\)\)", str(t)) for t in image.tile)
+            whites = [n for t in image.tile if t[0].startswith("ppm") for n in re.findall(r"\d{3,}", str(t[3]))]
+            deep = any(";16" in str(t) for t in image.tile) or any(int(n) > 255 for n in whites)
+            deep |= image.mode.startswith(("I", "F"))
             # In a PNG, EXIF and text may stand behind the pixels.
             image.load()
             if deep:

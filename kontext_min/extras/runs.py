@@ -279,7 +279,7 @@ def best_step(folder: Path, state: dict[str, Any]) -> list[str]:
         return []
     kept = folder / "checkpoints" / f"step-{step:06d}"
     if step and kept.exists():
-        return [f"note: step {step} has the best PSNR, {psnr:.2f} dB; it is kept in {kept}"]
+        return [f"note: step {step} has the best PSNR, {psnr:.2f} dB; to restore with it, name {kept}"]
     return [f"note: step {step} has the best PSNR, {psnr:.2f} dB: the steps after it did not help; try another --lr"]
 
 
