@@ -800,6 +800,7 @@ def test_mistakes_on_the_command_line_are_one_clear_line(pair, tmp_path):
         ("", "--lora '': no file name; expected FILE or FILE=STRENGTH."),
         ("=0.5", "--lora '=0.5': no file name"),
         (f"{file}=abc", "got strength 'abc', expected a number from -100 to 100"),
+        (f"{file}=1e-6", "got strength '1e-6', expected a number from -100 to 100, or 0"),
         (f"{file}=", "got strength '', expected"),
         (f"{file}=nan", "got strength 'nan', expected"),
         (f"{file}=1e20", "got strength '1e20', expected"),
@@ -1111,7 +1112,7 @@ def test_training_goes_on_from_a_lora(kontext_run, tmp_path):
     """With a learning rate that moves nothing the new run ends where the old one did, though its rank is higher."""
     lora, outputs = kontext_run / "run" / "lora.safetensors", []
     assert (
-        run_training(kontext_run, tmp_path / "run", "--steps", 1, "--lr", 1e-9, "--rank", 6, "--init-lora", lora) == 0
+        run_training(kontext_run, tmp_path / "run", "--steps", 1, "--lr", 1e-6, "--rank", 6, "--init-lora", lora) == 0
     )
     for file in (lora, tmp_path / "run" / "lora.safetensors"):
         flux = load_flux(TINY, dtype=torch.float32)

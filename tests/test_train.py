@@ -434,6 +434,7 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--val-root", "{here}/c/latents/a", "--cache-dir", "{here}/c"], "/c: its latents/ would hold results among"),
         (["--ema", "1e-300"], "--ema: got 1e-300, expected 0 or at least 0.001"),
         (["--source-noise", "1e-7"], "--source-noise: got 1e-07, expected 0 or at least 0.001"),
+        (["--lr", "1e-9", "--steps", "2"], "--lr: got 1e-09, which moves no weight by more than 2e-09 in 2 steps"),
         (["--start-time", "1e-300"], "--start-time: got 1e-300, expected auto or a number from 0.001 to 1"),
         *(
             (["--weights", "{bad}", "--defaults", text], f"{{bad}}/defaults.json: {message}")

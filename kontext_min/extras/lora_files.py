@@ -46,6 +46,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kontext_min.checkpoints import SWAPPED, flux_modules, read_headers
+from kontext_min.extras.flags import TINY
 from kontext_min.extras.saving import save_file, split_rows
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import LoRALinear, linears, lora_layers
@@ -493,8 +494,8 @@ def strength_of(text: str) -> tuple[Path, float]:
         if not name.endswith(".safetensors") and not Path(name).exists():
             return Path(text), 1.0  # a path with = in it
         value = math.nan
-    if not -100 <= value <= 100:
-        raise ValueError(f"--lora {text}: got strength {strength!r}, expected a number from -100 to 100.")
+    if not -100 <= value <= 100 or 0 < abs(value) < TINY:
+        raise ValueError(f"--lora {text}: got strength {strength!r}, expected a number from -100 to 100, or 0.")
     return Path(name), value
 
 

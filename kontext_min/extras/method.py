@@ -9,7 +9,9 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from kontext_min import degrade
 from kontext_min.checkpoints import find, metadata
@@ -61,11 +63,9 @@ def method_of(settings: Any, weights: Weights) -> Method:
     if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)
         solver = "midpoint" if name == "bridge" and steps > 1 else "euler"
     objective = Objective(name, **{k: about[k] for k in ("context", "source_noise", "start_time") if k in about})
-    if settings.seed != type(settings).seed and not (settings.degrade or objective.source_noise or name == "kontext"):
-        print(
-            "note: --seed has no effect: this bridge has no source noise, and without --degrade none is drawn",
-            file=sys.stderr,
-        )
+    drawn = objective.source_noise or name == "kontext" or (settings.degrade and _draws(settings.degrade))
+    if settings.seed != type(settings).seed and not drawn:
+        print("note: --seed has no effect: this bridge has no source noise, and --degrade draws none", file=sys.stderr)
     return Method(
         prompt=settings.prompt or about.get("prompt") or degrade.PROMPTS["guide"],
         guidance=settings.guidance if settings.guidance is not None else about.get("guidance", 1.5),
@@ -74,6 +74,12 @@ def method_of(settings: Any, weights: Weights) -> Method:
         solver=solver,
         resolution=about.get("resolution"),
     )
+
+
+def _draws(spec: str) -> bool:
+    """Whether a degradation differs from seed to seed."""
+    step, picture = degrade.parse(spec), Image.new("RGB", (256, 256), "gray")
+    return len({step(picture, np.random.default_rng(seed)).tobytes() for seed in range(16)}) > 1
 
 
 def made_with(settings: Any, weights: Weights, method: Method) -> dict[str, Any]:
