@@ -1112,7 +1112,7 @@ def test_training_goes_on_from_a_lora(kontext_run, tmp_path):
     """With a learning rate that moves nothing the new run ends where the old one did, though its rank is higher."""
     lora, outputs = kontext_run / "run" / "lora.safetensors", []
     assert (
-        run_training(kontext_run, tmp_path / "run", "--steps", 1, "--lr", 1e-6, "--rank", 6, "--init-lora", lora) == 0
+        run_training(kontext_run, tmp_path / "run", "--steps", 1, "--lr", 1e-7, "--rank", 6, "--init-lora", lora) == 0
     )
     for file in (lora, tmp_path / "run" / "lora.safetensors"):
         flux = load_flux(TINY, dtype=torch.float32)

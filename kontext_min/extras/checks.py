@@ -285,7 +285,7 @@ def check_lengths(s: Any) -> None:
     except ValueError as error:
         raise ValueError(f"{s.weights / 'defaults.json'}: {error}") from None
     still = f"--lr: got {s.lr:g}, which moves no weight by more than {s.lr * s.steps:g} in {s.steps} steps; give more"
-    refuse((s.lr * s.steps < 1e-6, still))  # AdamW's step is about the learning rate
+    refuse((s.lr * s.steps < 1e-7, still))  # AdamW's step is about the learning rate
     longer = s.warmup and s.warmup > s.steps
     refuse((longer, f"--warmup: got {s.warmup}, but the run has {s.steps} steps and would never reach --lr; give less"))
 
