@@ -820,7 +820,12 @@ def test_a_lora_of_zeros_says_that_it_changes_nothing(small_bundle, tmp_path, ca
     for layer in lora_layers(flux).values():
         layer.lora_B.data.fill_(0.01)
     save_lora(flux, tmp_path / "lora.safetensors")
-    for strength, said in (("0", True), ("1", False)):
+    for strength, said in (("0", True), ("1", False), ("tiny B", True)):
+        if strength == "tiny B":
+            for layer in lora_layers(flux).values():
+                layer.lora_B.data.fill_(1e-9)
+            save_lora(flux, tmp_path / "lora.safetensors")
+            strength = "1"
         assert run(*args, "--overwrite", "--lora", f"{tmp_path / 'lora.safetensors'}={strength}") == 0
         assert ("so this LoRA changes nothing" in capsys.readouterr().err) == said
 

@@ -633,8 +633,9 @@ def load_lora(model: Flux, path: str | Path, strength: float = 1.0) -> dict[str,
         FileNotFoundError, ValueError: no such file; not a plain, whole LoRA of this model.
     """
     lora, metadata = factors_for(model, path)
-    if abs(strength) < 1e-6 or not any(factors.up.any() and factors.down.any() for factors in lora.values()):
-        print(f"note: {path}: its strength, A or B is 0, so this LoRA changes nothing", file=sys.stderr)
+    sizes = [f.alpha / len(f.down) * f.up.abs().max().float() * f.down.abs().max().float() for f in lora.values()]
+    if abs(strength) * max(map(abs, sizes)) < 1e-7:  # no byte of a picture was seen to change
+        print(f"note: {path}: its strength, A or B is nearly 0, so this LoRA changes nothing", file=sys.stderr)
     device = next(model.parameters()).device
     for name, (down, up, alpha) in lora.items():
         base, downs, ups, alpha = model.get_submodule(name), [down.to(device)], [up.to(device)], strength * alpha
