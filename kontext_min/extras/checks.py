@@ -105,8 +105,9 @@ def check_degradation(spec: str) -> None:
     step, rng = degrade.parse(spec), np.random.default_rng(0)
     sides = (64, 1400)  # dust is so rare that it may miss a small picture
     pictures = [Image.fromarray(rng.integers(256, size=(side, side, 3), dtype=np.uint8)) for side in sides]
-    idle = [operator for operator, works in _operators(step, pictures) if not works]
-    refuse((len(idle) == len(_operators(step, [])), f"--degrade {spec}: changes nothing; give stronger values"))
+    found = _operators(step, pictures)
+    idle = [operator for operator, works in found if not works]
+    refuse((len(idle) == len(found), f"--degrade {spec}: changes nothing; give stronger values"))
     if idle and parallel.place()[0] == 0:
         print(f"note: --degrade {spec:.1000}: never changes a picture: {', '.join(idle)}", file=sys.stderr)
 

@@ -8,6 +8,7 @@ import filecmp
 import hashlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,11 @@ def split(
         lines = [] if held else ["note: no validation; it takes --val-root, or 8 pictures in --hr-root to hold out one"]
     if kept and all(p.caption for p in kept) and len(settings.degrade) < 2:
         lines.append("note: every picture to train on has a caption; none trains with --prompt, sample.py's default")
-    known = [p.name for p in held if any(filecmp.cmp(p.path, other.path, shallow=False) for other in kept)]
+    sizes: dict[int, list[Path]] = {}  # each file is asked once, and read only where another has its size
+    for p in kept:
+        sizes.setdefault(p.path.stat().st_size, []).append(p.path)
+    alike = ((p, sizes.get(p.path.stat().st_size, ())) for p in held)
+    known = [p.name for p, paths in alike if any(filecmp.cmp(p.path, path, shallow=False) for path in paths)]
     if known:
         lines.append(f"note: {len(known)} of {len(held)} to validate on are to train on too, such as {known[0]}")
     if len(settings.degrade) > 1:

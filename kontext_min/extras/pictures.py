@@ -29,6 +29,7 @@ import re
 import secrets
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,9 +129,9 @@ def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[li
         files = [reference_of(job, path) for job in jobs] if path.is_dir() else [path]
         found = [str(file) for file in files if file]
         taken |= {_identity(Path(file)): file for file in found}
-        if shared := next((file for file in found if path.is_dir() and found.count(file) > 1), None):
-            raise ValueError(f"--reference: {shared} goes with two pictures of --input; rename one of them.")
         if path.is_dir():  # of clean pictures
+            if shared := [file for file, count in Counter(found).items() if count > 1]:
+                raise ValueError(f"--reference: {shared[0]} goes with two pictures of --input; rename one of them.")
             pairs = [(job.path, file) for job, file in zip(jobs, files, strict=True) if file]
             lines = unused(path, {file.relative_to(path).as_posix() for _, file in pairs}, "input")
             copies = sum(filecmp.cmp(*pair, shallow=False) for pair in pairs)
