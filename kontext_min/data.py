@@ -17,7 +17,6 @@ import functools
 import io
 import math
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,12 +80,7 @@ SMALLEST = 16  # pixels a side
 THREADS = 8  # reading headers is mostly waiting for the disk
 
 # Pillow refuses more than twice its limit, so that a small file cannot unpack to more than your memory.
-LIMIT = os.environ.get("KONTEXT_MAX_PIXELS", "5e8")
-if not re.fullmatch(r"[1-9]\d{0,17}(e\d{1,2})?", LIMIT):
-    program = Path(sys.argv[0]).name
-    print(f"{program}: KONTEXT_MAX_PIXELS: got {LIMIT!r}, expected a number of pixels, such as 5e8.", file=sys.stderr)
-    sys.exit(2)
-Image.MAX_IMAGE_PIXELS = int(float(LIMIT)) // 2
+Image.MAX_IMAGE_PIXELS = 250_000_000  # KONTEXT_MAX_PIXELS in the environment raises it: extras/program.py
 warnings.filterwarnings("ignore", module="PIL")  # of sizes and broken EXIF; what matters is an error
 # It allows 1 MB for each text or color profile of a PNG; editors write more. The total stays limited to 64 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -218,10 +212,11 @@ def open_picture(path: Path, minimum: Size | None = None, to_srgb: bool = False)
             if minimum and image.format in ("JPEG", "MPO"):
                 w, h = minimum if _orientation(image) < 5 else minimum[::-1]
                 image.draft(None, (math.ceil(w * DRAFT_MARGIN), math.ceil(h * DRAFT_MARGIN)))
+            deep = image.mode[0] in "IF" or ";16" in str(image.tile)  # the tiles are gone after load()
             image.load()
             # Only now: in a PNG the orientation may follow the pixels.
             orientation = _orientation(image)
-            rgb = _to_rgb(image, to_srgb)
+            rgb = _to_rgb(image, to_srgb, deep)
     # As in _read_header, Pillow's parsers raise anything.
     except Exception as error:
         raise UnreadableError(f"{_text(path)}: {_reason(error)}") from error
@@ -238,7 +233,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image, to_srgb: bool) -> Image.Image:
+def _to_rgb(image: Image.Image, to_srgb: bool, deep: bool) -> Image.Image:
     profile = image.info.get("icc_profile") if to_srgb else None
     kind = {"CMYK": "CMYK", "P": "RGB"}.get(image.mode) or Image.getmodebase(image.mode)
     if image.mode == "F" or image.mode.startswith("I"):  # float, 16 and 32 bits: convert() would clip them at 255
@@ -249,14 +244,16 @@ def _to_rgb(image: Image.Image, to_srgb: bool) -> Image.Image:
         if odd or not (x.min() >= 0 and x.max() <= white):
             raise ValueError(f"its white is not {white} (values from {x.min()} to {x.max()}); convert it to 8 bits")
         image = Image.fromarray(np.rint(x * np.float32(255 / white)).astype(np.uint8))
+    # Often it holds 12 bits, the lower ones of 16, and no tag says so.
+    if deep and (white := max(high for _, high in image.convert("RGB").getextrema())) < 16:
+        raise ValueError(f"more than 8 bits, but nearly black (at most {white} of 255); convert it to 8 bits")
     # Colors under full transparency are undefined, so they must not show.
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if profile and (transform := _srgb_transform(profile, kind)):
         return ImageCms.applyTransform(image if image.mode == kind else image.convert(kind), transform)
-    # convert() would copy even if there is nothing to convert.
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 # A folder has only a few profiles, and a CMYK one takes long to prepare.

@@ -246,6 +246,17 @@ def _fits_of_16_bits():
     return "".join(card.ljust(80) for card in cards).ljust(2880).encode() + struct.pack(">h", 9000) * 256
 
 
+def _png_of_16_bits(rgb):
+    """A PNG of 16 bits a channel, which Pillow does not write."""
+    import zlib
+
+    height, width = rgb.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
+    chunks = (b"IHDR" + struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0), b"IDAT" + zlib.compress(rows), b"IEND")
+    lengths = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(lengths)
+
+
 def test_modes_become_rgb(tmp_path):
     def opened(image, name, **options):
         """What a file of this picture is read as."""
@@ -269,6 +280,12 @@ def test_modes_become_rgb(tmp_path):
         (tmp_path / name).write_bytes(file)
         with pytest.raises(ValueError, match=rf"{name}: its white is not 65535"):
             data.open_picture(tmp_path / name)
+    for name in ("12-of-16.png", "12-of-16.tif"):  # no tag says so
+        with pytest.raises(ValueError, match=r"more than 8 bits, but nearly black \(at most 15 of 255\); convert it"):
+            opened(Image.fromarray(ramp * 15), name)
+    (tmp_path / "rgb.png").write_bytes(_png_of_16_bits(np.repeat(ramp[..., None] * 15, 3, axis=2)))
+    with pytest.raises(ValueError, match="nearly black"):
+        data.open_picture(tmp_path / "rgb.png")
     assert (opened(Image.fromarray(ramp.astype(np.uint8)), "grey.png") == ramp[..., None]).all()
     assert set(np.unique(opened(Image.fromarray(ramp > 100), "bits.png"))) == {0, 255}
 
@@ -475,7 +492,8 @@ def test_pictures_of_188_megapixels_are_read_and_the_limit_can_be_raised(tmp_pat
     reason = dict(data.scan(tmp_path)[1])["larger.png"]
     assert "KONTEXT_MAX_PIXELS" in reason and "500,000,000" in reason
 
-    code = "import pathlib, sys; from kontext_min import data; print(len(data.scan(pathlib.Path(sys.argv[1]))[0]))"
+    code = "import pathlib, sys; from kontext_min import data; from kontext_min.extras import program; "
+    code += "print(len(data.scan(pathlib.Path(sys.argv[1]))[0]))"
     command = [sys.executable, "-c", code, str(tmp_path)]
     for bad in ("inf", "0"):
         ran = subprocess.run(command, env=os.environ | {"KONTEXT_MAX_PIXELS": bad}, capture_output=True, text=True)

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,7 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from kontext_min.extras import parallel, runs
+
+# Here, and not in a function: where loader workers do not fork, they import this file.
+if limit := os.environ.get("KONTEXT_MAX_PIXELS"):
+    if not re.fullmatch(r"[1-9]\d{0,17}(e\d{1,2})?", limit):
+        what = f"KONTEXT_MAX_PIXELS: got {limit!r}, expected a number of pixels, such as 5e8."
+        print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
+        sys.exit(2)
+    Image.MAX_IMAGE_PIXELS = int(float(limit)) // 2  # Pillow refuses twice as many
 
 
 def beside_the_programs(path: str) -> Path:
