@@ -201,12 +201,21 @@ def test_too_much_exif_for_a_jpeg(tmp_path, capsys, large):
         (b"P5 9 9 100\n", 81, 0),
         (b"P6 9 9 255\n", 243, 0),
         (b"P6 9 9 65535\n", 486, 1),
-        (b"P1 9 9\n" + b"1 " * 81, 0, 0),
+        (b"P1 9 9\n" + b"1 0 " * 41, 0, 0),
     ],
 )
 def test_bits_that_a_ppm_loses_are_named(tmp_path, header, size, deep):
-    (tmp_path / "in.ppm").write_bytes(header + bytes(size))
+    (tmp_path / "in.ppm").write_bytes(header + bytes(i % 101 for i in range(size)))
     assert read(tmp_path / "in.ppm").notes == ("more than 8 bits a channel: restored and written with 8",) * deep
+
+
+def test_a_picture_of_nearly_one_color_is_named(tmp_path):
+    """Such as a TIFF whose palette has 8 bits where 16 are the rule: it is read as black."""
+    palette = [i for _ in range(3) for i in range(256)]
+    Image.frombytes("P", (64, 64), bytes(range(256)) * 16).save(tmp_path / "in.tif", tiffinfo={320: tuple(palette)})
+    assert "nearly one color; look at the file" in read(tmp_path / "in.tif").notes
+    crop(60, 40).save(tmp_path / "in.png")
+    assert read(tmp_path / "in.png").notes == ()
 
 
 # ------------------------------------------------------------------------------------------- colours that are compared

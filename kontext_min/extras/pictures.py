@@ -358,6 +358,8 @@ def read(path: Path) -> File:
                     notes.append("transparency is kept as it is (a JPEG is laid on white)")
     except Exception as error:  # see data._read_header: Pillow's parsers raise anything
         raise UnreadableError(f"{path}: {error}") from error
+    if all(high - low < 16 for low, high in rgb.getextrema()):  # its scale is one that Pillow does not know, perhaps
+        notes.append("nearly one color; look at the file")
     return File(rgb, alpha, keep, tuple(notes))
 
 
