@@ -103,7 +103,7 @@ def test_a_picture_comes_back_at_its_own_size(small, small_bundle, tmp_path, cap
         (["--output", "{here}/o.png", "--prompt", "\udc80"], "--prompt '\\udc80': expected text in UTF-8"),
         (["--output", "{here}/o.png", "--degrade", "noise=0"], "--degrade noise=0: changes nothing"),
         (["--output", "{here}/new"], "use .png, .jpg, .webp or .tif, or an existing folder"),
-        (["--input", "{cut}", "--output", "o.png", "--reference", "{cut}"], "cut.jpg: is --input; name clean pictures"),
+        (["--input", "{cut}", "--output", "o.png", "--reference", "{cut}"], "cut.jpg: is --input or a copy of it"),
         (["--output", "/proc/o.png", "--steps", "1"], "/proc"),
     ],
 )
@@ -579,7 +579,7 @@ def test_clean_pictures_that_are_not_or_fit_twice_are_named(scored, tmp_path, ca
     assert "a.webp goes with two pictures of --input; rename one of them" in capsys.readouterr().err
     one = ["--input", clean / "c.png", "--reference", tmp_path / "in" / "c.png", "--output", tmp_path / "o.png"]
     assert run(*one) == 2
-    assert "in/c.png: is a copy of --input; name the clean picture" in capsys.readouterr().err
+    assert "in/c.png: is --input or a copy of it; name the clean pictures" in capsys.readouterr().err
 
 
 def test_scores_of_another_folder_or_reference_are_kept(scored, tmp_path, capsys):
@@ -652,8 +652,8 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--reference", "{here}/text.jpg"], "text.jpg: not a picture"),
         (["--reference", "{here}/in.png", "--degrade", "guide"], "leave one of the two out"),
         (["--input", "{folder}", "--reference", "{here}/in.png"], "is a file, but --input is a folder"),
-        (["--json", "{here}/s.json"], "--json: scores need a clean picture"),
-        (["--json", "{here}/no/s.json", "--degrade", "guide"], "no such folder"),
+        (["--json", "{here}/s.json"], "s.json: scores need a clean picture"),
+        (["--json", "{here}/no/s.json", "--degrade", "guide"], "s.json: can't be written; name a file in a folder"),
         (["--json", "{folder}/a.png", "--degrade", "guide"], "exists and holds no scores"),
         (["--json", "{folder}/a.png", "--degrade", "guide", "--overwrite"], "exists and holds no scores"),
         (["--json", "{here}/mine.json", "--degrade", "guide", "--overwrite"], "exists and holds no scores"),
@@ -678,7 +678,7 @@ def test_report_of_a_folder(scored, tmp_path):
             for name in ("{here}/d/.lock", "{here}/d/.restored-with.jsonl", "{here}/../{last}/d/.restored-with.json")
         ),
         (["--device", "meta"], "--device: got 'meta'"),
-        (["--json", "{folder}", "--degrade", "guide"], "is a folder; name a file"),
+        (["--json", "{folder}", "--degrade", "guide"], "folder: exists and holds no scores"),
         (["--json", "{here}/pipe.png", "--degrade", "guide"], "pipe.png: exists and holds no scores"),
         (["--json", "/dev/full", "--degrade", "guide"], "--json /dev/full: exists and holds no scores"),
         (["--output", "{here}/pipe.png", "--overwrite"], "pipe.png: is no file, or a link that leads to none"),

@@ -349,9 +349,10 @@ def test_the_loop_writes_the_same_file(run, capsys):
     ("flags", "message"),
     [
         ("--full --quantize int8", "--full trains all weights, so it excludes --quantize"),
-        ("--full --stream", "--full trains all weights, so it excludes --quantize and --stream"),
-        ("--shard --stream", "so it excludes --quantize and --stream"),
-        ("--shard --quantize nf4", "so it excludes --quantize and --stream"),
+        ("--full --stream", "--full trains all weights, so it excludes --stream; leave one of the two out"),
+        ("--full --stream --quantize nf4", "so it excludes --quantize and --stream"),
+        ("--shard --stream", "--shard spreads the weights themselves, so it excludes --stream"),
+        ("--shard --quantize nf4", "--shard spreads the weights themselves, so it excludes --quantize"),
     ],
 )
 def test_flags_that_do_not_go_together(run, flags, message, capsys):

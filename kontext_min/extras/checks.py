@@ -24,9 +24,38 @@ from kontext_min import degrade
 from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
 from kontext_min.extras import parallel, runs
-from kontext_min.extras.flags import check_values
+from kontext_min.extras.flags import changed, check_values, name_of
 from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.pictures import existing
+
+# A flag that is given (with this value, where there is one), what it does, and the flags that do not go with it.
+EXCLUDES: tuple[tuple[str, Any, str, tuple[str, ...]], ...] = (
+    ("full", None, "trains all weights", ("quantize", "stream")),
+    ("full", None, "trains no LoRA", ("rank", "alpha", "lora_targets")),
+    ("full", None, "trains no LoRA (merge it: python -m kontext_min.extras.export merge)", ("init_lora",)),
+    ("shard", None, "spreads the weights themselves", ("quantize", "stream")),
+    ("stream", None, "recomputes every block", ("gradient_checkpointing",)),
+    ("objective", "kontext", "has the reference tokens of --context", ("context",)),
+    ("objective", "kontext", "starts from pure noise", ("source_noise", "start_time")),
+    ("validate_every_epochs", 0, "validates nothing", ("val_root", "validation_prompt")),
+    ("lr_root", None, "holds degraded pictures", ("degrade",)),
+    ("reference", None, "holds the clean pictures, which with --degrade --input does", ("degrade",)),
+)
+
+
+def check_flags(s: Any) -> None:
+    """The settings of either program, one by one, and which do not go together.
+
+    Raises:
+        ValueError: a value is outside its range, or one flag excludes another.
+    """
+    check_values(s)
+    given = changed(s)
+    for name, value, does, others in EXCLUDES:
+        clash = [name_of(other) for other in others if other in given]
+        if clash and name in given and value in (None, given[name]):
+            flag = name_of(name) + f" {value}" * (value is not None)
+            raise ValueError(f"{flag} {does}, so it excludes {' and '.join(clash)}; leave one of the two out.")
 
 
 def refuse(*rows: tuple[Any, str]) -> None:
@@ -133,51 +162,20 @@ def check_training(s: Any) -> None:
     Raises:
         ValueError: a value outside its range, or flags that contradict each other.
     """
-    check_values(s)
+    check_flags(s)
     for text in s.degrade:
         check_degradation(text)
     check_text("--prompt", *s.prompt)
     check_text("--validation-prompt", s.validation_prompt)
     check_folders(s)
     most = 4 * (os.cpu_count() or 1)
-    whole = "so it excludes --quantize and --stream; leave them out"
-    auto = s.start_time == "auto"
+    tasks = max(1, len(s.degrade))
     refuse(
-        (s.full and (s.quantize or s.stream), f"--full trains all weights, {whole}"),
-        (s.shard and (s.quantize or s.stream), f"--shard spreads the weights themselves, {whole}"),
-        (
-            s.shard and parallel.place()[1] < 2,
-            "--shard spreads the weights over processes; start them with torchrun --nproc-per-node N",
-        ),
-        (
-            s.stream and s.gradient_checkpointing not in (None, "all"),
-            f"--gradient-checkpointing {s.gradient_checkpointing}: --stream recomputes every block; leave it out",
-        ),
-        (
-            s.validation_prompt and s.validate_every_epochs == 0,
-            "--validation-prompt: with --validate-every-epochs 0 it is not used; leave one of the two out",
-        ),
         (s.full and s.dtype == "bfloat16", "--full trains in float32; leave --dtype out"),
+        (s.shard and parallel.place()[1] < 2, "--shard needs several processes: torchrun --nproc-per-node N"),
         (
-            s.full and (s.alpha or s.rank != type(s).rank or s.lora_targets != type(s).lora_targets),
-            "--full trains no LoRA; leave out --rank, --alpha and --lora-targets",
-        ),
-        (
-            s.objective == "kontext" and s.context,
-            "--objective kontext has the reference tokens of --context already; leave --context out",
-        ),
-        (
-            s.full and s.init_lora,
-            f"--init-lora {s.init_lora}: --full trains no LoRA; merge it into the base first: "
-            "python -m kontext_min.extras.export merge",
-        ),
-        (
-            not auto and not 1e-3 <= number(s.start_time) <= 1,
+            s.start_time != "auto" and not 1e-3 <= number(s.start_time) <= 1,
             f"--start-time: got {s.start_time}, expected auto or a number from 0.001 to 1",
-        ),
-        (
-            s.objective == "kontext" and (s.source_noise or auto or number(s.start_time) != 1),
-            "--objective kontext starts from pure noise; leave out --source-noise and --start-time",
         ),
         (s.workers > most, f"--workers: got {s.workers}, expected at most {most}, four per CPU core"),
         (
@@ -185,18 +183,10 @@ def check_training(s: Any) -> None:
             "--tensorboard: the package is not installed; pip install tensorboard, or leave the flag out",
         ),
         (
-            len(s.prompt) not in (0, max(1, len(s.degrade))),
+            len(s.prompt) not in (0, tasks),
             f"--prompt: got {len(s.prompt)} for {len(s.degrade)} --degrade; give one for each, or none",
         ),
-        (
-            len(s.degrade) > 1 and s.cache_latents,
-            "--cache-latents keeps the latents of one --degrade; leave it out",
-        ),
-        (s.degrade and s.lr_root, "--degrade: the pictures in --lr-root are degraded already; leave one of them out"),
-        (
-            s.val_root and s.validate_every_epochs == 0,
-            "--val-root: with --validate-every-epochs 0 its pictures are not used; leave one of the two out",
-        ),
+        (tasks > 1 and s.cache_latents, "--cache-latents keeps the latents of one --degrade; leave it out"),
     )
 
 
@@ -212,7 +202,6 @@ def check_folders(s: Any) -> None:
     deleted = [path.resolve() for path in runs.written(out)] if s.overwrite and s.output_dir else []
     lost = next((p for p in read if p and any(would_lose(p.resolve(), path) for path in deleted)), None)
     page = out / "report.html"
-    pictures = (("--hr-root", s.hr_root), ("--lr-root", s.lr_root), ("--val-root", s.val_root))
     cached = ["prompts"] + ["latents"] * bool(s.cache_latents) + ["quantized"] * bool(s.stream and s.quantize)
     refuse(
         (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),
@@ -221,44 +210,25 @@ def check_folders(s: Any) -> None:
             not all(can_write(s.cache_dir / name / "file") for name in cached),
             f"--cache-dir {s.cache_dir}: can't be written; name another folder",
         ),
-        (same(s.lr_root, s.hr_root), f"--lr-root {s.lr_root}: is --hr-root, so the LoRA would learn to change nothing"),
         (
             s.lr_root and _lies_in(s.lr_root, s.hr_root),
-            f"--lr-root {s.lr_root}: lies in --hr-root, so its pictures would be trained on as clean ones; move it",
-        ),
-        (
-            same(s.val_root, s.hr_root),
-            f"--val-root {s.val_root}: is --hr-root; leave it out, and a few pictures are held out",
+            f"--lr-root {s.lr_root}: is --hr-root or in it, so its pictures would be trained on as clean ones; move it",
         ),
         (
             s.val_root and (_lies_in(s.val_root, s.hr_root) or _lies_in(s.hr_root, s.val_root)),
-            f"--val-root {s.val_root}: has pictures in common with --hr-root {s.hr_root}; move one of the two folders",
-        ),
-        *(
-            (
-                root and root.is_dir() and _lies_in(folder, root),
-                f"{flag} {folder}: lies in {name}, among your pictures; name another folder",
-            )
-            for flag, folder in (("--output-dir", out), ("--cache-dir", s.cache_dir))
-            for name, root in pictures
-        ),
-        *(
-            (
-                root and _lies_in(root, folder / name),
-                f"{flag} {folder}: its {name}/ would hold results among the pictures of {root}; name another folder",
-            )
-            for flag, folder, names in (
-                ("--output-dir", out, ("validation", "checkpoints", "transformer", "tensorboard")),
-                ("--cache-dir", s.cache_dir, ("prompts", "latents", "quantized")),
-            )
-            for name in names
-            for _, root in pictures
+            f"--val-root {s.val_root}: has pictures in common with --hr-root {s.hr_root}; move one of the two folders, "
+            "or leave the flag out, and a few pictures are held out",
         ),
         (
             out.resolve() == Path(out.resolve().anchor) or _lies_in(out, s.weights),
             f"--output-dir {out}: is no place for a run; name a folder outside --weights, such as runs/mine",
         ),
     )
+    of_run, of_cache = ("validation", "checkpoints", "transformer", "tensorboard"), ("prompts", "latents", "quantized")
+    for root in filter(None, (s.hr_root, s.lr_root, s.val_root)):
+        for flag, folder, parts in (("--output-dir", out, of_run), ("--cache-dir", s.cache_dir, of_cache)):
+            mixed = _lies_in(folder, root) or any(_lies_in(root, folder / part) for part in parts)
+            refuse((mixed, f"{flag} {folder}: would write among your pictures in {root}; name another folder"))
 
 
 def suited(file: Path, guide: dict[str, float]) -> dict[str, float]:
@@ -303,53 +273,24 @@ def check_sampling(s: Any) -> None:
     Raises:
         ValueError: a value outside its range, or flags that contradict each other.
     """
-    check_values(s)
+    check_flags(s)
     alone = "sample.py is one process; start it without torchrun, or unset WORLD_SIZE"
     refuse((parallel.place()[1] > 1, f"WORLD_SIZE={parallel.place()[1]} in the environment: {alone}"))
     if s.degrade:
         check_degradation(s.degrade)
     check_text("--prompt", s.prompt)
     folder, page = s.input.is_dir(), s.output / "report.html"
-    record = s.output / RECORD
-    noted = record.read_text(encoding="utf-8", errors="replace").splitlines() if record.is_file() else []
-    json_file = s.json and s.json.resolve()
-    own = (
-        json_file
-        and json_file.parent == s.output.resolve()
-        and (json_file == page.resolve() or json_file.name[0] == ".")
-    )
+    files = s.reference and s.reference.is_file() and s.input.is_file()
+    if s.json:
+        check_json(s)
     refuse(
         (
-            s.degrade and s.reference,
-            "--reference: with --degrade the input is the clean picture; leave one of the two out",
-        ),
-        (same(s.reference, s.input), f"--reference {s.reference}: is --input; name clean pictures"),
-        (
-            s.reference and s.reference.is_file() and s.input.is_file() and filecmp.cmp(s.reference, s.input, False),
-            f"--reference {s.reference}: is a copy of --input; name the clean picture",
+            same(s.reference, s.input) or (files and filecmp.cmp(s.reference, s.input, shallow=False)),
+            f"--reference {s.reference}: is --input or a copy of it; name the clean pictures",
         ),
         (
             s.reference and folder and not s.reference.is_dir(),
             f"--reference {s.reference}: is a file, but --input is a folder; name a folder",
-        ),
-        (
-            s.json and not (s.degrade or s.reference),
-            "--json: scores need a clean picture; add --reference, or --degrade on a clean input",
-        ),
-        (s.json and s.json.is_dir(), f"--json {s.json}: is a folder; name a file"),
-        (
-            same(s.json, s.output) or own,  # hidden files are the lock and the record of the folder
-            f"--json {s.json}: is written by another flag; name another file",
-        ),
-        (s.json and not s.json.parent.is_dir(), f"--json {s.json}: no such folder; make it first"),
-        (s.json and not can_write(s.json), f"--json {s.json}: can't be written; name another file"),
-        (
-            s.json and s.json.exists() and not is_scores(s.json),
-            f"--json {s.json}: exists and holds no scores; name another file",
-        ),
-        (
-            s.json and s.json.exists() and s.json.stat().st_size and not (s.overwrite or whose_scores(s) in noted),
-            f"--json {s.json}: exists and holds the scores of another call; name another file, or add --overwrite",
         ),
         (s.report and not folder, "--report: is for folders; of one picture, --compare shows before and after"),
         (
@@ -357,6 +298,28 @@ def check_sampling(s: Any) -> None:
             f"--report: {page} exists and is not that of a restored folder; choose another --output",
         ),
     )
+
+
+def check_json(s: Any) -> None:
+    """That --json of sample.py can be written and replaces no file but the scores of this call.
+
+    Raises:
+        ValueError: it can't, or does.
+    """
+    record, json_file = s.output / RECORD, s.json.resolve()
+    noted = record.read_text(encoding="utf-8", errors="replace").splitlines() if record.is_file() else []
+    # Hidden files are the lock and the record of the folder.
+    beside = json_file.parent == s.output.resolve() and (json_file.name == "report.html" or json_file.name[0] == ".")
+    old = s.json.exists()
+    of_another = old and s.json.stat().st_size and not (s.overwrite or whose_scores(s) in noted)
+    for holds, problem in (
+        (not (s.degrade or s.reference), "scores need a clean picture; add --reference, or --degrade on a clean input"),
+        (same(s.json, s.output) or beside, "is written by another flag; name another file"),
+        (old and not is_scores(s.json), "exists and holds no scores; name another file"),
+        (not (s.json.parent.is_dir() and can_write(s.json)), "can't be written; name a file in a folder of yours"),
+        (of_another, "exists and holds the scores of another call; name another file, or add --overwrite"),
+    ):
+        refuse((holds, f"--json {s.json}: {problem}"))
 
 
 def check_shared_memory(buckets: Sequence[Size], batch_size: int, workers: int) -> None:

@@ -162,10 +162,16 @@ def check_values(settings: Any) -> None:
             raise ValueError(f"{name}: got {value}, expected {' and '.join(bounds) or 'a finite number'}.")
 
 
+def changed(settings: Any) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    return {f.name: v for f in dataclasses.fields(settings) if (v := getattr(settings, f.name)) != f.default}
+
+
 def given(settings: Any) -> str:
     """The settings that differ from their defaults, as they stand on a command line."""
-    changed = {f.name: v for f in dataclasses.fields(settings) if (v := getattr(settings, f.name)) != f.default}
-    words = [(k.replace("_", "-"), x) for k, v in changed.items() for x in (v if isinstance(v, tuple) else (v,))]
+    words = [
+        (k.replace("_", "-"), x) for k, v in changed(settings).items() for x in (v if isinstance(v, tuple) else (v,))
+    ]
     switches = {"True": "--{}", "False": "--no-{}"}  # of a flag without a value
     return " ".join(switches.get(repr(x), "--{} {}").format(name, shlex.quote(str(x))) for name, x in words)
 
