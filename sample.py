@@ -115,14 +115,14 @@ def sample(settings: Settings) -> int:
         return 0
     how = made_with(settings, weights, method) if settings.input.is_dir() else {}
     todo = folders.to_do(jobs, settings.input, settings.output, how, settings.overwrite)
-    scores = Scores(settings, device)
+    scores = Scores(settings, device, progress)
     if not todo and not scores.wanted:
         print(f"{settings.output}: all {len(jobs)} pictures are there already; --overwrite restores them again")
         return 1 if failed else 0
     plan.fit(asked, sizes, device)
 
     # ---- the networks: the text encoders are freed before the transformer is loaded
-    progress.phase("loading the networks")
+    progress.phase(f"loading the networks; {method}")
     cache = checks.cache_for(CACHE)
     encoded = prompts.encode([method.prompt], weights, cache / "prompts", dtype, device, settings.stream)
     text = prompts.batch(encoded, [method.prompt], method.guidance, dtype, device)
@@ -144,7 +144,7 @@ def sample(settings: Settings) -> int:
     apply = Tiles(settings.tile or method.resolution, autoencoder, tick, plan.room(autoencoder.params, device))
     degradation, restored = settings.degrade and degrade.parse(settings.degrade), 0
     for job in jobs:
-        with folders.spared(job, jobs, failed, stop=not settings.input.is_dir()):
+        with folders.spared(job, jobs, failed, stop=not how):
             if job not in todo and not scores.wanted:
                 continue
             photo = pictures.load(job, degradation, settings.reference, settings.seed)
@@ -160,7 +160,7 @@ def sample(settings: Settings) -> int:
                 result = pictures.COLOUR_FIXES[settings.color_fix](result, small)
                 result = result.resize(job.size, Image.Resampling.LANCZOS)
                 sheet = validation.grid([[p for p in (photo.degraded, result, photo.clean) if p]])
-                with folders.noted(job, settings.input, settings.output, how, settings.overwrite):
+                with folders.noted(job, settings.output, how, settings.overwrite):
                     pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))
                 result, restored = pictures.to_srgb(result, photo.file), restored + 1
                 tick.end()

@@ -69,7 +69,7 @@ class Settings:
     hr_root: Path = picture(..., "folder of clean photos, read recursively", there="folder")
     lr_root: Path | None = picture(None, "degraded pictures of the same names, instead of --degrade", there="folder")
     degrade: tuple[str, ...] = picture((), "preset or operators; repeat it for several tasks; default: guide")
-    resolution: int | None = picture(None, "side of the square bucket, in pixels; default: 1024 *", least=16, most=4096)
+    resolution: int | None = picture(None, "side of the square bucket, in pixels; default: 1024 *", least=24, most=4096)
     prompt: tuple[str, ...] = picture((), "of each --degrade, for pictures without a .txt file; default: the preset's")
     workers: int = picture(2, "loader workers, which read and degrade pictures", least=0, most=256)
     cache_latents: int = picture(0, "degraded variants per picture, encoded once, kept on disk", least=0, most=10_000)
@@ -249,12 +249,11 @@ def train(settings: Settings) -> int:
         "versions": {"kontext_min": __version__, "torch": torch.__version__, "device": str(me.device)},
         "fingerprint": {part: fingerprint(weights.path(part), part) for part in ("transformer", "vae", "clip", "t5")},
         "pictures": runs.hash_of([*((p.name, p.path.stat().st_size) for p in pairs.pictures), *pairs.prompts]),
+        "files": runs.hash_of(runs.sizes_of(pairs, held)),
         "pictures_a_batch": settings.batch_size * me.world,
     }
     with parallel.first_goes_ahead(me):
-        last = runs.open_run(
-            folder, written, settings.resume, settings.accept_changes, settings.overwrite, write=me.first
-        )
+        last = runs.open_run(folder, written, settings.resume, settings.accept_changes, settings.overwrite, me.first)
 
     # ---- prompts: the text encoders are freed before the transformer is loaded
     texts = {*pairs.prompts, settings.validation_prompt}
@@ -272,9 +271,9 @@ def train(settings: Settings) -> int:
     optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=WEIGHT_DECAY)
     state: dict[str, Any] = {"step": 0, "best_psnr": None, "best_step": None}
     state |= {"skipped": 0, "skipped_in_a_row": 0, "unreadable": []}
+    me.say(f"continuing from {last}" if last else f"{folder}: a new run")
     if last:
         state |= runs.restore(last, trained, ema, optimizer)
-        me.say(f"continuing from {last}")
         if settings.accept_changes:  # the steps before may have had easier pictures
             state |= {"best_psnr": None, "best_step": None}
         # With --accept-changes a finished run would write its old weights again, and the new settings beside them.

@@ -69,8 +69,8 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Size]) -> Size:
 # ---- finding pictures ------------------------------------------------------------------------------------------------
 
 Image.init()
-# Formats that Pillow recognizes but cannot decode by itself. EPS would run ghostscript on an untrusted file.
-FORMATS = sorted(set(Image.OPEN) - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+# Without those that Pillow cannot decode, or reads wrong: an XBM as its negative. EPS would run ghostscript.
+FORMATS = sorted(set(Image.OPEN) - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PCD", "WMF", "XBM"})
 ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
 # A complete file has this mark within this many bytes of its end.
 END_MARKS = {"JPEG": (b"\xff\xd9", 1 << 12), "PNG": (b"IEND", 1 << 17)}
@@ -78,6 +78,7 @@ END_MARKS = {"JPEG": (b"\xff\xd9", 1 << 12), "PNG": (b"IEND", 1 << 17)}
 ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 SMALLEST = 16  # pixels a side
 THREADS = 8  # reading headers is mostly waiting for the disk
+HIDDEN = (".", "$", "#recycle", "@eaDir", "__MACOSX")  # how folders start that systems keep: waste bins, thumbnails
 
 # Pillow refuses more than twice its limit, so that a small file cannot unpack to more than your memory.
 Image.MAX_IMAGE_PIXELS = 250_000_000  # KONTEXT_MAX_PIXELS in the environment raises it: extras/program.py
@@ -127,7 +128,7 @@ def walk(root: Path, failed: Callable[[OSError], None] | None = None) -> Iterato
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
         for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
             yield _text(path.relative_to(root).as_posix()), path
 
@@ -236,6 +237,8 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image, to_srgb: bool, deep: bool) -> Image.Image:
     profile = image.info.get("icc_profile") if to_srgb else None
     kind = {"CMYK": "CMYK", "P": "RGB"}.get(image.mode) or Image.getmodebase(image.mode)
+    if deep and "transparency" in image.info:  # Pillow would look for its 16 bits among pixels of 8
+        raise ValueError("more than 8 bits, and a transparent color; convert it to 8 bits")
     if image.mode == "F" or image.mode.startswith("I"):  # float, 16 and 32 bits: convert() would clip them at 255
         x, tags, white = np.asarray(image), getattr(image, "tag_v2", {}), 1 if image.mode == "F" else 65535
         # A TIFF may have its white at 0 (262), 12 or 32 bits (258), or a sign (339): known are uint16 and float32.

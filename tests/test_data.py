@@ -116,12 +116,13 @@ def test_nearest_bucket_and_the_official_choice():
 
 def test_scan_takes_every_kind_of_name_and_format(tmp_path):
     (tmp_path / "a" / "b c").mkdir(parents=True)
-    (tmp_path / ".hidden").mkdir()
+    for folder in (".hidden", "@eaDir", "$RECYCLE.BIN"):
+        (tmp_path / folder).mkdir()
     picture = smooth((40, 30))
     names = ["x.jpg", "y.JPG", "z.JpEg", "a/p.png", "a/b c/ü.WebP", "a/t.tif", "a/g.gif", "q.bmp", "r.ppm", "s.avif"]
     for name in names:
         picture.save(tmp_path / name)
-    for name in (".hidden/h.png", "._x.jpg"):
+    for name in (".hidden/h.png", "._x.jpg", "@eaDir/thumb.jpg", "$RECYCLE.BIN/r.png"):
         picture.save(tmp_path / name)
     (tmp_path / "x.txt").write_text("  a caption\n over two lines ")
     (tmp_path / "a" / "notes.json").write_text("{}")
@@ -246,15 +247,13 @@ def _fits_of_16_bits():
     return "".join(card.ljust(80) for card in cards).ljust(2880).encode() + struct.pack(">h", 9000) * 256
 
 
-def _png_of_16_bits(rgb):
+def _png_of_16_bits(rgb, transparent):
     """A PNG of 16 bits a channel, which Pillow does not write."""
-    import zlib
-
     height, width = rgb.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
-    chunks = (b"IHDR" + struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0), b"IDAT" + zlib.compress(rows), b"IEND")
-    lengths = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(lengths)
+    head = struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb))
+    chunks = [(b"IHDR", head), *[(b"tRNS", transparent)] * bool(transparent), (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 def test_modes_become_rgb(tmp_path):
@@ -283,9 +282,13 @@ def test_modes_become_rgb(tmp_path):
     for name in ("12-of-16.png", "12-of-16.tif"):  # no tag says so
         with pytest.raises(ValueError, match=r"more than 8 bits, but nearly black \(at most 15 of 255\); convert it"):
             opened(Image.fromarray(ramp * 15), name)
-    (tmp_path / "rgb.png").write_bytes(_png_of_16_bits(np.repeat(ramp[..., None] * 15, 3, axis=2)))
-    with pytest.raises(ValueError, match="nearly black"):
-        data.open_picture(tmp_path / "rgb.png")
+    for name, scale, extra, message in (("a", 15, b"", "nearly black"), ("b", 257, b"\0\1" * 3, "a transparent color")):
+        (tmp_path / f"{name}.png").write_bytes(_png_of_16_bits(np.repeat(ramp[..., None] * scale, 3, axis=2), extra))
+        with pytest.raises(ValueError, match=f"more than 8 bits, .*{message}"):
+            data.open_picture(tmp_path / f"{name}.png")
+    (tmp_path / "bits.xbm").write_text("#define a_width 8\n#define a_height 1\nstatic char a_bits[] = { 0x0f };\n")
+    with pytest.raises(ValueError, match="not a picture"):  # Pillow shows its negative
+        data.open_picture(tmp_path / "bits.xbm")
     assert (opened(Image.fromarray(ramp.astype(np.uint8)), "grey.png") == ramp[..., None]).all()
     assert set(np.unique(opened(Image.fromarray(ramp > 100), "bits.png"))) == {0, 255}
 
@@ -585,7 +588,7 @@ def test_partners_of_no_picture_are_named_and_copies_refused(tmp_path, capsys):
     assert "1 of 2 to train on are copies of the clean pictures" in capsys.readouterr().out
     (low / "a.png").unlink()
     (low / "a.heic").touch()
-    with pytest.raises(ValueError, match=r"a\.png \(Pillow cannot read \.heic files"):
+    with pytest.raises(ValueError, match=r"a\.png \(\.heic files are not read"):
         paired(pictures, low)
 
 

@@ -12,7 +12,7 @@ from scipy import ndimage, special
 
 from kontext_min import degrade
 from kontext_min.degrade import PRESETS, PROMPTS, parse, to_array, to_picture
-from kontext_min.extras import contact_sheet
+from kontext_min.extras import contact_sheet, inventory
 
 PHOTO = Image.open(Path(__file__).parent / "photos" / "life.jpg").convert("RGB").crop((400, 200, 657, 391))  # 257 x 191
 
@@ -438,12 +438,20 @@ def test_too_many_parentheses_are_one_short_line():
 def test_contact_sheet_command(tmp_path, capsys):
     photo = tmp_path / "photo.png"
     PHOTO.resize((400, 300)).save(photo)
-    contact_sheet.main([str(photo)], str(tmp_path / "sheet.jpg"))
+    contact_sheet.main([str(photo), str(tmp_path / "sheet.jpg")])
     with pytest.raises(ValueError, match="exists; name a new file for the sheet"):  # contact_sheet *.jpg
-        contact_sheet.main([str(photo)], str(photo))
+        contact_sheet.main([str(photo), str(photo)])
     sheet = Image.open(tmp_path / "sheet.jpg")
     assert sheet.size == (4 * 320, 2 * (24 + 240 + 160))
     heads, row, mean, last = capsys.readouterr().out.splitlines()
     assert last == f"{tmp_path / 'sheet.jpg'}: what they do to {photo}"
     assert heads.split()[2:] == list(PRESETS) and row.split()[1:] == mean.split()[1:]
     assert all(5 < float(value) < 45 for value in row.split()[1:])
+    assert inventory.is_result(tmp_path / "sheet.jpg")  # among photographs it does not train
+    Image.new("L", (1300, 1300)).save(tmp_path / "black.png")
+    contact_sheet.main([str(tmp_path / "black.png"), str(tmp_path / "black.jpg")])
+    assert "inf" in capsys.readouterr().out
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"cut\.png: "):
+        contact_sheet.main([str(photo), str(tmp_path / "cut.png"), str(tmp_path / "none.jpg")])
+    assert not (tmp_path / "none.jpg").exists()

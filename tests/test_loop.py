@@ -660,7 +660,7 @@ def test_validation_pictures_of_their_own_folder(pictures, tmp_path):
     (more / "a.heic").touch()
     shutil.copy(more / "00.png", more / "more.png")
     training, held, said = held_out.split(train.Settings(hr_root=Path(), val_root=more), [], data.buckets(64, 8))
-    assert len(held) == 8 and "  a.heic: Pillow cannot read .heic files" in said[0]
+    assert len(held) == 8 and "  a.heic: .heic files are not read" in said[0]
     assert said[1:] == ["note: 8 of its 13 pictures are used"]
     settings = train.Settings(hr_root=Path(), val_root=more)
     _, _, said = held_out.split(settings, data.scan(more)[0][2:5], data.buckets(64, 8))
@@ -681,9 +681,21 @@ def test_validation_on_pairs_of_their_own(flags, pictures, tmp_path, capsys):
     own += ["--output-dir", tmp_path / "run"]
     assert train.main([str(f) for f in [*flags, *own]]) == 2
     assert "only.png (missing)" in capsys.readouterr().err
-    (roots["val"] / "only.png").unlink()
+    (roots["val"] / "only.png").rename(roots["val"] / "001.png")
+    assert train.main([str(f) for f in [*flags, *own]]) == 2
+    assert "001.png (missing; is it '01.png'?)" in capsys.readouterr().err
+    (roots["val"] / "001.png").unlink()
     assert train.main([str(f) for f in [*flags, *own]]) == 0
-    assert "4 to validate on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 to validate on" in said and f"{tmp_path / 'run'}: a new run\n" in said
+    for name in ("lr", "val"):  # a partner to train on, then a picture to validate on
+        (roots[name] / "03.png").write_bytes((roots[name] / "03.png").read_bytes() + b" ")
+        assert train.main([str(f) for f in [*flags, *own, "--steps", 2]]) == 2
+        assert "degraded pictures or those to validate on were added, removed or" in capsys.readouterr().err
+        (roots[name] / "03.png").write_bytes((roots[name] / "03.png").read_bytes()[:-1])
+    (roots["val"] / "04.png").unlink()
+    assert train.main([str(f) for f in [*flags, *own, "--steps", 1]]) == 2
+    assert "those to validate on were added, removed or changed" in capsys.readouterr().err
 
 
 @pytest.mark.slow

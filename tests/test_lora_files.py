@@ -1029,6 +1029,27 @@ def test_what_exists_is_not_replaced(base, tmp_path, capsys):
     convert(base / "a.safetensors", tmp_path / "new" / "b.safetensors")  # the folder is made
 
 
+def test_an_export_that_helps_nobody_says_so(base, tmp_path, capsys):
+    source, out = str(base / "a.safetensors"), str(tmp_path / "out.safetensors")
+    for argv, message in (
+        (["convert", source, out, "--drop", "nosuch"], "--drop nosuch: no tensor of"),
+        (["convert", source, out, "--drop", "lora", "--drop", "transformer", "--drop", "diffusion"], "--drop"),
+        (["merge", out, "--weights", str(base / "base.safetensors"), "--lora", source], "the hub layout is a folder"),
+    ):
+        assert export.main(argv) == 2
+        assert message in capsys.readouterr().err and not Path(out).exists()
+    tensors, about = load_file(source), {"kontext_min": json.dumps({"objective": "bridge", "base": "another"})}
+    save_file(tensors, tmp_path / "mine.safetensors", about)
+    assert export.main(["convert", str(tmp_path / "mine.safetensors"), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "other programs look for names that end with .safetensors" in said and "a bridge LoRA starts from" in said
+    lora = str(tmp_path / "mine.safetensors")
+    assert (
+        export.main(["merge", str(tmp_path / "hub"), "--weights", str(base / "base.safetensors"), "--lora", lora]) == 0
+    )
+    assert "was trained on another base model than --weights" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["export", "convert", str(tmp_path / "nowhere"), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as done:
@@ -1127,7 +1148,7 @@ def test_bad_starts_are_one_clear_line(kontext_run, tmp_path, capsys):
     for more, message in (
         (["--init-lora", lora, "--rank", 2], "its rank is 4, the one to train 2; expected --rank 4 or more"),
         (["--init-lora", tmp_path / "nowhere"], f"--init-lora {tmp_path / 'nowhere'}: no such file or folder"),
-        (["--init-lora", lora, "--full"], "merge it into the base first"),
+        (["--init-lora", lora, "--full"], "trains no LoRA (merge it: python -m"),
     ):
         assert run_training(kontext_run, tmp_path / "run", *more) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -268,7 +268,7 @@ def test_a_result_or_a_sheet_among_clean_pictures_is_known(folder, ending):
     """Wherever it is moved, and whether or not its input had EXIF."""
     (folder / "clean").mkdir()
     write(folder / "clean" / f"sheet{ending}", crop(48, 40))
-    with pytest.raises(ValueError, match=rf"sheet\{ending}: restored by sample\.py, and .* should hold clean pictures"):
+    with pytest.raises(ValueError, match=rf"sheet\{ending}: a result of this program, and .* should hold clean"):
         inventory.unread(folder / "clean", data.scan(folder / "clean")[0])
     (folder / "clean" / f"sheet{ending}").unlink()
     crop(48, 40).save(folder / "clean" / f"mine{ending}")

@@ -402,6 +402,18 @@ def tab(tmp_path_factory):
     tab.close()
 
 
+def test_the_command_writes_the_page_of_a_run_only(run, tmp_path, capsys):
+    assert report.main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"other: is no run; expected a folder with a metrics\.jsonl"):
+        report.main([str(tmp_path / "other")])
+    (run / "report.html").write_text("mine")
+    with pytest.raises(ValueError, match=r"report\.html: is not that of a run; move it"):
+        report.main([str(run)])
+    assert (run / "report.html").read_text() == "mine"
+
+
 @pytest.fixture
 def opened(tab, run):
     """The run's page; whatever a test does with it, no error may come up."""

@@ -30,7 +30,7 @@ import train
 from kontext_min import data, degrade
 from kontext_min.checkpoints import load_flux
 from kontext_min.extras import base, checks, fidelity, folders, metrics, pictures
-from kontext_min.extras.inventory import RECORD
+from kontext_min.extras.inventory import marked
 from kontext_min.extras.lora_files import save_lora
 from kontext_min.extras.scores import Scores
 from kontext_min.lora import add_lora, lora_layers
@@ -565,12 +565,16 @@ def test_scores_are_those_of_the_metrics(scored, tmp_path, capsys):
 def test_clean_pictures_that_are_not_or_fit_twice_are_named(scored, tmp_path, capsys):
     clean = tmp_path / "clean"
     shutil.copy(clean / "a.png", clean / "extra.png"), (clean / "c.heic").touch()
-    shutil.copy(tmp_path / "in" / "c.png", clean / "c.png"), (clean / RECORD).touch()
+    for path in (clean / "a.png", tmp_path / "in" / "c.png"):
+        with Image.open(path) as picture:
+            picture.save(path, exif=marked(Image.Exif()))
+    shutil.copy(tmp_path / "in" / "c.png", clean / "c.png")
     assert run(*scored) == 0
     said = capsys.readouterr().err
     assert f"note: {clean}: no input goes with c.heic, extra.png\n" in said
     assert f"note: {clean}: 1 of 3 are copies of the inputs\n" in said
-    assert f"note: {clean}: holds pictures that sample.py restored\n" in said
+    assert f"note: a.png: {clean / 'a.png'} is a result of this program, not clean\n" in said
+    assert "note: c.png: is a result of this program itself\n" in said
     (clean / "a.png").rename(clean / "a.webp"), shutil.copy(clean / "c.png", clean / "a.bmp")
     assert run(*scored) == 2
     assert f"--reference {clean}: a.bmp and a.webp go with a.png; keep one of them" in capsys.readouterr().err
@@ -635,6 +639,10 @@ def test_report_of_a_folder(scored, tmp_path):
     [
         (["--input", "{folder}", "--output", "{here}/in.png"], "--input is a folder; name a folder"),
         (["--input", "{folder}", "--output", "{folder}"], "would replace the input"),
+        (
+            ["--input", "{folder}", "--output", "{here}/o.jpg"],
+            "o.jpg: is named like a picture, but --input is a folder",
+        ),
         (["--input", "{empty}"], "no pictures in this folder"),
         (["--input", "{broken}"], "none of its pictures can be read"),
         (["--output", "{here}/in.png"], "would replace the input"),

@@ -407,7 +407,7 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--val-root", "{hr}/.."], "--val-root {hr}/..: has pictures in common with --hr-root {hr}; move one of"),
         (["--workers", "5000"], "--workers: got 5000"),
         (["--warmup", "7", "--steps", "6"], "--warmup: got 7, but the run has 6 steps"),
-        (["--resolution", "100000"], "--resolution: got 100000, expected at least 16 and at most 4096"),
+        (["--resolution", "100000"], "--resolution: got 100000, expected at least 24 and at most 4096"),
         (["--rank", "100000"], "--rank: got 100000, expected 1 to"),
         (["--cache-dir", "{here}/text.jpg"], "--cache-dir {here}/text.jpg: can't be written"),
         (["--cache-dir", "{hr}/cache"], "--cache-dir {hr}/cache: would write among your pictures"),
@@ -430,17 +430,22 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--prompt", "\udc80"], "--prompt '\\udc80': expected text in UTF-8"),
         (["--validation-prompt", "\udc80"], "--validation-prompt '\\udc80': expected text in UTF-8"),
         (["--lora-targets", "x" * 10000], "xxx ... xxx"),
-        (["--hr-root", "{here}/mine"], "/mine/restored/deep/00.png: restored by sample.py"),
-        (["--hr-root", "{here}/mine/restored/deep"], "/mine/restored/deep/00.png: restored by sample.py"),
-        (["--hr-root", "{here}/runs/old/validation"], "/runs/old/validation/00.png: written by train.py"),
+        (["--hr-root", "{here}/mine"], "/mine/restored/deep/00.png: a result of this program"),
+        (["--hr-root", "{here}/mine/restored/deep"], "/mine/restored/deep/00.png: a result of this program"),
+        (["--hr-root", "{here}/runs/old/validation"], "/runs/old/validation/00.png: a result of this program"),
         (["--degrade", "blur=1", "--degrade", "jpeg=9", "--prompt", "a", "--prompt", "a "], "have the same prompt"),
-        (["--val-root", "{here}/runs"], "/runs/old/validation/00.png: written by train.py"),
+        (["--val-root", "{here}/runs"], "/runs/old/validation/00.png: a result of this program"),
         (["--val-root", "{here}/empty", "--output-dir", "{here}/empty/run"], "run: would write among your pictures in"),
         (
             ["--hr-root", "{here}/d/validation", "--output-dir", "{here}/d"],
             "/d: would write among your pictures in",
         ),
         (["--val-root", "{here}/c/latents/a", "--cache-dir", "{here}/c"], "/c: would write among your pictures in"),
+        (["--hr-root", "{here}/sheets"], "/sheets/step-000001.png: a result of this program"),
+        (
+            ["--output-dir", "{here}/runs/old/checkpoints"],
+            "/runs/old/checkpoints: lies in another run, {here}/runs/old",
+        ),
         (["--ema", "1e-300"], "--ema: got 1e-300, expected 0 or at least 0.001"),
         (["--source-noise", "1e-7"], "--source-noise: got 1e-07, expected 0 or at least 0.001"),
         (["--lr", "1e-9", "--steps", "2"], "--lr: got 1e-09, which moves no weight by more than 2e-09 in 2 steps"),
@@ -470,7 +475,11 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures
         flags = flags[:2]
     shutil.copytree(pictures, tmp_path / "mine" / "restored" / "deep")
     (tmp_path / "mine" / "restored" / ".restored-with.jsonl").write_text('{"picture": "deep/00.png"}\n[]\n')
-    (shutil.copytree(pictures, tmp_path / "runs" / "old" / "validation").parent / "left-out.txt").touch()
+    for name in ("left-out.txt", "metrics.jsonl"):
+        (shutil.copytree(pictures, tmp_path / "runs/old/validation", dirs_exist_ok=True).parent / name).touch()
+    runs.save_picture(tmp_path / "runs" / "old", 1, Image.new("RGB", (64, 64)))
+    (tmp_path / "sheets").mkdir()
+    (tmp_path / "runs/old/validation/step-000001.png").rename(tmp_path / "sheets" / "step-000001.png")
     names = {"here": tmp_path, "flux": flux, "bad": bad, "hr": pictures, "weights": small_bundle}
     assert run(*(f.format(**names) for f in flags)) == 2
     printed = capsys.readouterr()
@@ -481,6 +490,47 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures
     if "broken" in flags[-1]:
         assert "text.jpg: not a picture" in printed.out
         assert "cut.JPG: " in printed.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output-dir", "run\r"], "argument --output-dir: got 'run\\r', with a line end; save the script with"),
+        (["—steps", "1"], "—steps: starts with another dash than -; type it again"),
+        (["\r"], "\\r: belongs to no flag"),
+    ],
+)
+def test_words_of_other_systems_are_one_clear_line(run, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        run(*flags)
+    error = capsys.readouterr().err
+    assert f"train.py: {message}" in error and error.count("\n") == 1
+
+
+def test_a_tilde_that_the_shell_leaves_is_your_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse_flags(Settings, ["--hr-root=~/photos"], "").hr_root == Path("/home/me/photos")
+
+
+def test_your_files_in_a_checkpoint_stay(run, tmp_path, capsys):
+    """One that a run passes, and one of which you kept the LoRA only."""
+    assert run("--steps", 4, "--checkpoint-every", 1, "--validate-every-epochs", 0) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == [f"step-{k:06d}" for k in (2, 3, 4)]
+    state = json.loads((folder / "step-000004" / "state.json").read_text())
+    (folder / "step-000002" / "test.png").touch()
+    for path in (folder / "step-000003").iterdir():
+        if path.name != "lora.safetensors":
+            path.unlink()
+    for step in (3, 5, 6, 7):
+        runs.save_checkpoint(tmp_path / "run", {}, state | {"step": step}, lambda path: None)
+    assert (folder / "step-000002" / "test.png").exists() and not (folder / "step-000004").exists()
+    kept = [p for p in folder.glob("step-000003-*") if (p / "lora.safetensors").exists()]
+    said = capsys.readouterr().out
+    assert len(kept) == 1 and f"no whole checkpoint any more; renamed to {kept[0].name}\n" in said
+    assert f"note: {folder / 'step-000002'}: is kept, because test.png in it is not the run's\n" in said
+    assert run("--steps", 8) == 2
+    assert "checkpoints/step-000002/test.png, which no run wrote; move it" in capsys.readouterr().err
 
 
 def test_all_weights_train_in_float32_on_a_machine_that_multiplies_bfloat16(run, monkeypatch):

@@ -27,6 +27,7 @@ from kontext_min.extras import parallel, runs
 from kontext_min.extras.flags import changed, check_values, name_of
 from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.pictures import existing
+from kontext_min.extras.report import is_report
 
 # A flag that is given (with this value, where there is one), what it does, and the flags that do not go with it.
 EXCLUDES: tuple[tuple[str, Any, str, tuple[str, ...]], ...] = (
@@ -202,6 +203,7 @@ def check_folders(s: Any) -> None:
     deleted = [path.resolve() for path in runs.written(out)] if s.overwrite and s.output_dir else []
     lost = next((p for p in read if p and any(would_lose(p.resolve(), path) for path in deleted)), None)
     page = out / "report.html"
+    run = next((p for p in out.resolve().parents if (p / "metrics.jsonl").is_file()), None)
     cached = ["prompts"] + ["latents"] * bool(s.cache_latents) + ["quantized"] * bool(s.stream and s.quantize)
     refuse(
         (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),
@@ -223,6 +225,7 @@ def check_folders(s: Any) -> None:
             out.resolve() == Path(out.resolve().anchor) or _lies_in(out, s.weights),
             f"--output-dir {out}: is no place for a run; name a folder outside --weights, such as runs/mine",
         ),
+        (run, f"--output-dir {out}: lies in another run, {run}; name that, or a folder of its own"),
     )
     of_run, of_cache = ("validation", "checkpoints", "transformer", "tensorboard"), ("prompts", "latents", "quantized")
     for root in filter(None, (s.hr_root, s.lr_root, s.val_root)):
@@ -340,12 +343,6 @@ def check_shared_memory(buckets: Sequence[Size], batch_size: int, workers: int) 
             f"/dev/shm: {free / 1e6:.0f} MB free, but {workers} workers need {needed / 1e6:.0f} MB for their "
             "batches; use --workers 0 or fewer workers, or give the container more (docker run --shm-size=2g)."
         )
-
-
-def is_report(file: Path) -> bool:
-    """Whether a file may be replaced by report.html: it was made from the page beside report.py."""
-    template = Path(__file__).with_name("report.html").read_bytes()[:50]
-    return file.is_file() and file.read_bytes()[:50] == template
 
 
 def is_scores(file: Path) -> bool:

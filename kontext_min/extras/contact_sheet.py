@@ -1,19 +1,25 @@
 """Every preset of degrade.py on your photographs: python -m kontext_min.extras.contact_sheet PHOTO... SHEET.jpg
 
 The sheet shows the first photograph, clean and with each preset: the whole picture, and below it a crop of the middle
-at full size. The command also prints a table with the PSNR of every preset on every photograph, in dB:
-
-    PSNR = -10 log10 mean (degraded - clean)^2,      pictures in [0, 1]
+at full size. The command also prints a table with the PSNR of every preset on every photograph, in dB. Photographs of
+more than 1 megapixel are shrunk to that first, as in training.
 """
 
 import sys
-from math import ceil, log10
+from collections.abc import Iterable, Sequence
+from math import ceil, sqrt
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from kontext_min.degrade import PRESETS, parse, to_array
+from kontext_min.data import open_picture
+from kontext_min.degrade import PRESETS, parse
+from kontext_min.extras.inventory import marked
+from kontext_min.extras.metrics import psnr
+from kontext_min.extras.pictures import KINDS
+
+SIDE = 1024  # in pixels, of a square of the largest area
 
 
 def contact_sheet(pictures: dict[str, Image.Image]) -> Image.Image:
@@ -30,32 +36,41 @@ def contact_sheet(pictures: dict[str, Image.Image]) -> Image.Image:
     return sheet
 
 
-def main(photos: list[str], sheet: str) -> None:
-    """Print the table, and write the contact sheet of the first photograph.
+def main(arguments: Sequence[str]) -> int:
+    """Print the table, and write the sheet of the first photograph: PHOTO... SHEET. Returns the exit code.
 
     Raises:
-        ValueError: the sheet exists.
+        ValueError: a photograph can't be read, or the sheet not be written.
     """
-    if Path(sheet).exists():  # perhaps a photograph, if you forgot to name the sheet
+    if len(arguments) < 2:
+        raise ValueError("usage: python -m kontext_min.extras.contact_sheet PHOTO... SHEET.jpg.")
+    *photos, sheet = (Path(name) for name in arguments)
+    if sheet.exists():  # perhaps a photograph, if you forgot to name the sheet
         raise ValueError(f"{sheet}: exists; name a new file for the sheet, behind the photographs.")
-    table = []
+    if sheet.suffix.lower() not in KINDS:
+        raise ValueError(f"{sheet}: unknown picture format; name the sheet .jpg or .png.")
+    print(f"{'PSNR, dB':20}" + "".join(f"{name:>18}" for name in PRESETS), flush=True)
+    table, first = [], {}
     for seed, path in enumerate(photos):
-        photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        photo = open_picture(path)
+        scale = min(1.0, SIDE / sqrt(photo.width * photo.height))  # as in training
+        photo = photo.resize((ceil(photo.width * scale), ceil(photo.height * scale)), Image.Resampling.LANCZOS)
         pictures = {name: parse(name)(photo, np.random.default_rng(seed)) for name in PRESETS}
-        table.append([-10 * log10(np.mean((to_array(p) - to_array(photo)) ** 2)) for p in pictures.values()])
-        if seed == 0:
-            contact_sheet({"clean": photo, **pictures}).save(sheet, quality=85)
-    print(f"{'PSNR, dB':20}" + "".join(f"{name:>18}" for name in PRESETS))
-    for path, row in zip([*photos, "mean"], [*table, np.mean(table, axis=0)], strict=True):
-        print(f"{Path(path).name:20}" + "".join(f"{value:18.2f}" for value in row))
+        table.append([psnr(picture, photo) for picture in pictures.values()])
+        print(_row(path.name, table[-1]), flush=True)
+        first = first or {"clean": photo, **pictures}
+    print(_row("mean", np.mean(table, axis=0)))
+    contact_sheet(first).save(sheet, quality=85, exif=marked(Image.Exif()))
     print(f"{sheet}: what they do to {photos[0]}")
+    return 0
+
+
+def _row(name: str, values: Iterable[float]) -> str:
+    """A row of the table."""
+    return f"{name:20}" + "".join(f"{value:18.2f}" for value in values)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit("usage: python -m kontext_min.extras.contact_sheet PHOTO... SHEET.jpg")
-    try:
-        main(sys.argv[1:-1], sys.argv[-1])
-    except (OSError, ValueError) as error:
-        print(f"contact_sheet: {error}", file=sys.stderr)
-        sys.exit(2)
+    from kontext_min.extras import program
+
+    sys.exit(program.run("contact_sheet", main, sys.argv[1:]))

@@ -32,11 +32,14 @@ import torch
 from torch import Tensor, nn
 
 from kontext_min.checkpoints import find, flux_modules, load_flux, read_headers
+from kontext_min.extras import program
+from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.lora_files import (
     BRIDGE,
     FORMATS,
     load_lora,
     lora_file,
+    note_other_base,
     parse,
     purpose,
     read_lora,
@@ -67,7 +70,12 @@ def convert(source: str | Path, target: str | Path, format: str, drop: Sequence[
     """
     _prepare(Path(target))
     tensors, metadata = read_lora(source)
+    for prefix in drop:
+        if not any(name.startswith(prefix) for name in tensors):
+            raise ValueError(f"--drop {prefix}: no tensor of {source} starts so; leave it out.")
     kept = {name: x for name, x in tensors.items() if not name.startswith(tuple(drop))}
+    if not kept:
+        raise ValueError(f"--drop {' '.join(drop)}: leaves no tensor of {source}.")
     lora = parse(kept, metadata, flux_modules(FluxParams()), lora_file(source))
     write_lora(target, lora, format, metadata)
     left_out = f", {len(tensors) - len(kept)} tensors left out" if len(kept) < len(tensors) else ""
@@ -79,6 +87,8 @@ def _prepare(output: Path, folder: bool = False) -> None:
     """Before the work: replace nothing, which may be an input or a base model, and have a place to write to."""
     if output.exists() and not (folder and output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output}: exists already; name another place, or remove it first.")
+    if folder and output.suffix == ".safetensors":
+        raise ValueError(f"{output}: the hub layout is a folder; name one, or add --layout bfl for a file.")
     parent = output.absolute().parent
     with suppress(OSError):
         parent.mkdir(parents=True, exist_ok=True)
@@ -181,6 +191,7 @@ def merge_files(
         raise ValueError(f"{output}: the hub layout has no 8-bit weights; add --layout bfl.")
     _prepare(output, folder=layout == "hub")
     about = purpose(loras)
+    note_other_base(" + ".join(loras), about, fingerprint(base, "transformer"))
     matrices = [s.dtype for s in read_headers(find(base, "transformer")).values() if len(s.shape) == 2]
     is_narrow = any(stored.endswith("8") or stored.startswith("F8") for stored in matrices)
     flux = load_flux(base, dtype=torch.float32 if is_narrow else None)
@@ -210,25 +221,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     help = "LoRA file, with =0.8 after it for its strength; may be repeated"
     two.add_argument("--lora", action="append", required=True, metavar="FILE[=STRENGTH]", help=help)
     two.add_argument("--layout", choices=("hub", "bfl"), default="hub", help="of OUT (default hub)")
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": FP8}
     narrowed = two.add_mutually_exclusive_group()
     narrowed.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: the base's)")
     help = "half the size of bfloat16, with --layout bfl: ComfyUI's scaled fp8"
     narrowed.add_argument("--quantize", choices=("fp8",), help=help)
-    args = parser.parse_args(argv)
-    try:
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": FP8}
+
+    def export(args: argparse.Namespace) -> int:
         if args.command == "convert":
-            print(convert(args.source, args.target, args.format, args.drop))
+            target, loras = args.target, [str(args.source)]
+            print(convert(args.source, target, args.format, args.drop))
         else:
-            dtype = dtypes.get(args.dtype or args.quantize)
-            rounding = merge_files(args.weights, args.lora, args.output, args.layout, dtype)
-            print(f"{args.output}: {args.layout}, {' + '.join(args.lora)} merged; {rounding}")
-            if purpose(args.lora).get("objective") == "bridge":
-                print(f"{args.output}: {BRIDGE}")
-    except (ValueError, OSError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
-    return 0
+            target, loras, dtype = args.output, args.lora, dtypes.get(args.dtype or args.quantize)
+            rounding = merge_files(args.weights, loras, target, args.layout, dtype)
+            print(f"{target}: {args.layout}, {' + '.join(loras)} merged; {rounding}")
+        if target.suffix != ".safetensors" and target.is_file():
+            print(f"note: {target}: is a file; other programs look for names that end with .safetensors")
+        if purpose(loras).get("objective") == "bridge":
+            print(f"{target}: {BRIDGE}")
+        return 0
+
+    return program.run("export", export, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

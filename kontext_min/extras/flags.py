@@ -56,6 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message if len(message) < 400 else f"{message[:200]} ... {message[-100:]}"
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         self.exit(2, f"{self.prog}: {message}. --help shows all flags.\n")
 
 
@@ -65,7 +66,9 @@ def _not_empty(kind: type) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if not text.strip():
             raise argparse.ArgumentTypeError("got an empty value; give one, or leave the flag out")
-        return kind(text)
+        if text[-1] in "\r\n":
+            raise argparse.ArgumentTypeError(f"got {text!r:.99}, with a line end; save the script with Unix line ends")
+        return Path(text).expanduser() if kind is Path else kind(text)  # the shell leaves ~ in --flag=~/folder
 
     read.__name__ = kind.__name__  # argparse names it: invalid int value
     return read
@@ -114,6 +117,8 @@ def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str,
             options["help"] += f" (default {default})"
         groups[group].add_argument(name, **options)
     values, unknown = parser.parse_known_args(argv)
+    if unknown and unknown[0][:1] in "\u2010\u2011\u2012\u2013\u2014\u2212":
+        parser.error(f"{unknown[0]}: starts with another dash than -; type it again")
     if unknown and unknown[0][:1] != "-":
         rule = "each flag takes one value, in quotes if it has blanks; for many pictures, name their folder"
         parser.error(f"{unknown[0]}: belongs to no flag; {rule}")

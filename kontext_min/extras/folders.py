@@ -85,8 +85,8 @@ def _state(job: Job, how: dict[str, Any]) -> list[int]:
 
 
 @contextmanager
-def noted(job: Job, source: Path, target: Path, how: dict[str, Any], overwrite: bool) -> Iterator[None]:
-    """Say in the record how the picture that the block writes is made.
+def noted(job: Job, target: Path, how: dict[str, Any], overwrite: bool) -> Iterator[None]:
+    """Say in the record how the picture that the block writes is made; of a single one, nothing.
 
     That is before a new picture is written, but only after an old one is replaced: wherever a kill falls in between,
     no picture counts as made in a way that it was not. The size of its file is known, and noted, after both.
@@ -99,7 +99,7 @@ def noted(job: Job, source: Path, target: Path, how: dict[str, Any], overwrite: 
         raise ValueError(f"{job.output}: has come since the start, and is kept; --overwrite replaces it.")
 
     def note(size: int | None) -> None:
-        if source.is_dir():
+        if how:
             with naming(record), record.open("a", encoding="utf-8") as f:
                 line = {"picture": job.name, "input": _state(job, how), "size": size, "how": how}
                 f.write(json.dumps(line) + "\n")

@@ -16,15 +16,15 @@ from PIL import ExifTags, Image
 from kontext_min.data import ENDINGS, FORMATS, THREADS, Picture, Size, nearest_bucket, scan, walk
 
 RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
-MARK = "kontext_min sample.py"  # marks a restored picture, in its EXIF
-# Pictures that Pillow cannot read.
+MARK = "kontext_min"  # how the software of a restored picture or a sheet starts, in its EXIF
+# Pictures that Pillow cannot read, or reads wrong.
 UNREAD = {
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq",
-    ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pdf", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".spi", ".spider",
-    ".srw", ".svg", ".wmf", ".x3f", ".xcf",
+    ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pcd", ".pdf", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".spi",
+    ".spider", ".srw", ".svg", ".wmf", ".x3f", ".xbm", ".xcf",
 }  # fmt: skip
 # Those that Pillow knows by their first bytes; the others only by their ending.
-SIGNED = sorted(set(FORMATS) - {"CUR", "ICO", "PCD", "PCX", "SGI", "SPIDER", "TGA"})
+SIGNED = sorted(set(FORMATS) - {"CUR", "ICO", "PCX", "SGI", "SPIDER", "TGA"})
 
 
 def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
@@ -41,7 +41,7 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     for name, path in files.items():
         ending = path.suffix.lower()
         if ending in UNREAD - ENDINGS:
-            left_out.append((name, f"Pillow cannot read {ending} files; convert it to PNG or JPEG"))
+            left_out.append((name, f"{ending} files are not read; convert it to PNG or JPEG"))
         elif ending in ENDINGS:
             continue
         elif not path.is_file():  # a pipe as a caption would be waited for
@@ -63,17 +63,16 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
 
 
 def _refuse_results(root: Path, names: Sequence[str]) -> None:
-    """Raises ValueError if a picture is one that sample.py has restored, or that train.py wrote to validate."""
+    """Raises ValueError if a picture is one that sample.py has restored, or a sheet, such as train.py writes."""
     records = {folder / RECORD for name in names for folder in (root / name).parents if (folder / RECORD).is_file()}
     restored = {record.parent / name for record in records for name in _recorded(record)}
     with ThreadPoolExecutor(THREADS) as pool:
         paths = [root / name for name in names]
-        restored |= {path for path, marked in zip(paths, pool.map(_is_marked, paths), strict=True) if marked}
+        restored |= {path for path, marked in zip(paths, pool.map(is_result, paths), strict=True) if marked}
     for path in paths:
-        if path in restored:
-            raise ValueError(f"{path}: restored by sample.py, and {root} should hold clean pictures; move it.")
-        if path.parent.name == "validation" and (path.parent.parent / "left-out.txt").exists():
-            raise ValueError(f"{path}: written by train.py, and {root} should hold clean pictures; move it.")
+        sheet = path.parent.name == "validation" and (path.parent.parent / "left-out.txt").exists()
+        if path in restored or sheet:
+            raise ValueError(f"{path}: a result of this program, and {root} should hold clean pictures; move it.")
 
 
 def _recorded(record: Path) -> Iterator[str]:
@@ -84,13 +83,20 @@ def _recorded(record: Path) -> Iterator[str]:
             yield from (name, f"{name}.png")
 
 
-def _is_marked(path: Path) -> bool:
-    """Whether the EXIF of a picture says that sample.py wrote it."""
+def is_result(path: Path) -> bool:
+    """Whether the EXIF of a picture says that it is a result."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return Image.Image.getexif(image).get(ExifTags.Base.ProcessingSoftware) == MARK  # as in data._orientation
+            software = Image.Image.getexif(image).get(ExifTags.Base.ProcessingSoftware)  # as in data._orientation
+            return str(software).startswith(MARK)
     except Exception:  # as in data.open_picture, anything
         return False
+
+
+def marked(exif: Image.Exif) -> Image.Exif:
+    """The EXIF of a result: with it, train.py does not take the picture for a clean one."""
+    exif[ExifTags.Base.ProcessingSoftware] = MARK
+    return exif
 
 
 def _is_picture(path: Path) -> bool:

@@ -446,11 +446,18 @@ def lora_file(path: str | Path) -> Path:
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"{path}: a folder without {FILES[0]}; name the LoRA file.")
+            raise FileNotFoundError(f"{path}: a folder without {FILES[0]}; name the LoRA file{_unfinished(path)}.")
         return found[0]
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such LoRA file; train one with train.py or check the path.")
+        advice = f"train one with train.py or check the path{_unfinished(path.parent)}"
+        raise FileNotFoundError(f"{path}: no such LoRA file; {advice}.")
     return path
+
+
+def _unfinished(folder: Path) -> str:
+    """Where the LoRA of a run that is not at its end lies."""
+    found = sorted(folder.glob(f"checkpoints/step-*/{FILES[0]}"))
+    return f", such as {found[-1]}" if found else ""
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -497,6 +504,12 @@ def strength_of(text: str) -> tuple[Path, float]:
     if not -100 <= value <= 100 or 0 < abs(value) < TINY:
         raise ValueError(f"--lora {text}: got strength {strength!r}, expected a number from -100 to 100, or 0.")
     return Path(name), value
+
+
+def note_other_base(whose: str, about: Mapping[str, Any], base: str | None) -> None:
+    """A line if what a header says is of another base than the one of this fingerprint."""
+    if base and about.get("base") not in (None, base):
+        print(f"note: {whose}: was trained on another base model than --weights", file=sys.stderr)
 
 
 def purpose(loras: Sequence[str]) -> dict[str, Any]:
@@ -667,8 +680,7 @@ def init_lora(model: Flux, path: str | Path, objective: str | None = None, base:
     about = trained_with(metadata, path)
     if objective and about.get("objective", objective) != objective:
         print(f"note: --init-lora {path}: was trained for {about['objective']}, not for {objective}", file=sys.stderr)
-    if base and about.get("base", base) != base:
-        print(f"note: --init-lora {path}: was trained on another base model than --weights", file=sys.stderr)
+    note_other_base(f"--init-lora {path}", about, base)
     apart = [name for name in lora if name not in layers]
     if apart:
         raise ValueError(f"{path}: has {', '.join(apart[:3])}, which do not train here; choose other --lora-targets.")

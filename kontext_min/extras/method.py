@@ -18,7 +18,7 @@ from kontext_min.checkpoints import find, metadata
 from kontext_min.extras import prompts
 from kontext_min.extras.base import Weights
 from kontext_min.extras.fingerprint import fingerprint
-from kontext_min.extras.lora_files import lora_file, purpose, strength_of, trained_with
+from kontext_min.extras.lora_files import lora_file, note_other_base, purpose, strength_of, trained_with
 from kontext_min.flow import Objective, evaluations
 from kontext_min.restore import STEPS
 
@@ -35,9 +35,12 @@ class Method:
     steps: int  # network evaluations
     solver: str  # of flow.SOLVERS
     resolution: int | None  # that the LoRA was trained at, in pixels
+    assumed: bool  # neither a flag nor the LoRA nor the base says which objective
 
     def __str__(self) -> str:
-        return f"{self.objective.name}, {evaluations(self.steps, self.solver)} network evaluations, {self.solver}"
+        assumed = " (a bridge is assumed; FLUX.1-Kontext and LoRAs of others need --objective kontext)" * self.assumed
+        how = f"{evaluations(self.steps, self.solver)} network evaluations, {self.solver}"
+        return f"{self.objective.name}, {how}{assumed}"
 
 
 def method_of(settings: Any, weights: Weights) -> Method:
@@ -47,14 +50,13 @@ def method_of(settings: Any, weights: Weights) -> Method:
         ValueError: a flag does not fit what was trained.
     """
     base = find(weights.path("transformer"), "transformer")[0]
-    about = trained_with(metadata(base), base) | {"base": None}
-    about |= purpose(settings.lora)
+    loras = purpose(settings.lora)
+    about = trained_with(metadata(base), base) | loras
     name = settings.objective or about.get("objective", "bridge")
-    model = " + ".join(settings.lora) or str(settings.weights)
+    model = " + ".join(settings.lora) if "objective" in loras else str(base)
     if name != about.get("objective", name):
         raise ValueError(f"--objective {name}: {model} was trained for {about['objective']}; leave the flag out.")
-    if about["base"] not in (None, fingerprint(weights.path("transformer"), "transformer")):
-        print(f"note: {model} was trained on another base model than --weights", file=sys.stderr)
+    note_other_base(model, loras, fingerprint(weights.path("transformer"), "transformer"))
     tasks = about.get("prompts", [])
     if len(tasks) > 1 and settings.prompt not in tasks:
         used = "the prompt is that of the first" if settings.prompt is None else "the prompt is of none"
@@ -73,6 +75,7 @@ def method_of(settings: Any, weights: Weights) -> Method:
         steps=steps,
         solver=solver,
         resolution=about.get("resolution"),
+        assumed=not settings.objective and "objective" not in about,
     )
 
 
@@ -90,4 +93,5 @@ def made_with(settings: Any, weights: Weights, method: Method) -> dict[str, Any]
     base += prompts.keys([method.prompt], weights, torch.float32).values()  # text encoders and vocabularies
     sheet = settings.compare and settings.reference and str(settings.reference.resolve())
     how = {name: getattr(settings, name) for name in HOW} | asdict(method)
+    del how["assumed"]  # what was assumed counts
     return how | {"compare": sheet or settings.compare, "lora": contents, "base": base}

@@ -4,6 +4,7 @@ A partner has the name of its picture (the extension may differ) and its aspect 
 Source: none, it is file handling.
 """
 
+import difflib
 import filecmp
 import os
 from collections.abc import Sequence
@@ -83,7 +84,9 @@ def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
         others = stems.get(stem, [])
         others = [other for other in others if other.name == p.name] or others
         if len(others) != 1:
-            problems.append(f"{p.name} ({reasons.get(stem, 'several' if others else 'missing')})")
+            near = difflib.get_close_matches(stem, stems, 1)
+            missing = f"missing; is it {stems[near[0]][0].name!r}?" if near else "missing"
+            problems.append(f"{p.name} ({reasons.get(stem, 'several' if others else missing)})")
             continue
         partner = others[0]
         partners.append(partner)

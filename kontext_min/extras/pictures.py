@@ -5,7 +5,7 @@
 
 A restored picture keeps the size, the ICC profile, the resolution (dpi), the transparency and those EXIF and XMP
 entries of its file that describe the photograph. Entries that describe the old pixels go. EXIF orientation is applied
-and its tag set to 1; ProcessingSoftware names sample.py, so that train.py does not take the picture for a clean one.
+and its tag set to 1; ProcessingSoftware names kontext_min, so that train.py does not take the picture for a clean one.
 One line says what else is lost: bits beyond 8 per channel, the profile of a gray or CMYK picture (the result is RGB),
 transparency where the format has none. Pictures are compared in sRGB.
 
@@ -39,7 +39,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
-from kontext_min.extras.inventory import MARK, RECORD, others, printable, unread, unused
+from kontext_min.extras.inventory import RECORD, is_result, marked, others, printable, unread, unused
 from kontext_min.extras.saving import naming
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
@@ -136,7 +136,6 @@ def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[li
             lines = unused(path, {file.relative_to(path).as_posix() for _, file in pairs}, "input")
             copies = sum(filecmp.cmp(*pair, shallow=False) for pair in pairs)
             lines += [f"note: {path}: {copies} of {len(pairs)} are copies of the inputs"] * bool(copies)
-            lines += [f"note: {path}: holds pictures that sample.py restored"] * bool([*path.rglob(RECORD)])
             print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
     for job in jobs:
         place = _identity(job.output)
@@ -170,6 +169,8 @@ def _find_in_folder(source: Path, target: Path) -> tuple[list[Job], list[tuple[s
         raise ValueError(f"--input {source}: no pictures in this folder.")
     for line in others(source, {p.name for p in pictures} | {name for name, _ in rejected}, made):
         print(line, file=sys.stderr)
+    if jobs and not target.exists() and target.suffix.lower() in ENDINGS:
+        raise ValueError(f"--output {target}: is named like a picture, but --input is a folder; name a folder.")
     names = {job.name for job in jobs}
     reasons = {job.name: reason for job in jobs if (reason := _unwritable(job))}
     for job in jobs:  # a.gif becomes a.gif.png
@@ -255,6 +256,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     """
     file = read(job.path)
     notes, degraded, clean = list(file.notes), file.rgb, None
+    notes += ["is a result of this program itself"] * is_result(job.path)
     if file.rgb.size != job.size:
         raise UnreadableError(f"{job.path}: has changed since the start.")
     if KINDS[job.output.suffix.lower()] == "JPEG":
@@ -265,6 +267,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     elif reference:
         if path := reference_of(job, reference):
             other = read(path)
+            notes += [f"{path} is a result of this program, not clean"] * is_result(path)
             clean = to_srgb(other.rgb, other)
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
@@ -426,10 +429,9 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode("utf-8", "replace"))
     exif = Image.Exif()
     exif.load(options.get("exif", b""))
-    exif[ExifTags.Base.ProcessingSoftware] = MARK
     if "xmp" in options and kind == "TIFF":
         exif[700] = options.pop("xmp")
-    options["exif"] = exif.tobytes()
+    options["exif"] = marked(exif).tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     # A short name: one made of path.name could be longer than file systems take.
     aside = path.with_name(f".{secrets.token_hex(4)}.tmp")

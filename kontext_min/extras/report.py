@@ -321,10 +321,30 @@ def embed(picture: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def is_report(file: Path) -> bool:
+    """Whether a file may be replaced by report.html: it was made from the page beside this file."""
+    template = Path(__file__).with_suffix(".html").read_bytes()[:50]
+    return file.is_file() and file.read_bytes()[:50] == template
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the page of a run again. Returns the exit code.
+
+    Raises:
+        ValueError: it is no run, or its report.html is a file of yours.
+    """
+    if len(arguments) != 1:
+        raise ValueError("usage: python -m kontext_min.extras.report RUN_FOLDER.")
+    folder = Path(arguments[0])
+    if not (folder / "metrics.jsonl").is_file():
+        raise ValueError(f"{folder}: is no run; expected a folder with a metrics.jsonl, which train.py writes.")
+    if (page := folder / "report.html").exists() and not is_report(page):
+        raise ValueError(f"{page}: is not that of a run; move it.")
+    print(write_report(folder))
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m kontext_min.extras.report RUN_FOLDER")
-    try:
-        print(write_report(Path(sys.argv[1])))
-    except OSError as error:
-        sys.exit(f"report: {error}")
+    from kontext_min.extras import program
+
+    sys.exit(program.run("report", main, sys.argv[1:]))

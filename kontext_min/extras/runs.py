@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -36,6 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kontext_min.checkpoints import metadata
+from kontext_min.extras.inventory import marked
 from kontext_min.extras.saving import naming, save_file
 
 # What a run writes. Nothing else in its folder is replaced or deleted.
@@ -80,11 +82,12 @@ def open_run(
     last, there = latest_checkpoint(folder), [path.relative_to(folder).as_posix() for path in written(folder)]
     before = _settings_of_a_run(folder)
     is_run = before is not None or (last and (last / "trained.safetensors").exists())
-    inside = (p for p in folder.glob("checkpoints/step-*/*") if WRITTEN.fullmatch(f"checkpoints/{p.parent.name}"))
-    foreign = [p.relative_to(folder).as_posix() for p in inside if p.name not in CHECKPOINT and p.name[0] != "."]
+    checkpoints = (p for p in folder.glob("checkpoints/step-*") if WRITTEN.fullmatch(f"checkpoints/{p.name}"))
+    foreign = [p.relative_to(folder).as_posix() for checkpoint in checkpoints for p in _foreign(checkpoint)]
     if foreign := sorted(foreign) if is_run else there:
         shown = ", ".join(foreign[:3]) + ", ..." * (len(foreign) > 3)
-        raise ValueError(f"--output-dir {folder}: holds {shown}, which no run wrote; choose another folder.")
+        advice = "move it" if is_run else "choose another folder"
+        raise ValueError(f"--output-dir {folder}: holds {shown}, which no run wrote; {advice}.")
     if write:
         lock("--output-dir", folder, folder / "checkpoints", folder / "validation")
         for path in (folder / "checkpoints").iterdir():
@@ -111,8 +114,11 @@ def open_run(
             )
         changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
         words = {"pictures": "pictures were added, removed or changed, or their captions were"}
+        words["files"] = "degraded pictures or those to validate on were added, removed or changed"
         if "prompt" in changed:  # one of the pictures' prompts, which the hash of the pictures holds too
             changed.pop("pictures", None)
+        if "pictures" in changed:
+            changed.pop("files", None)
         lines = [words.get(k, f"{k} was {v}, is {settings[k]}") for k, v in changed.items() if k not in MAY_CHANGE]
         if lines:
             raise ValueError(f"{folder}: settings changed: {'; '.join(lines)}. Give --accept-changes, or {instead}.")
@@ -189,6 +195,11 @@ def _of_this_project(file: Path) -> bool:
     return False
 
 
+def _foreign(checkpoint: Path) -> list[Path]:
+    """The files in a checkpoint that no run wrote."""
+    return [p for p in checkpoint.glob("*") if p.name not in CHECKPOINT and p.name[0] != "."]
+
+
 def written(folder: Path) -> list[Path]:
     """The files and checkpoints in a folder that a run wrote, or that have their names."""
     found = (*folder.glob("*"), *folder.glob("*/*"))
@@ -257,6 +268,12 @@ def hash_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
+def sizes_of(*used: Any) -> list[tuple[str, int]]:
+    """(name, bytes) of the pictures in some data.Pairs, or None, and of their degraded partners."""
+    found = (p for pairs in used if pairs for p in (*pairs.pictures, *getattr(pairs, "partners", ())))
+    return [(p.name, p.path.stat().st_size) for p in found]
+
+
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -299,7 +316,10 @@ def save_checkpoint(
     target = folder / "checkpoints" / f"step-{state['step']:06d}"
     if (target / "state.json").exists():  # stopped right after a regular checkpoint: the same step of the same run
         return
-    _delete(target)  # without state.json it was never whole
+    if (target / "lora.safetensors").exists() and not target.is_symlink():  # it was whole; you kept only its LoRA
+        target.rename(kept := target.with_name(f"{target.name}-{secrets.token_hex(2)}"))
+        print(f"note: {target}: is no whole checkpoint any more; renamed to {kept.name}")
+    _delete(target)  # it was never whole
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
@@ -315,7 +335,9 @@ def save_checkpoint(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in checkpoints_of(folder)[:-KEEP]:
-        if int(old.name[5:]) != state["best_step"]:
+        if yours := _foreign(old):
+            print(f"note: {old}: is kept, because {yours[0].name} in it is not the run's")
+        elif int(old.name[5:]) != state["best_step"]:
             # Renamed first: no longer a checkpoint, wherever the deletion is cut off.
             _delete(old.rename(old.with_name(f".{old.name}")))
 
@@ -457,7 +479,7 @@ def finite(value: Any) -> Any:
 
 def save_picture(folder: Path, step: int, picture: Image.Image, board: Any = None) -> None:
     """Keep the validation pictures of a step, for tensorboard too."""
-    picture.save(folder / "validation" / f"step-{step:06d}.png")
+    picture.save(folder / "validation" / f"step-{step:06d}.png", exif=marked(Image.Exif()))
     if board:
         board.add_image("validation", np.array(picture), step, dataformats="HWC")
 

@@ -3,6 +3,7 @@
 Pictures are converted to sRGB: with different color profiles they could not be compared.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,13 +13,17 @@ from kontext_min import __version__
 from kontext_min.extras import checks, metrics, pictures, report
 from kontext_min.extras.flags import defaults, to_json
 from kontext_min.extras.inventory import RECORD
+from kontext_min.extras.progress import Progress
 from kontext_min.extras.runs import finite, write_json
+
+LARGE = 4e6  # pixels of a picture whose scores take seconds
 
 
 class Scores:
     """What is collected picture by picture and written at the end, as the flags of sample.py ask for it."""
 
-    def __init__(self, settings: Any, device: torch.device) -> None:
+    def __init__(self, settings: Any, device: torch.device, progress: Progress) -> None:
+        self.progress = progress
         values = to_json(settings)
         versions = {"kontext_min": __version__, "torch": torch.__version__, "device": str(device)}
         self.settings = values | {"defaults": defaults(settings, values), "versions": versions}
@@ -34,6 +39,8 @@ class Scores:
         name, degraded = photo.job.name, pictures.to_srgb(photo.degraded, photo.file)
         score = ""
         if photo.clean:
+            if math.prod(photo.clean.size) > LARGE:
+                self.progress.phase(f"{name}: scores")
             self.rows.append(metrics.row(name, degraded, restored, photo.clean))
             score = report.from_to(*(self.rows[-1][k]["psnr"] for k in ("input", "restored")))
         if self.folder and len(self.figures) < report.RESTORED:
