@@ -68,9 +68,8 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Size]) -> Size:
 
 # ---- finding pictures ------------------------------------------------------------------------------------------------
 
-Image.init()
-# Without those that Pillow cannot decode, or reads wrong: an XBM as its negative. EPS would run ghostscript.
-FORMATS = sorted(set(Image.OPEN) - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PCD", "WMF", "XBM"})
+# Those of photographs. Pillow opens more, and reads some of them as negatives or in false colors.
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP"]
 ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
 # A complete file has this mark within this many bytes of its end.
 END_MARKS = {"JPEG": (b"\xff\xd9", 1 << 12), "PNG": (b"IEND", 1 << 17)}
@@ -158,7 +157,7 @@ def _read_header(path: Path) -> Size | str:
 def _reason(error: Exception) -> str:
     """Why a file could not be read, in one line."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture that Pillow can read"
+        return "not a picture of a known format"
     if isinstance(error, Image.DecompressionBombError):
         return f"size exceeds limit of {2 * Image.MAX_IMAGE_PIXELS:,} pixels; set KONTEXT_MAX_PIXELS to raise it"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -237,14 +236,15 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image, to_srgb: bool, deep: bool) -> Image.Image:
     profile = image.info.get("icc_profile") if to_srgb else None
     kind = {"CMYK": "CMYK", "P": "RGB"}.get(image.mode) or Image.getmodebase(image.mode)
+    if image.format == "PSD" and image.mode == "1":
+        raise ValueError("a bitmap, which Pillow reads as its negative; convert it to gray")
     if deep and "transparency" in image.info:  # Pillow would look for its 16 bits among pixels of 8
         raise ValueError("more than 8 bits, and a transparent color; convert it to 8 bits")
     if image.mode == "F" or image.mode.startswith("I"):  # float, 16 and 32 bits: convert() would clip them at 255
         x, tags, white = np.asarray(image), getattr(image, "tag_v2", {}), 1 if image.mode == "F" else 65535
         # A TIFF may have its white at 0 (262), 12 or 32 bits (258), or a sign (339): known are uint16 and float32.
         layout = tags.get(262, 1), tags.get(258, (16,)), tags.get(339, (1,))
-        odd = image.format == "FITS" or (tags and layout not in ((1, (16,), (1,)), (1, (32,), (3,))))
-        if odd or not (x.min() >= 0 and x.max() <= white):
+        if (tags and layout not in ((1, (16,), (1,)), (1, (32,), (3,)))) or not (x.min() >= 0 and x.max() <= white):
             raise ValueError(f"its white is not {white} (values from {x.min()} to {x.max()}); convert it to 8 bits")
         image = Image.fromarray(np.rint(x * np.float32(255 / white)).astype(np.uint8))
     # Often it holds 12 bits, the lower ones of 16, and no tag says so.

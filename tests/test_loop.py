@@ -688,11 +688,11 @@ def test_validation_on_pairs_of_their_own(flags, pictures, tmp_path, capsys):
     assert train.main([str(f) for f in [*flags, *own]]) == 0
     said = capsys.readouterr().out
     assert "4 to validate on" in said and f"{tmp_path / 'run'}: a new run\n" in said
-    for name in ("lr", "val"):  # a partner to train on, then a picture to validate on
-        (roots[name] / "03.png").write_bytes((roots[name] / "03.png").read_bytes() + b" ")
-        assert train.main([str(f) for f in [*flags, *own, "--steps", 2]]) == 2
-        assert "degraded pictures or those to validate on were added, removed or" in capsys.readouterr().err
-        (roots[name] / "03.png").write_bytes((roots[name] / "03.png").read_bytes()[:-1])
+    partner = roots["lr"] / "07.png"
+    partner.write_bytes(partner.read_bytes() + b" ")
+    assert train.main([str(f) for f in [*flags, *own, "--steps", 2]]) == 2
+    assert "degraded pictures or those to validate on were added, removed or" in capsys.readouterr().err
+    partner.write_bytes(partner.read_bytes()[:-1])
     (roots["val"] / "04.png").unlink()
     assert train.main([str(f) for f in [*flags, *own, "--steps", 1]]) == 2
     assert "those to validate on were added, removed or changed" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -608,19 +609,23 @@ def test_several_loras_add_up(pair, tmp_path):
     close(ours_of(quantised), ours_of(merged_by_hand(widened, deltas)))
 
 
-def test_purpose_of_several(tmp_path, pair):
+def test_purpose_of_several(tmp_path, pair, capsys):
     about = [
         {"objective": "bridge", "source_noise": 0.1, "prompt": "first", "guidance": 2},
         {"objective": "bridge", "source_noise": 0.1, "prompt": "second", "degrade": "guide"},
         {"objective": "kontext"},
         {},
     ]
-    lora = with_lora(pair[0], 1, 1, "attention")
     names = []
     for i, a in enumerate(about):
         names.append(f"{tmp_path / f'{i}.safetensors'}={0.5 + i / 4}")
+        lora = with_lora(pair[0], 1, 1 + i, "attention")
         save_lora(lora, tmp_path / f"{i}.safetensors", metadata={"kontext_min": json.dumps(a)} if a else None)
     assert purpose([names[3], names[0], names[1]]) == about[1] | about[0]
+    assert f"note: --lora {names[1]}: its prompt gives way to the first LoRA's\n" in capsys.readouterr().err
+    copy_of_one = shutil.copy(tmp_path / "1.safetensors", tmp_path / "copy.safetensors")
+    purpose([names[1], str(copy_of_one)])
+    assert f"note: --lora {copy_of_one}: is a copy of another; their strengths add up\n" in capsys.readouterr().err
     assert purpose([]) == {}
     with pytest.raises(ValueError, match="objective kontext, the one before it with bridge"):
         purpose([names[0], names[2]])
@@ -1047,7 +1052,7 @@ def test_an_export_that_helps_nobody_says_so(base, tmp_path, capsys):
     assert (
         export.main(["merge", str(tmp_path / "hub"), "--weights", str(base / "base.safetensors"), "--lora", lora]) == 0
     )
-    assert "was trained on another base model than --weights" in capsys.readouterr().err
+    assert "was trained on another base model" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -824,7 +824,7 @@ def test_a_lora_of_zeros_says_that_it_changes_nothing(small_bundle, tmp_path, ca
     crop(32, 32).save(tmp_path / "in.png")
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "a.png", "--weights", small_bundle]
     assert run(*args, "--lora", tmp_path / "lora.safetensors") == 0
-    assert "so this LoRA changes nothing" in capsys.readouterr().err
+    assert "so its weights change nothing" in capsys.readouterr().err
     for layer in lora_layers(flux).values():
         layer.lora_B.data.fill_(0.01)
     save_lora(flux, tmp_path / "lora.safetensors")
@@ -835,7 +835,7 @@ def test_a_lora_of_zeros_says_that_it_changes_nothing(small_bundle, tmp_path, ca
             save_lora(flux, tmp_path / "lora.safetensors")
             strength = "1"
         assert run(*args, "--overwrite", "--lora", f"{tmp_path / 'lora.safetensors'}={strength}") == 0
-        assert ("so this LoRA changes nothing" in capsys.readouterr().err) == said
+        assert ("so its weights change nothing" in capsys.readouterr().err) == said
 
 
 def after_first_picture(number):

@@ -126,19 +126,27 @@ def check_text(flag: str, *prompts: str | None) -> None:
             raise ValueError(f"{flag} {text!r:.100}: expected text in UTF-8; set the terminal to it.") from None
 
 
-def check_degradation(spec: str) -> None:
-    """That a text describes a degradation.
+def check_degradation(spec: str, side: int | None = None) -> None:
+    """That a text describes a degradation: of any picture, or of those of `side` pixels a side.
 
     Raises:
-        ValueError: it is none, or one that leaves every picture as it is.
+        ValueError: it is none, or one that leaves every picture as it is, or nothing of a picture.
     """
     step, rng = degrade.parse(spec), np.random.default_rng(0)
-    sides = (64, 1400)  # dust is so rare that it may miss a small picture
+    sides = (side,) if side else (64, 1400)  # dust is so rare that it may miss a small picture
     pictures = [Image.fromarray(rng.integers(256, size=(side, side, 3), dtype=np.uint8)) for side in sides]
     found = _operators(step, pictures)
-    idle = [operator for operator, works in found if not works]
-    refuse((len(idle) == len(found), f"--degrade {spec}: changes nothing; give stronger values"))
-    if idle and parallel.place()[0] == 0:
+    at = f" of {side} x {side} pixels" * bool(side)
+    refuse(
+        (not any(works for _, works in found), f"--degrade {spec}: changes nothing{at}; give stronger values"),
+        (
+            all(low == high for low, high in step(pictures[0], rng).getextrema()),
+            f"--degrade {spec}: leaves one color of a picture; give weaker values",
+        ),
+    )
+    resized = ("resize", True) in found  # then resize=1 goes back
+    idle = [operator for operator, works in found if not works and not (operator == "resize" and resized)]
+    if idle and not side and parallel.place()[0] == 0:
         print(f"note: --degrade {spec:.1000}: never changes a picture: {', '.join(idle)}", file=sys.stderr)
 
 
@@ -258,6 +266,8 @@ def check_lengths(s: Any) -> None:
         check_values(s)
     except ValueError as error:
         raise ValueError(f"{s.weights / 'defaults.json'}: {error}") from None
+    for text in () if s.lr_root else s.degrade:
+        check_degradation(text, s.resolution)
     still = f"--lr: got {s.lr:g}, which moves no weight by more than {s.lr * s.steps:g} in {s.steps} steps; give more"
     refuse((s.lr * s.steps < 1e-7, still))  # AdamW's step is about the learning rate
     longer = s.warmup and s.warmup > s.steps

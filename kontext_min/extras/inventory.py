@@ -17,14 +17,14 @@ from kontext_min.data import ENDINGS, FORMATS, THREADS, Picture, Size, nearest_b
 
 RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
 MARK = "kontext_min"  # how the software of a restored picture or a sheet starts, in its EXIF
-# Pictures that Pillow cannot read, or reads wrong.
+# Pictures that are not read: those that Pillow does not know, and what it knows besides photographs.
 UNREAD = {
-    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq",
-    ".jxl", ".nef", ".nrw", ".orf", ".palm", ".pcd", ".pdf", ".pef", ".ps", ".psb", ".raf", ".raw", ".rw2", ".spi",
-    ".spider", ".srw", ".svg", ".wmf", ".x3f", ".xbm", ".xcf",
-}  # fmt: skip
+    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq", ".jxl", ".nef",
+    ".nrw", ".orf", ".pef", ".psb", ".raf", ".raw", ".rw2", ".spi", ".spider", ".srw", ".svg", ".x3f", ".xcf",
+    *Image.registered_extensions(),
+} - ENDINGS  # fmt: skip
 # Those that Pillow knows by their first bytes; the others only by their ending.
-SIGNED = sorted(set(FORMATS) - {"CUR", "ICO", "PCX", "SGI", "SPIDER", "TGA"})
+SIGNED = sorted(set(Image.OPEN) - {"BUFR", "CUR", "GRIB", "HDF5", "ICO", "MPEG", "PCX", "SGI", "SPIDER", "TGA"})
 
 
 def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
@@ -40,7 +40,7 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     files, left_out = dict(walk(root)), []
     for name, path in files.items():
         ending = path.suffix.lower()
-        if ending in UNREAD - ENDINGS:
+        if ending in UNREAD:
             left_out.append((name, f"{ending} files are not read; convert it to PNG or JPEG"))
         elif ending in ENDINGS:
             continue

@@ -32,6 +32,7 @@ Sources: kohya-ss/sd-scripts 48d368f, networks/lora_flux.py, convert_flux_lora.p
 loaders/lora_pipeline.py and lora_conversion_utils.py; peft 0.21.2, tuners/lora/config.py; XLabs-AI/x-flux 4749542.
 """
 
+import filecmp
 import json
 import math
 import re
@@ -509,7 +510,7 @@ def strength_of(text: str) -> tuple[Path, float]:
 def note_other_base(whose: str, about: Mapping[str, Any], base: str | None) -> None:
     """A line if what a header says is of another base than the one of this fingerprint."""
     if base and about.get("base") not in (None, base):
-        print(f"note: {whose}: was trained on another base model than --weights", file=sys.stderr)
+        print(f"note: {whose}: was trained on another base model", file=sys.stderr)
 
 
 def purpose(loras: Sequence[str]) -> dict[str, Any]:
@@ -524,8 +525,14 @@ def purpose(loras: Sequence[str]) -> dict[str, Any]:
         file = lora_file(strength_of(lora)[0]).resolve()
         if file in files:
             raise ValueError(f"--lora {lora}: is given twice; give it once, and its strength as FILE=STRENGTH.")
+        if any(filecmp.cmp(file, other, shallow=False) for other in files):
+            print(f"note: --lora {lora}: is a copy of another; their strengths add up", file=sys.stderr)
         files.add(file)
         about = trained_with(read_lora(file)[1], file)
+        note_other_base(f"--lora {lora}", about, known.get("base"))
+        other = [k for k in ("prompt", "guidance", "resolution") if k in about and known.get(k, about[k]) != about[k]]
+        for key in other:
+            print(f"note: --lora {lora}: its {key} gives way to the first LoRA's", file=sys.stderr)
         for key in ("objective", "context", "source_noise", "start_time"):
             if key in about and known.get(key, about[key]) != about[key]:
                 raise ValueError(
@@ -648,7 +655,7 @@ def load_lora(model: Flux, path: str | Path, strength: float = 1.0) -> dict[str,
     lora, metadata = factors_for(model, path)
     sizes = [f.alpha / len(f.down) * f.up.abs().max().float() * f.down.abs().max().float() for f in lora.values()]
     if abs(strength) * max(map(abs, sizes)) < 1e-7:  # no byte of a picture was seen to change
-        print(f"note: {path}: its strength, A or B is nearly 0, so this LoRA changes nothing", file=sys.stderr)
+        print(f"note: {path}: its strength, A or B is nearly 0, so its weights change nothing", file=sys.stderr)
     device = next(model.parameters()).device
     for name, (down, up, alpha) in lora.items():
         base, downs, ups, alpha = model.get_submodule(name), [down.to(device)], [up.to(device)], strength * alpha

@@ -81,7 +81,8 @@ def method_of(settings: Any, weights: Weights) -> Method:
 
 def _draws(spec: str) -> bool:
     """Whether a degradation differs from seed to seed."""
-    step, picture = degrade.parse(spec), Image.new("RGB", (256, 256), "gray")
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    step, picture = degrade.parse(spec), Image.fromarray(noise).resize((256, 256))
     return len({step(picture, np.random.default_rng(seed)).tobytes() for seed in range(16)}) > 1
 
 
@@ -93,5 +94,6 @@ def made_with(settings: Any, weights: Weights, method: Method) -> dict[str, Any]
     base += prompts.keys([method.prompt], weights, torch.float32).values()  # text encoders and vocabularies
     sheet = settings.compare and settings.reference and str(settings.reference.resolve())
     how = {name: getattr(settings, name) for name in HOW} | asdict(method)
+    how["operators"] = settings.degrade and str(degrade.parse(settings.degrade))  # a preset's may have changed
     del how["assumed"]  # what was assumed counts
     return how | {"compare": sheet or settings.compare, "lora": contents, "base": base}

@@ -115,6 +115,9 @@ def open_run(
         changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
         words = {"pictures": "pictures were added, removed or changed, or their captions were"}
         words["files"] = "degraded pictures or those to validate on were added, removed or changed"
+        words["operators"] = "the operators of --degrade changed"
+        if "degrade" in changed:
+            changed.pop("operators", None)
         if "prompt" in changed:  # one of the pictures' prompts, which the hash of the pictures holds too
             changed.pop("pictures", None)
         if "pictures" in changed:
