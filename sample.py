@@ -12,15 +12,14 @@ it on clean photos, degrade them first:
 Exit codes: 0 all restored; 1 some failed (each is named); 2 all failed, or bad input; 130 stopped by a signal.
 """
 
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the packages load shows no traceback
+if __name__ == "__main__":
+    import kontext_min.extras.ready  # noqa: F401, names what is missing before its import fails
 
 import torch
 from PIL import Image

@@ -12,7 +12,6 @@ You can stop at any time. The same command with the same --output-dir continues,
 
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,8 +22,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the packages load shows no traceback
+if __name__ == "__main__":
+    import kontext_min.extras.ready  # noqa: F401, names what is missing before its import fails
 
 import numpy as np
 import torch
@@ -155,9 +154,8 @@ def trained_for(settings: Settings, objective: Objective, written: dict[str, Any
     names = ["resolution", "guidance", "rank", "alpha", "lora_targets", "steps", "lr", "warmup", "accumulate", "ema"]
     about = {name: written[name] for name in (*names, "seed", "sigma", "weighting", "penalty", "pictures_a_batch")}
     about |= {"degrade": "pairs" if settings.lr_root else " + ".join(settings.degrade), "prompt": settings.prompt[0]}
-    about |= {"objective": objective.name, "context": objective.context, "source_noise": objective.source_noise}
-    about |= {"start_time": objective.start_time, "base": written["fingerprint"]["transformer"]}
-    about["prompts"] = settings.prompt  # of several tasks
+    about |= {"objective": objective.name, "base": written["fingerprint"]["transformer"], "prompts": settings.prompt}
+    about |= {name: getattr(objective, name) for name in ("context", "source_noise", "start_time")}
     return {"kontext_min": json.dumps(about)}
 
 
@@ -276,6 +274,8 @@ def train(settings: Settings) -> int:
     if last:
         state |= runs.restore(last, trained, ema, optimizer)
         if settings.accept_changes:  # the steps before may have had easier pictures
+            if me.first:
+                runs.keep_best(folder, state)
             state |= {"best_psnr": None, "best_step": None}
         # With --accept-changes a finished run would write its old weights again, and the new settings beside them.
         if state["step"] + settings.accept_changes > settings.steps:

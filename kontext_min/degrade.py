@@ -277,7 +277,7 @@ OPERATORS: dict[str, Callable[..., Array]] = {
 
 # ---- the language: text -> a tree of steps, which is called on each picture -----------------------------------------
 
-_FILE = tomllib.loads((Path(__file__).parent / "presets.toml").read_text(encoding="utf-8"))
+_FILE = tomllib.loads((Path(__file__).parent / "presets.toml").read_text(encoding="utf-8-sig"))
 PRESETS: dict[str, str] = {name: "".join(preset["spec"].split()) for name, preset in _FILE.items()}
 PROMPTS: dict[str, str] = {name: preset["prompt"] for name, preset in _FILE.items()}
 

@@ -27,6 +27,18 @@ def swapped_profile():
     return profile.replace(b"rXYZ", b"?XYZ", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"?XYZ", b"gXYZ", 1)
 
 
+def linear_gray_profile():
+    """The smallest ICC profile of linear gray: a white point and a curve of gamma 1."""
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + white, b"kTRC": b"curv\0\0\0\0" + struct.pack(">I", 0)}
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for kind, content in tags.items():
+        table += kind + struct.pack(">II", start + len(body), len(content))
+        body += content
+    head = struct.pack(">I", start + len(body)) + b"lcms\x02\x40\0\0mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28)
+    return head + white + bytes(48) + table + body
+
+
 def swapped(picture):
     """The same colours under `swapped_profile`."""
     red, green, blue = picture.split()
@@ -218,6 +230,15 @@ def test_a_picture_of_nearly_one_color_is_named(tmp_path):
     assert read(tmp_path / "in.png").notes == ()
 
 
+@pytest.mark.parametrize(("gamma", "said"), [(100_000, True), (45_455, False)])
+def test_a_gamma_that_is_not_applied_is_named(tmp_path, gamma, said):
+    crop(60, 40).save(tmp_path / "in.png")
+    head, rest = (tmp_path / "in.png").read_bytes()[:33], (tmp_path / "in.png").read_bytes()[33:]
+    chunk = b"gAMA" + gamma.to_bytes(4, "big")
+    (tmp_path / "in.png").write_bytes(head + b"\0\0\0\4" + chunk + zlib.crc32(chunk).to_bytes(4, "big") + rest)
+    assert read(tmp_path / "in.png").notes == ("its gamma of 1 is not applied",) * said
+
+
 # ------------------------------------------------------------------------------------------- colours that are compared
 
 
@@ -239,6 +260,16 @@ def test_pictures_are_compared_in_srgb(scene, degraded, clean):
     with Image.open(scene / "out.png") as made:  # restored alone, it keeps its colours and its profile
         assert made.tobytes() == photo.degraded.tobytes() == read(job.path).rgb.tobytes()
         assert ("icc_profile" in made.info) == (degraded == "odd")
+
+
+def test_a_gray_clean_picture_is_compared_in_srgb(tmp_path):
+    """One gray scene as sRGB, and linear with its profile."""
+    gray = crop(60, 40).convert("L")
+    curve = [i / 255 / 12.92 if i < 11 else ((i / 255 + 0.055) / 1.055) ** 2.4 for i in range(256)]
+    gray.save(tmp_path / "in.png")
+    gray.point([round(255 * x) for x in curve]).save(tmp_path / "clean.png", icc_profile=linear_gray_profile())
+    photo = load(find(tmp_path / "in.png", tmp_path / "out.png")[0][0], None, tmp_path / "clean.png", 0)
+    assert metrics.psnr(photo.degraded, photo.clean) > 35
 
 
 def test_a_degraded_picture_is_compared_with_itself_in_srgb(scene):

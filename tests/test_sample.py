@@ -575,6 +575,9 @@ def test_clean_pictures_that_are_not_or_fit_twice_are_named(scored, tmp_path, ca
     assert f"note: {clean}: 1 of 3 are copies of the inputs\n" in said
     assert f"note: a.png: {clean / 'a.png'} is a result of this program, not clean\n" in said
     assert "note: c.png: is a result of this program itself\n" in said
+    (tmp_path / "empty").mkdir()
+    assert run(*scored[:-1], tmp_path / "empty", "--overwrite") == 2
+    assert f"--reference {tmp_path / 'empty'}: none of its pictures has the name of one of" in capsys.readouterr().err
     (clean / "a.png").rename(clean / "a.webp"), shutil.copy(clean / "c.png", clean / "a.bmp")
     assert run(*scored) == 2
     assert f"--reference {clean}: a.bmp and a.webp go with a.png; keep one of them" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import weakref
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,19 @@ import train
 from conftest import make_pictures
 from kontext_min import data, degrade, flow
 from kontext_min.checkpoints import metadata
-from kontext_min.extras import base, checkpointing, checks, held_out, plan, prompts, report, runs, tasks, validation
+from kontext_min.extras import (
+    base,
+    checkpointing,
+    checks,
+    held_out,
+    plan,
+    prompts,
+    ready,
+    report,
+    runs,
+    tasks,
+    validation,
+)
 from kontext_min.extras.flags import given, parse_flags
 from kontext_min.extras.lora_files import trained_with
 from train import Settings
@@ -531,6 +544,34 @@ def test_your_files_in_a_checkpoint_stay(run, tmp_path, capsys):
     assert f"note: {folder / 'step-000002'}: is kept, because test.png in it is not the run's\n" in said
     assert run("--steps", 8) == 2
     assert "checkpoints/step-000002/test.png, which no run wrote; move it" in capsys.readouterr().err
+
+
+def test_the_best_step_is_kept_when_changed_settings_are_accepted(run, tmp_path):
+    """What follows is not compared with it, and its checkpoint is deleted in time."""
+    assert run("--steps", 2, "--validate-every-epochs", 0) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    runs.keep_best(tmp_path / "run", {"best_step": 2})
+    runs.keep_best(tmp_path / "run", {"best_step": None})
+    assert [p.name for p in (folder / "step-000002-best").iterdir()] == ["lora.safetensors"]
+    assert run("--steps", 9, "--checkpoint-every", 1, "--validate-every-epochs", 0, "--accept-changes") == 0
+    assert not (folder / "step-000002").exists() and (folder / "step-000002-best" / "lora.safetensors").exists()
+
+
+def test_what_is_missing_before_the_imports_is_one_line(tmp_path, monkeypatch):
+    assert ready.problem() is None
+    for text, said in (
+        ('[mine]\nspec = "blur=1', "mend it, or take it back"),
+        ('[mine]\nspec = "blur=1"\n', "[mine]: expected a name without blanks, and spec and prompt"),
+        ('[mine]\nspec = 3\nprompt = ""\n', "[mine]: expected"),
+        ('["my own"]\nspec = "blur=1"\nprompt = ""\n', "[my own]: expected"),
+        ("mine = 1\n", "[mine]: expected"),
+        ('\ufeff[mine]\nspec = "blur=1"\nprompt = "a"\n', None),  # as Windows' editors save it
+    ):
+        (tmp_path / "presets.toml").write_text(text, encoding="utf-8")
+        found = ready.problem(tmp_path / "presets.toml")
+        assert said in found if said else found is None, text
+    monkeypatch.setattr(ready, "PACKAGES", ("numpy", "no_such_package"))
+    assert f"{sys.executable} lacks no_such_package; activate the environment" in ready.problem()
 
 
 def test_all_weights_train_in_float32_on_a_machine_that_multiplies_bfloat16(run, monkeypatch):

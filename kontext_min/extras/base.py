@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kontext_min.checkpoints import load_flux
+from kontext_min.checkpoints import WIDENED, find, load_flux, read_headers
 from kontext_min.extras.last_block import skip_unread
 from kontext_min.flux import Flux
 
@@ -35,6 +35,9 @@ def load_base(settings: Any, path: Path, dtype: torch.dtype, device: torch.devic
     flux, stream = _load(settings, path, dtype, device, cache_dir)
     if not flux.params.guidance_embed and settings.guidance != type(settings).guidance:
         print(f"note: --guidance has no effect: {path} has no guidance embedding", file=sys.stderr)
+    stored = {s.dtype for s in read_headers(find(path, "transformer")).values()} if settings.quantize else set()
+    if settings.quantize in ("int8", "fp8") and not stored.isdisjoint(WIDENED):
+        print(f"note: --quantize {settings.quantize}: {path} has 8 bits already and is used as it is", file=sys.stderr)
     if settings.compile:  # one graph per kind of block, for any number of tokens
         from kontext_min.extras.compiling import compile_blocks
 

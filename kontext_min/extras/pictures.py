@@ -133,6 +133,8 @@ def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[li
             if shared := [file for file, count in Counter(found).items() if count > 1]:
                 raise ValueError(f"--reference: {shared[0]} goes with two pictures of --input; rename one of them.")
             pairs = [(job.path, file) for job, file in zip(jobs, files, strict=True) if file]
+            if not pairs:
+                raise ValueError(f"--reference {path}: none of its pictures has the name of one of --input.")
             lines = unused(path, {file.relative_to(path).as_posix() for _, file in pairs}, "input")
             copies = sum(filecmp.cmp(*pair, shallow=False) for pair in pairs)
             lines += [f"note: {path}: {copies} of {len(pairs)} are copies of the inputs"] * bool(copies)
@@ -266,9 +268,8 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
         clean = to_srgb(file.rgb, file)
     elif reference:
         if path := reference_of(job, reference):
-            other = read(path)
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
-            clean = to_srgb(other.rgb, other)
+            clean = open_picture(path, to_srgb=True)
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
                 raise ValueError(f"{job.path}: {sizes}; expected one size.")
@@ -329,6 +330,8 @@ def read(path: Path) -> File:
                 notes.append("more than 8 bits a channel: restored and written with 8")
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 notes.append(f"{image.n_frames} frames or pages: the first is restored")
+            if abs(image.info.get("gamma", 1 / 2.2) - 1 / 2.2) > 0.01 and "srgb" not in image.info:
+                notes.append(f"its gamma of {image.info['gamma']:g} is not applied")
             if profile := image.info.get("icc_profile"):
                 if (space := profile[16:20].decode("latin1").strip() or "broken") == "RGB":
                     keep["icc_profile"] = profile

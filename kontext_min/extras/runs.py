@@ -53,6 +53,7 @@ MAY_CHANGE = (  # settings that change no result, apart from rounding
     *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions", "defaults"),
     *("checkpoint_every", "tensorboard", "validate_every_epochs", "device", "shard", "stream"),
     *("gradient_checkpointing", "compile", "plan"),
+    *("hr_root", "weights", "transformer", "vae", "clip", "t5"),  # where they are; what is in them is compared
     "batch_size",  # its product with the number of processes counts: pictures_a_batch
 )
 
@@ -301,6 +302,16 @@ def best_step(folder: Path, state: dict[str, Any]) -> list[str]:
     if step and kept.exists():
         return [f"note: step {step} has the best PSNR, {psnr:.2f} dB; to restore with it, name {kept}"]
     return [f"note: step {step} has the best PSNR, {psnr:.2f} dB: the steps after it did not help; try another --lr"]
+
+
+def keep_best(folder: Path, state: dict[str, Any]) -> None:
+    """The result of the best checkpoint stays under another name, when what follows is not compared with it."""
+    best = folder / "checkpoints" / f"step-{state['best_step'] or 0:06d}"
+    if best.exists():
+        kept = best.with_name(f"{best.name}-best")
+        rest = shutil.ignore_patterns("state.*", "trained.*", "optimizer.*", "ema.*")
+        shutil.copytree(best, kept, ignore=rest, dirs_exist_ok=True)
+        print(f"note: the best step so far is kept in {kept}")
 
 
 def save_checkpoint(
