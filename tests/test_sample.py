@@ -1197,7 +1197,12 @@ def test_a_seed_without_effect_is_named(small_bundle, tmp_path, capsys):
     crop(32, 32).save(tmp_path / "in.png")
     args = ["--input", tmp_path / "in.png", "--weights", small_bundle, "--seed", 7, "--output"]
     for k, (flags, said) in enumerate(
-        (([], True), (["--degrade", "blur=1,jpeg=50"], True), (["--degrade", "noise=0.1"], False))
+        (
+            ([], True),
+            (["--degrade", "blur=1,jpeg=50"], True),
+            (["--degrade", "noise=0.1"], False),
+            (["--degrade", "blur=1:4"], False),
+        )
     ):
         assert run(*args, tmp_path / f"{k}.png", *flags) == 0
         assert ("note: --seed has no effect" in capsys.readouterr().err) == said

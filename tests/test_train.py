@@ -104,7 +104,8 @@ def test_validation_costs_a_tenth_of_a_run_at_most(batches_per_epoch, held, step
 
 def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
     assert run("--ema", 0.5) == 0
-    folder = tmp_path / "run"
+    folder, said = tmp_path / "run", capsys.readouterr()
+    assert "note: --ema 0.5: in 4 steps the decay rises to 0.357\n" in said.err
     assert {p.name for p in folder.iterdir()} >= {
         "settings.json", "metrics.jsonl", "validation", "checkpoints", "lora.safetensors", "report.html",
     }  # fmt: skip
@@ -123,7 +124,7 @@ def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
     kept = load_file(checkpoint / "lora.safetensors")
     assert all(torch.equal(last[k], kept[k]) for k in last)
     assert any(v.abs().max() > 0 for k, v in last.items() if "lora_up" in k)
-    assert "parameters train" in capsys.readouterr().out
+    assert "parameters train" in said.out
 
 
 def test_phases_are_named_and_the_last_line_restores_a_picture(run, pictures, tmp_path, capsys):
@@ -141,7 +142,16 @@ def test_phases_are_named_and_the_last_line_restores_a_picture(run, pictures, tm
 
 
 def test_a_part_of_a_degradation_that_changes_nothing_is_named(capsys):
+    for spec, side, message in (
+        ("gamma=10,gamma=0.1", None, "undoes itself"),
+        ("fade=0/0", None, "leaves one color"),
+        ("resize=1.005", 48, "changes nothing of 48 x 48 pixels"),
+    ):
+        with pytest.raises(ValueError, match=f"--degrade {spec}: {message}"):
+            checks.check_degradation(spec, side)
     for spec, idle in (
+        ("resize=0.25,resize=1/area", ""),
+        ("resize=1.005", ""),
         ("blur=1,noise=0.1@0,gamma=1", "noise, gamma"),
         ("(blur=1@1|noise=0.1)", "noise"),
         ("blur=1,(dust=0,jpeg=50)", "dust"),
@@ -458,6 +468,23 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (
             ["--output-dir", "{here}/runs/old/checkpoints"],
             "/runs/old/checkpoints: lies in another run, {here}/runs/old",
+        ),
+        (
+            [
+                "--degrade",
+                "blur=1",
+                "--prompt",
+                "a",
+                "--degrade",
+                "jpeg=9",
+                "--prompt",
+                "b",
+                "--steps",
+                "1",
+                "--batch-size",
+                "1",
+            ],
+            "--degrade: got 2 tasks, but the run sees 1 pictures; give more",
         ),
         (["--ema", "1e-300"], "--ema: got 1e-300, expected 0 or at least 0.001"),
         (["--source-noise", "1e-7"], "--source-noise: got 1e-07, expected 0 or at least 0.001"),

@@ -136,6 +136,7 @@ def check_degradation(spec: str, side: int | None = None) -> None:
     sides = (side,) if side else (64, 1400)  # dust is so rare that it may miss a small picture
     pictures = [Image.fromarray(rng.integers(256, size=(side, side, 3), dtype=np.uint8)) for side in sides]
     found = _operators(step, pictures)
+    middle = pictures[0] if side else pictures[0].resize((256, 256))
     at = f" of {side} x {side} pixels" * bool(side)
     refuse(
         (not any(works for _, works in found), f"--degrade {spec}: changes nothing{at}; give stronger values"),
@@ -143,6 +144,7 @@ def check_degradation(spec: str, side: int | None = None) -> None:
             all(low == high for low, high in step(pictures[0], rng).getextrema()),
             f"--degrade {spec}: leaves one color of a picture; give weaker values",
         ),
+        (not {"@", "|"} & set(spec) and not _changes(step, middle), f"--degrade {spec}: undoes itself{at}"),
     )
     resized = ("resize", True) in found  # then resize=1 goes back
     idle = [operator for operator, works in found if not works and not (operator == "resize" and resized)]
@@ -270,6 +272,12 @@ def check_lengths(s: Any) -> None:
         check_degradation(text, s.resolution)
     still = f"--lr: got {s.lr:g}, which moves no weight by more than {s.lr * s.steps:g} in {s.steps} steps; give more"
     refuse((s.lr * s.steps < 1e-7, still))  # AdamW's step is about the learning rate
+    seen = s.steps * s.accumulate * s.batch_size * parallel.place()[1]
+    refuse(
+        (len(s.degrade) > seen, f"--degrade: got {len(s.degrade)} tasks, but the run sees {seen} pictures; give more")
+    )
+    if s.ema > (most := (1 + s.steps) / (10 + s.steps)) and parallel.place()[0] == 0:
+        print(f"note: --ema {s.ema:g}: in {s.steps} steps the decay rises to {most:.3g}", file=sys.stderr)
     longer = s.warmup and s.warmup > s.steps
     refuse((longer, f"--warmup: got {s.warmup}, but the run has {s.steps} steps and would never reach --lr; give less"))
 

@@ -53,8 +53,7 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     for p in pictures:
         stem = p.name.rpartition(".")[0]
         others = [text for text in (f"{p.name}.txt", f"{stem}.caption", f"{p.name}.caption") if text in lower]
-        small = p.caption and p.caption.stat().st_size < 1e6
-        if small and not p.caption.read_bytes().decode("utf-8-sig", "replace").strip():
+        if p.caption and not _start(p.caption).decode("utf-8-sig", "replace").strip():
             left_out.append((f"{stem}.txt", "an empty caption; --prompt takes its place"))
         if others and not p.caption:
             reason = f"not read as a caption; rename it to {PurePosixPath(stem).name}.txt"
@@ -97,6 +96,19 @@ def marked(exif: Image.Exif) -> Image.Exif:
     """The EXIF of a result: with it, train.py does not take the picture for a clean one."""
     exif[ExifTags.Base.ProcessingSoftware] = MARK
     return exif
+
+
+def _start(path: Path) -> bytes:
+    """The first megabyte of a file."""
+    with path.open("rb") as file:
+        return file.read(10**6)
+
+
+def pages(path: Path) -> int:
+    """How many frames or pages a picture has, of which the first is read; those of an MPO are versions of one."""
+    with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # as in data.open_picture, anything
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    return 1
 
 
 def _is_picture(path: Path) -> bool:
@@ -162,5 +174,10 @@ def describe(
         lines.append(_count([name for name, _ in left_out], "file").replace(" (", " left out ("))
         lines += [f"  {printable(name)}: {reason}" for name, reason in left_out[:10]]
         lines += [f"  ... and {len(left_out) - 10} more"] * (len(left_out) > 10)
+    several = [p.name for p in pictures if p.path.suffix.lower() not in (".jpg", ".jpeg") and pages(p.path) > 1]
+    if several:
+        lines.append(
+            f"note: {root}: {len(several)} with several frames or pages, such as {several[0]}: the first is used"
+        )
     named = {p.name for p in pictures} | {name for name, _ in left_out}
     return "\n".join(lines + others(root, named | {caption_of(p) for p in pictures if p.caption and captions}))

@@ -39,7 +39,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
-from kontext_min.extras.inventory import RECORD, is_result, marked, others, printable, unread, unused
+from kontext_min.extras.inventory import RECORD, is_result, marked, others, pages, printable, unread, unused
 from kontext_min.extras.saving import naming
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
@@ -269,6 +269,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     elif reference:
         if path := reference_of(job, reference):
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
+            notes += [f"{path} has {pages(path)} frames or pages: the first is compared"] * (pages(path) > 1)
             clean = open_picture(path, to_srgb=True)
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
