@@ -248,7 +248,7 @@ def train(settings: Settings) -> int:
         "fingerprint": {part: fingerprint(weights.path(part), part) for part in ("transformer", "vae", "clip", "t5")},
         "pictures": runs.hash_of([*((p.name, p.path.stat().st_size) for p in pairs.pictures), *pairs.prompts]),
         "files": runs.hash_of(runs.sizes_of(pairs, held)),
-        "operators": [str(degrade.parse(text)) for text in settings.degrade],
+        "operators": runs.hash_of([str(degrade.parse(text)) for text in settings.degrade]),
         "pictures_a_batch": settings.batch_size * me.world,
     }
     with parallel.first_goes_ahead(me):
@@ -287,7 +287,7 @@ def train(settings: Settings) -> int:
     if settings.cache_latents:  # encode each picture once
         from kontext_min.extras.latents import CachedPairs, fill
 
-        base = f"{written['operators'][0]} {written['fingerprint']['vae']}"
+        base = f"{written['operators']} {written['fingerprint']['vae']}"
         pairs = CachedPairs(pairs, settings.cache_dir / "latents", base, settings.cache_latents)
         for line in fill(pairs, encode, settings.workers, me.rank, me.world, progress.encoded):
             print(f"left out: {line}")

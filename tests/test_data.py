@@ -316,7 +316,7 @@ def test_modes_become_rgb(tmp_path):
     for name, options in (("a.gif", {}), ("a.png", {}), ("a.webp", {"lossless": True})):
         assert (opened(frames[0], name, save_all=True, append_images=frames[1:], **options) == (255, 0, 0)).all()
     said = inventory.describe(tmp_path, *data.scan(tmp_path), SMALL)
-    assert "with several frames or pages, such as " in said and ": the first is used" in said
+    assert "a.gif: 3 frames or pages: the first is read, and 2 more like it" in said
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "avif"])

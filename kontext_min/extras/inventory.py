@@ -104,11 +104,26 @@ def _start(path: Path) -> bytes:
         return file.read(10**6)
 
 
-def pages(path: Path) -> int:
-    """How many frames or pages a picture has, of which the first is read; those of an MPO are versions of one."""
-    with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # as in data.open_picture, anything
-        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    return 1
+def not_read(image: Image.Image) -> list[str]:
+    """What of a picture's file is not read, in words. The frames of an MPO are versions of one."""
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    found = [f"{frames} frames or pages: the first is read"] * (frames > 1)
+    if abs(image.info.get("gamma", 1 / 2.2) - 1 / 2.2) > 0.01 and "srgb" not in image.info:
+        found.append(f"its gamma of {image.info['gamma']:g} is not applied")
+    return found
+
+
+def parts_not_read(root: Path, pictures: Sequence[Picture]) -> list[str]:
+    """A line about the first of some pictures of which a part is not read, and how many follow."""
+    found = []
+    for p in pictures:
+        # As in data.open_picture, anything is raised. A JPEG has no such parts.
+        with suppress(Exception):
+            if p.path.suffix.lower() not in (".jpg", ".jpeg"):
+                with Image.open(p.path, formats=FORMATS) as image:
+                    found += [f"{p.name}: {what}" for what in not_read(image)]
+    more = f", and {len(found) - 1} more like it" * (len(found) > 1)
+    return [f"note: {root}: {printable(found[0])}{more}"] if found else []
 
 
 def _is_picture(path: Path) -> bool:
@@ -174,10 +189,6 @@ def describe(
         lines.append(_count([name for name, _ in left_out], "file").replace(" (", " left out ("))
         lines += [f"  {printable(name)}: {reason}" for name, reason in left_out[:10]]
         lines += [f"  ... and {len(left_out) - 10} more"] * (len(left_out) > 10)
-    several = [p.name for p in pictures if p.path.suffix.lower() not in (".jpg", ".jpeg") and pages(p.path) > 1]
-    if several:
-        lines.append(
-            f"note: {root}: {len(several)} with several frames or pages, such as {several[0]}: the first is used"
-        )
+    lines += parts_not_read(root, pictures)
     named = {p.name for p in pictures} | {name for name, _ in left_out}
     return "\n".join(lines + others(root, named | {caption_of(p) for p in pictures if p.caption and captions}))

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kontext_min.data import Pairs, Picture, Size, crop, open_picture, scan, to_tensor
-from kontext_min.extras.inventory import unread, unused
+from kontext_min.extras.inventory import parts_not_read, unread, unused
 from kontext_min.utils import numpy_generator
 
 
@@ -64,7 +64,8 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
         if partner.name in owners and not filecmp.cmp(p.path, owners[partner.name], shallow=False):
             raise ValueError(f"{root / partner.name}: goes with {p.path} and {owners[partner.name]}; rename one.")
         owners[partner.name] = p.path
-    return pairs, held, unused(root, owners, "usable clean picture")
+    lines = parts_not_read(root, [*pairs.partners, *(held.partners if held else ())])
+    return pairs, held, lines + unused(root, owners, "usable clean picture")
 
 
 def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:

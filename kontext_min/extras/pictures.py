@@ -31,6 +31,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
-from kontext_min.extras.inventory import RECORD, is_result, marked, others, pages, printable, unread, unused
+from kontext_min.extras.inventory import RECORD, is_result, marked, not_read, others, printable, unread, unused
 from kontext_min.extras.saving import naming
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
@@ -269,7 +270,8 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     elif reference:
         if path := reference_of(job, reference):
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
-            notes += [f"{path} has {pages(path)} frames or pages: the first is compared"] * (pages(path) > 1)
+            with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # open_picture says what is wrong
+                notes += [f"{path}: {what}" for what in not_read(image)]
             clean = open_picture(path, to_srgb=True)
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
@@ -329,10 +331,7 @@ def read(path: Path) -> File:
             image.load()
             if deep:
                 notes.append("more than 8 bits a channel: restored and written with 8")
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                notes.append(f"{image.n_frames} frames or pages: the first is restored")
-            if abs(image.info.get("gamma", 1 / 2.2) - 1 / 2.2) > 0.01 and "srgb" not in image.info:
-                notes.append(f"its gamma of {image.info['gamma']:g} is not applied")
+            notes += not_read(image)
             if profile := image.info.get("icc_profile"):
                 if (space := profile[16:20].decode("latin1").strip() or "broken") == "RGB":
                     keep["icc_profile"] = profile
