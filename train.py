@@ -187,8 +187,7 @@ def find_pairs(
         pairs = Tasks(pairs, settings.degrade, settings.prompt)
     for line in lines:
         me.say(line)
-    largest = int(np.bincount(pairs.bucket_of).max())
-    if settings.batch_size * me.world > largest:
+    if settings.batch_size * me.world > (largest := int(np.bincount(pairs.bucket_of).max())):
         me.say(f"note: a batch is larger than the largest bucket ({largest} pictures), so pictures repeat within it")
     return pairs, held, left_out
 
@@ -267,6 +266,8 @@ def train(settings: Settings) -> int:
     trained = {name: p for name, p in flux.named_parameters() if p.requires_grad}
     params = list(trained.values())
     ema = [p.detach().clone() for p in params] if settings.ema else []
+    if ema:
+        me.say(f"the average's decay rises to {min(settings.ema, (1 + settings.steps) / (10 + settings.steps)):.3g}")
     optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=WEIGHT_DECAY)
     state: dict[str, Any] = {"step": 0, "best_psnr": None, "best_step": None}
     state |= {"skipped": 0, "skipped_in_a_row": 0, "unreadable": []}
@@ -274,8 +275,7 @@ def train(settings: Settings) -> int:
     if last:
         state |= runs.restore(last, trained, ema, optimizer)
         if settings.accept_changes:  # the steps before may have had easier pictures
-            if me.first:
-                runs.keep_best(folder, state)
+            runs.keep_best(folder, state["best_step"] if me.first else None)
             state |= {"best_psnr": None, "best_step": None}
         # With --accept-changes a finished run would write its old weights again, and the new settings beside them.
         if state["step"] + settings.accept_changes > settings.steps:

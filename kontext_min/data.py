@@ -352,7 +352,7 @@ def _caption(picture: Picture) -> str:
     try:
         return " ".join(picture.caption.read_text(encoding="utf-8-sig").split()) if picture.caption else ""
     except UnicodeDecodeError as error:
-        raise ValueError(f"{_text(picture.caption)}: not UTF-8 ({error.reason}); expected a caption.") from error
+        raise ValueError(f"{_text(picture.caption)}: not UTF-8 ({error.reason}); save it as UTF-8.") from error
 
 
 class BucketSampler:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from kontext_min import data, degrade
 from kontext_min.data import BucketSampler, Pairs, Picture
 from kontext_min.extras import checks, inventory
+from kontext_min.extras import paired as paired_folders
 from kontext_min.extras.latents import CachedPairs, content_mark, fill
 from kontext_min.extras.paired import PairedFolders, match, pair_up
 from kontext_min.extras.stand_ins import StandIns
@@ -600,6 +601,21 @@ def test_pictures_to_train_and_to_validate_on_do_not_share_a_partner(tmp_path, c
         pair_up(pairs, held, tmp_path / "low")
     _, again, lines = pair_up(pairs, pairs, tmp_path / "low")  # the same photograph
     assert again.partners[0].name == "a.png" and lines == []
+
+
+def test_partners_of_a_mac_are_found_and_of_many_missing_ones_a_few_are_guessed(tmp_path, monkeypatch):
+    for folder in ("hr", "lr"):
+        (tmp_path / folder).mkdir()
+    smooth((80, 80)).save(tmp_path / "hr" / "f\u00fcr.png"), smooth((80, 80), 1).save(tmp_path / "lr" / "fu\u0308r.png")
+    pictures, _ = data.scan(tmp_path / "hr")
+    assert [p.name for p in match(pictures, tmp_path / "lr")] == ["fu\u0308r.png"]
+    smooth((80, 80), 1).save(tmp_path / "lr" / "IMG_07_rain.png")
+    asked = []  # a guess compares a name with all others, which takes minutes for a thousand pictures
+    monkeypatch.setattr(paired_folders.difflib, "get_close_matches", lambda *a: asked.append(a) or [])
+    missing = [Picture(pictures[0].path, f"IMG_{k:02d}.png", 80, 80) for k in range(90)]
+    with pytest.raises(ValueError, match=r"IMG_07\.png \(missing; is it 'IMG_07_rain\.png'\?\).* and 80 more"):
+        match(missing, tmp_path / "lr")
+    assert len(asked) == 9
 
 
 def test_clean_pictures_that_share_a_partner_or_are_their_own_are_refused(tmp_path):

@@ -455,3 +455,8 @@ def test_contact_sheet_command(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"cut\.png: "):
         contact_sheet.main([str(photo), str(tmp_path / "cut.png"), str(tmp_path / "none.jpg")])
     assert not (tmp_path / "none.jpg").exists()
+    with pytest.raises(ValueError, match=r"no/s\.jpg: no such folder; make it first"):
+        contact_sheet.main([str(photo), str(tmp_path / "no" / "s.jpg")])
+    Image.new("L", (40, 1000)).save(tmp_path / "strip.png")
+    with pytest.raises(ValueError, match=r"strip\.png: 40 x 1000 pixels, too long for a sheet"):
+        contact_sheet.main([str(tmp_path / "strip.png"), str(tmp_path / "none.jpg")])

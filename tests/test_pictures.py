@@ -272,6 +272,14 @@ def test_a_gray_clean_picture_is_compared_in_srgb(tmp_path):
     assert metrics.psnr(photo.degraded, photo.clean) > 35
 
 
+def test_a_half_transparent_clean_picture_is_compared_in_its_own_colors(tmp_path):
+    picture = crop(60, 40)
+    picture.putalpha(128)
+    picture.save(tmp_path / "in.png"), picture.save(tmp_path / "clean.png")
+    photo = load(find(tmp_path / "in.png", tmp_path / "out.png")[0][0], None, tmp_path / "clean.png", 0)
+    assert photo.degraded.tobytes() == photo.clean.tobytes()
+
+
 def test_a_degraded_picture_is_compared_with_itself_in_srgb(scene):
     photo = load(find(scene / "odd.png", scene / "out.png")[0][0], degrade.parse("noise=0.0001"), None, 0)
     assert metrics.psnr(photo.clean, crop(60, 40)) > 45

@@ -1202,6 +1202,7 @@ def test_a_seed_without_effect_is_named(small_bundle, tmp_path, capsys):
             (["--degrade", "blur=1,jpeg=50"], True),
             (["--degrade", "noise=0.1"], False),
             (["--degrade", "blur=1:4"], False),
+            (["--degrade", "blur=2@0.02"], False),
         )
     ):
         assert run(*args, tmp_path / f"{k}.png", *flags) == 0

@@ -105,7 +105,7 @@ def test_validation_costs_a_tenth_of_a_run_at_most(batches_per_epoch, held, step
 def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
     assert run("--ema", 0.5) == 0
     folder, said = tmp_path / "run", capsys.readouterr()
-    assert "note: --ema 0.5: in 4 steps the decay rises to 0.357\n" in said.err
+    assert "the average's decay rises to 0.357\n" in said.out
     assert {p.name for p in folder.iterdir()} >= {
         "settings.json", "metrics.jsonl", "validation", "checkpoints", "lora.safetensors", "report.html",
     }  # fmt: skip
@@ -143,11 +143,16 @@ def test_phases_are_named_and_the_last_line_restores_a_picture(run, pictures, tm
 
 def test_a_part_of_a_degradation_that_changes_nothing_is_named(capsys):
     for spec, side, message in (
-        ("gamma=10,gamma=0.1", None, "undoes itself"),
-        ("fade=0/0", None, "leaves one color"),
+        ("gamma=10,gamma=0.1", None, "changes nothing"),
+        ("(gamma=2,gamma=0.5)@0.5|(contrast=0.5,contrast=2)@0.1", None, "changes nothing"),
+        ("noise=0.0005", None, "changes nothing; "),
+        ("fade=0/0", None, "leaves next to nothing"),
+        ("contrast=0.002", 64, "leaves next to nothing"),
+        ("dust=100000/100/1", 64, "leaves next to nothing"),
+        ("gamma=10,gamma=10", None, "leaves next to nothing"),
         ("resize=1.005", 48, "changes nothing of 48 x 48 pixels"),
     ):
-        with pytest.raises(ValueError, match=f"--degrade {spec}: {message}"):
+        with pytest.raises(ValueError, match=re.escape(f"--degrade {spec}: {message}")):
             checks.check_degradation(spec, side)
     for spec, idle in (
         ("resize=0.25,resize=1/area", ""),
@@ -486,6 +491,7 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
             ],
             "--degrade: got 2 tasks, but the run sees 1 pictures; give more",
         ),
+        (["--degrade", "blur=1", "--prompt", "a", "--degrade", "blur=1.0", "--prompt", "b"], "two tasks are the same"),
         (["--ema", "1e-300"], "--ema: got 1e-300, expected 0 or at least 0.001"),
         (["--source-noise", "1e-7"], "--source-noise: got 1e-07, expected 0 or at least 0.001"),
         (["--lr", "1e-9", "--steps", "2"], "--lr: got 1e-09, which moves no weight by more than 2e-09 in 2 steps"),
@@ -565,7 +571,7 @@ def test_your_files_in_a_checkpoint_stay(run, tmp_path, capsys):
     for step in (3, 5, 6, 7):
         runs.save_checkpoint(tmp_path / "run", {}, state | {"step": step}, lambda path: None)
     assert (folder / "step-000002" / "test.png").exists() and not (folder / "step-000004").exists()
-    kept = [p for p in folder.glob("step-000003-*") if (p / "lora.safetensors").exists()]
+    kept = [p for p in folder.glob("step-000003-kept*") if (p / "lora.safetensors").exists()]
     said = capsys.readouterr().out
     assert len(kept) == 1 and f"no whole checkpoint any more; renamed to {kept[0].name}\n" in said
     assert f"note: {folder / 'step-000002'}: is kept, because test.png in it is not the run's\n" in said
@@ -577,8 +583,12 @@ def test_the_best_step_is_kept_when_changed_settings_are_accepted(run, tmp_path)
     """What follows is not compared with it, and its checkpoint is deleted in time."""
     assert run("--steps", 2, "--validate-every-epochs", 0) == 0
     folder = tmp_path / "run" / "checkpoints"
-    runs.keep_best(tmp_path / "run", {"best_step": 2})
-    runs.keep_best(tmp_path / "run", {"best_step": None})
+    runs.keep_best(tmp_path / "run", 2)
+    runs.keep_best(tmp_path / "run", None)
+    (folder / "step-000002-best" / "mine").touch()
+    runs.keep_best(tmp_path / "run", 2)  # under another name
+    assert (folder / "step-000002-best" / "mine").exists() and len([*folder.glob("step-000002-best-*")]) == 1
+    (folder / "step-000002-best" / "mine").unlink()
     assert [p.name for p in (folder / "step-000002-best").iterdir()] == ["lora.safetensors"]
     assert run("--steps", 9, "--checkpoint-every", 1, "--validate-every-epochs", 0, "--accept-changes") == 0
     assert not (folder / "step-000002").exists() and (folder / "step-000002-best" / "lora.safetensors").exists()
@@ -597,6 +607,15 @@ def test_what_is_missing_before_the_imports_is_one_line(tmp_path, monkeypatch):
         (tmp_path / "presets.toml").write_text(text, encoding="utf-8")
         found = ready.problem(tmp_path / "presets.toml")
         assert said in found if said else found is None, text
+    assert subprocess.run(
+        [sys.executable, "-S", "-m", "kontext_min.extras.contact_sheet"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    ).stderr.startswith(f"kontext_min: {sys.executable} lacks torch, ")
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+    assert "expected 3.11 or later" in ready.problem()
+    monkeypatch.undo()
     monkeypatch.setattr(ready, "PACKAGES", ("numpy", "no_such_package"))
     assert f"{sys.executable} lacks no_such_package; activate the environment" in ready.problem()
 

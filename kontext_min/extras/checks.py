@@ -17,13 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from kontext_min import degrade
 from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
 from kontext_min.extras import parallel, runs
+from kontext_min.extras.effect import check_degradation
 from kontext_min.extras.flags import changed, check_values, name_of
 from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.pictures import existing
@@ -126,47 +124,6 @@ def check_text(flag: str, *prompts: str | None) -> None:
             raise ValueError(f"{flag} {text!r:.100}: expected text in UTF-8; set the terminal to it.") from None
 
 
-def check_degradation(spec: str, side: int | None = None) -> None:
-    """That a text describes a degradation: of any picture, or of those of `side` pixels a side.
-
-    Raises:
-        ValueError: it is none, or one that leaves every picture as it is, or nothing of a picture.
-    """
-    step, rng = degrade.parse(spec), np.random.default_rng(0)
-    sides = (side,) if side else (64, 1400)  # dust is so rare that it may miss a small picture
-    pictures = [Image.fromarray(rng.integers(256, size=(side, side, 3), dtype=np.uint8)) for side in sides]
-    found = _operators(step, pictures)
-    middle = pictures[0] if side else pictures[0].resize((256, 256))
-    at = f" of {side} x {side} pixels" * bool(side)
-    refuse(
-        (not any(works for _, works in found), f"--degrade {spec}: changes nothing{at}; give stronger values"),
-        (
-            all(low == high for low, high in step(pictures[0], rng).getextrema()),
-            f"--degrade {spec}: leaves one color of a picture; give weaker values",
-        ),
-        (not {"@", "|"} & set(spec) and not _changes(step, middle), f"--degrade {spec}: undoes itself{at}"),
-    )
-    resized = ("resize", True) in found  # then resize=1 goes back
-    idle = [operator for operator, works in found if not works and not (operator == "resize" and resized)]
-    if idle and not side and parallel.place()[0] == 0:
-        print(f"note: --degrade {spec:.1000}: never changes a picture: {', '.join(idle)}", file=sys.stderr)
-
-
-def _operators(step: degrade.Step, pictures: Sequence[Image.Image]) -> list[tuple[str, bool]]:
-    """Every operator of a degradation, and whether it can run and changes one of the pictures in one of 16 draws."""
-    if step.chance is not None and step.chance < 1e-9:
-        pictures = []
-    if step.kind in ("all", "one"):
-        return [found for part in step.parts for found in _operators(part, pictures)]
-    return [(step.kind, any(_changes(step, picture) for picture in pictures))]
-
-
-def _changes(step: degrade.Step, picture: Image.Image) -> bool:
-    """Whether an operator changes a picture in one of 16 draws."""
-    rng = np.random.default_rng(0)
-    return any(step(picture, rng).tobytes() != picture.tobytes() for _ in range(16))
-
-
 def check_training(s: Any) -> None:
     """The settings of train.py.
 
@@ -175,12 +132,13 @@ def check_training(s: Any) -> None:
     """
     check_flags(s)
     for text in s.degrade:
-        check_degradation(text)
+        degrade.parse(text)
     check_text("--prompt", *s.prompt)
     check_text("--validation-prompt", s.validation_prompt)
     check_folders(s)
     most = 4 * (os.cpu_count() or 1)
     tasks = max(1, len(s.degrade))
+    different = len({str(degrade.parse(text)) for text in s.degrade})
     refuse(
         (s.full and s.dtype == "bfloat16", "--full trains in float32; leave --dtype out"),
         (s.shard and parallel.place()[1] < 2, "--shard needs several processes: torchrun --nproc-per-node N"),
@@ -197,6 +155,7 @@ def check_training(s: Any) -> None:
             len(s.prompt) not in (0, tasks),
             f"--prompt: got {len(s.prompt)} for {len(s.degrade)} --degrade; give one for each, or none",
         ),
+        (different < len(s.degrade), "--degrade: two tasks are the same; leave one of them out"),
         (tasks > 1 and s.cache_latents, "--cache-latents keeps the latents of one --degrade; leave it out"),
     )
 
@@ -276,8 +235,6 @@ def check_lengths(s: Any) -> None:
     refuse(
         (len(s.degrade) > seen, f"--degrade: got {len(s.degrade)} tasks, but the run sees {seen} pictures; give more")
     )
-    if s.ema > (most := (1 + s.steps) / (10 + s.steps)) and parallel.place()[0] == 0:
-        print(f"note: --ema {s.ema:g}: in {s.steps} steps the decay rises to {most:.3g}", file=sys.stderr)
     longer = s.warmup and s.warmup > s.steps
     refuse((longer, f"--warmup: got {s.warmup}, but the run has {s.steps} steps and would never reach --lr; give less"))
 
@@ -337,7 +294,10 @@ def check_json(s: Any) -> None:
         (not (s.degrade or s.reference), "scores need a clean picture; add --reference, or --degrade on a clean input"),
         (same(s.json, s.output) or beside, "is written by another flag; name another file"),
         (old and not is_scores(s.json), "exists and holds no scores; name another file"),
-        (not (s.json.parent.is_dir() and can_write(s.json)), "can't be written; name a file in a folder of yours"),
+        (
+            not (json_file.parent.is_dir() and can_write(json_file)),
+            "can't be written; name a file in a folder of yours",
+        ),
         (of_another, "exists and holds the scores of another call; name another file, or add --overwrite"),
     ):
         refuse((holds, f"--json {s.json}: {problem}"))

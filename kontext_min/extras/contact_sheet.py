@@ -47,12 +47,16 @@ def main(arguments: Sequence[str]) -> int:
     *photos, sheet = (Path(name) for name in arguments)
     if sheet.exists():  # perhaps a photograph, if you forgot to name the sheet
         raise ValueError(f"{sheet}: exists; name a new file for the sheet, behind the photographs.")
+    if not sheet.parent.is_dir():
+        raise ValueError(f"{sheet}: no such folder; make it first.")
     if sheet.suffix.lower() not in KINDS:
         raise ValueError(f"{sheet}: unknown picture format; name the sheet .jpg or .png.")
     print(f"{'PSNR, dB':20}" + "".join(f"{name:>18}" for name in PRESETS), flush=True)
     table, first = [], {}
     for seed, path in enumerate(photos):
         photo = open_picture(path)
+        if photo.height > 20 * photo.width:
+            raise ValueError(f"{path}: {photo.width} x {photo.height} pixels, too long for a sheet; leave it out.")
         scale = min(1.0, SIDE / sqrt(photo.width * photo.height))  # as in training
         photo = photo.resize((ceil(photo.width * scale), ceil(photo.height * scale)), Image.Resampling.LANCZOS)
         pictures = {name: parse(name)(photo, np.random.default_rng(seed)) for name in PRESETS}

@@ -68,7 +68,7 @@ def _not_empty(kind: type) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError("got an empty value; give one, or leave the flag out")
         if text[-1] in "\r\n":
             raise argparse.ArgumentTypeError(f"got {text!r:.99}, with a line end; save the script with Unix line ends")
-        return Path(text).expanduser() if kind is Path else kind(text)  # the shell leaves ~ in --flag=~/folder
+        return Path(os.path.expanduser(text)) if kind is Path else kind(text)  # the shell leaves ~ in --flag=~/folder
 
     read.__name__ = kind.__name__  # argparse names it: invalid int value
     return read

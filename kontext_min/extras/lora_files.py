@@ -457,7 +457,7 @@ def lora_file(path: str | Path) -> Path:
 
 def _unfinished(folder: Path) -> str:
     """Where the LoRA of a run that is not at its end lies."""
-    found = sorted(folder.glob(f"checkpoints/step-*/{FILES[0]}"))
+    found = sorted(file for where in ("checkpoints/step-*", "step-*") for file in folder.glob(f"{where}/{FILES[0]}"))
     return f", such as {found[-1]}" if found else ""
 
 
@@ -653,9 +653,7 @@ def load_lora(model: Flux, path: str | Path, strength: float = 1.0) -> dict[str,
         FileNotFoundError, ValueError: no such file; not a plain, whole LoRA of this model.
     """
     lora, metadata = factors_for(model, path)
-    sizes = [f.alpha / len(f.down) * f.up.abs().max().float() * f.down.abs().max().float() for f in lora.values()]
-    if abs(strength) * max(map(abs, sizes)) < 1e-7:  # no byte of a picture was seen to change
-        print(f"note: {path}: its strength, A or B is nearly 0, so its weights change nothing", file=sys.stderr)
+    _note_if_idle(path, lora, strength)
     device = next(model.parameters()).device
     for name, (down, up, alpha) in lora.items():
         base, downs, ups, alpha = model.get_submodule(name), [down.to(device)], [up.to(device)], strength * alpha
@@ -668,6 +666,13 @@ def load_lora(model: Flux, path: str | Path, strength: float = 1.0) -> dict[str,
         layer.lora_B.copy_(torch.cat(ups, dim=1))
         model.set_submodule(name, layer.requires_grad_(False))
     return metadata
+
+
+def _note_if_idle(path: str | Path, lora: Mapping[str, Factors], strength: float) -> None:
+    """A line if a LoRA is so weak that no byte of a picture was seen to change."""
+    sizes = [f.alpha / len(f.down) * f.up.abs().max().float() * f.down.abs().max().float() for f in lora.values()]
+    if abs(strength) * max(map(abs, sizes)) < 1e-7:
+        print(f"note: {path}: its strength, A or B is nearly 0, so its weights change nothing", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -684,6 +689,7 @@ def init_lora(model: Flux, path: str | Path, objective: str | None = None, base:
         FileNotFoundError, ValueError: as for load_lora; a module without a LoRA on the model; a lower rank.
     """
     (lora, metadata), layers = factors_for(model, path), lora_layers(model)
+    _note_if_idle(path, lora, 1)
     about = trained_with(metadata, path)
     if objective and about.get("objective", objective) != objective:
         print(f"note: --init-lora {path}: was trained for {about['objective']}, not for {objective}", file=sys.stderr)

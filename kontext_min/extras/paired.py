@@ -7,7 +7,8 @@ Source: none, it is file handling.
 import difflib
 import filecmp
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from kontext_min.data import Pairs, Picture, Size, crop, open_picture, scan, to_tensor
 from kontext_min.extras.inventory import parts_not_read, unread, unused
 from kontext_min.utils import numpy_generator
+
+SHOWN = 10  # problems
 
 
 class PairedFolders(Pairs):
@@ -68,6 +71,17 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
     return pairs, held, lines + unused(root, owners, "usable clean picture")
 
 
+def _stem(name: str) -> str:
+    """A name without its ending, its letters composed: a Mac writes an umlaut as two."""
+    return unicodedata.normalize("NFC", name.rpartition(".")[0])
+
+
+def _guess(stem: str, stems: Iterable[str]) -> str:
+    """Which of some names is perhaps meant, or nothing: in another folder or case, longer, or much like it."""
+    longer = (other for other in stems if other.startswith(stem) or other.casefold().endswith(stem.casefold()))
+    return next(longer, "") or "".join(difflib.get_close_matches(stem, stems, 1))
+
+
 def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
     """The partner of each picture: the same name below `root`, or else the same name up to its ending.
 
@@ -75,18 +89,18 @@ def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
         ValueError: some are missing, unreadable, shared, the picture itself, or differ in shape by over one pixel.
     """
     found, rejected = scan(root)
-    reasons = {name.rpartition(".")[0]: reason for name, reason in rejected + unread(root, [])}
+    reasons = {_stem(name): reason for name, reason in rejected + unread(root, [])}
     stems: dict[str, list[Picture]] = {}
     for p in found:
-        stems.setdefault(p.name.rpartition(".")[0], []).append(p)
+        stems.setdefault(_stem(p.name), []).append(p)
     partners, problems, owners = [], [], {}
     for p in pictures:
-        stem = p.name.rpartition(".")[0]
+        stem = _stem(p.name)
         others = stems.get(stem, [])
         others = [other for other in others if other.name == p.name] or others
         if len(others) != 1:
-            near = difflib.get_close_matches(stem, stems, 1)
-            missing = f"missing; is it {stems[near[0]][0].name!r}?" if near else "missing"
+            guess = "" if others or len(problems) >= SHOWN else _guess(stem, stems)  # a guess for each would take hours
+            missing = f"missing; is it {stems[guess][0].name!r}?" if guess else "missing"
             problems.append(f"{p.name} ({reasons.get(stem, 'several' if others else missing)})")
             continue
         partner = others[0]
@@ -98,9 +112,9 @@ def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
         elif abs(partner.width - partner.height * p.width / p.height) > max(1.0, p.width / p.height):
             problems.append(f"{p.name} ({partner.width} x {partner.height} for {p.width} x {p.height})")
     if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ValueError(
             f"{root}: {len(problems)} of {len(pictures)} pictures have no degraded partner of the same name and shape: "
-            f"{', '.join(problems[:10])}{more}."
+            f"{', '.join(problems[:SHOWN])}{more}."
         )
     return partners

@@ -29,6 +29,7 @@ import re
 import secrets
 import sys
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -46,6 +47,7 @@ from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+ONE_COLOR = "nearly one color; look at the file"
 QUALITY = 95  # of JPEG and WebP
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # in pixels, of the formats' encoders
 LARGEST_SEGMENT = 65502 - 64  # bytes of EXIF or XMP in a JPEG; the mark takes some
@@ -135,7 +137,9 @@ def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[li
                 raise ValueError(f"--reference: {shared[0]} goes with two pictures of --input; rename one of them.")
             pairs = [(job.path, file) for job, file in zip(jobs, files, strict=True) if file]
             if not pairs:
-                raise ValueError(f"--reference {path}: none of its pictures has the name of one of --input.")
+                raise ValueError(
+                    f"--reference {path}: none of its pictures has the name of one of --input, such as {jobs[0].name}."
+                )
             lines = unused(path, {file.relative_to(path).as_posix() for _, file in pairs}, "input")
             copies = sum(filecmp.cmp(*pair, shallow=False) for pair in pairs)
             lines += [f"note: {path}: {copies} of {len(pairs)} are copies of the inputs"] * bool(copies)
@@ -221,7 +225,7 @@ def _identity(path: Path) -> object:
 
 def existing(path: Path) -> Path:
     """The path, or the nearest one above it that exists."""
-    return path if path.exists() else existing(path.parent)
+    return path if path.exists() or path.is_symlink() else existing(path.parent)
 
 
 def reference_of(job: Job, folder_or_file: Path) -> Path | None:
@@ -235,7 +239,8 @@ def reference_of(job: Job, folder_or_file: Path) -> Path | None:
     same = folder_or_file / job.name
     if same.is_file() or not same.parent.is_dir():
         return same if same.is_file() else None
-    found = sorted(p.name for p in same.parent.iterdir() if p.stem == same.stem and p.suffix.lower() in ENDINGS)
+    stems = {same.stem, *(unicodedata.normalize(form, same.stem) for form in ("NFC", "NFD"))}  # a Mac has the latter
+    found = sorted(p.name for p in same.parent.iterdir() if p.stem in stems and p.suffix.lower() in ENDINGS)
     if len(found) > 1:
         raise ValueError(f"--reference {folder_or_file}: {' and '.join(found)} go with {job.name}; keep one of them.")
     return same.with_name(found[0]) if found else None
@@ -272,7 +277,10 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
             with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # open_picture says what is wrong
                 notes += [f"{path}: {what}" for what in not_read(image)]
-            clean = open_picture(path, to_srgb=True)
+            # Transparent ones are compared in their own colors, as the input is, and not on white.
+            other = read(path)
+            clean = to_srgb(other.rgb, other) if other.alpha else open_picture(path, to_srgb=True)
+            notes += [f"{path}: {note}" for note in other.notes if note == ONE_COLOR]
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
                 raise ValueError(f"{job.path}: {sizes}; expected one size.")
@@ -365,7 +373,7 @@ def read(path: Path) -> File:
     except Exception as error:  # see data._read_header: Pillow's parsers raise anything
         raise UnreadableError(f"{path}: {error}") from error
     if all(high - low < 16 for low, high in rgb.getextrema()):  # its scale is one that Pillow does not know, perhaps
-        notes.append("nearly one color; look at the file")
+        notes.append(ONE_COLOR)
     return File(rgb, alpha, keep, tuple(notes))
 
 

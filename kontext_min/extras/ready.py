@@ -1,9 +1,11 @@
-"""What must be right before a program imports the rest: the packages and presets.toml. What is wrong is one line."""
+"""What must be right before a program imports the rest: the packages and presets.toml. What is wrong is one line.
+
+Older versions of Python can read this file.
+"""
 
 import re
 import signal
 import sys
-import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,9 +13,14 @@ PACKAGES = ("torch", "safetensors", "sentencepiece", "PIL", "numpy", "einops")
 PRESETS = Path(__file__).parents[1] / "presets.toml"
 
 
-def problem(presets: Path = PRESETS) -> str | None:
+def problem(presets: Path = PRESETS) -> "str | None":
     """What is wrong, and what to do, or None."""
-    if missing := [name for name in PACKAGES if not find_spec(name)]:
+    if sys.version_info < (3, 11):  # noqa: UP036
+        return f"{sys.executable} is Python {sys.version.split()[0]}; expected 3.11 or later"
+    import tomllib
+
+    missing = [name for name in PACKAGES if not find_spec(name)]
+    if missing:
         what = f"{sys.executable} lacks {', '.join(missing)}"
         return f"{what}; activate the environment (source .venv/bin/activate), or set it up as README says"
     try:
@@ -28,6 +35,7 @@ def problem(presets: Path = PRESETS) -> str | None:
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the packages load shows no traceback
-if found := problem():
-    print(f"{Path(sys.argv[0]).name}: {found}.", file=sys.stderr)
+found = problem()
+if found:
+    print(f"{Path(sys.argv[0]).name.replace('-m', 'kontext_min')}: {found}.", file=sys.stderr)
     sys.exit(2)

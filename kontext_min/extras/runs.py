@@ -53,7 +53,7 @@ MAY_CHANGE = (  # settings that change no result, apart from rounding
     *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions", "defaults"),
     *("checkpoint_every", "tensorboard", "validate_every_epochs", "device", "shard", "stream"),
     *("gradient_checkpointing", "compile", "plan"),
-    *("hr_root", "weights", "transformer", "vae", "clip", "t5"),  # where they are; what is in them is compared
+    *("init_lora", "hr_root", "weights", "transformer", "vae", "clip", "t5"),  # what is in them is compared
     "batch_size",  # its product with the number of processes counts: pictures_a_batch
 )
 
@@ -115,6 +115,8 @@ def open_run(
             )
         changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
         words = {"pictures": "pictures were added, removed or changed, or their captions were"}
+        if before.get("validate_every_epochs") != settings.get("validate_every_epochs"):
+            words["pictures"] += ", or --validate-every-epochs holds out others"
         words["files"] = "degraded pictures or those to validate on were added, removed or changed"
         words["operators"] = "the operators of --degrade changed"
         if "degrade" in changed:
@@ -304,13 +306,17 @@ def best_step(folder: Path, state: dict[str, Any]) -> list[str]:
     return [f"note: step {step} has the best PSNR, {psnr:.2f} dB: the steps after it did not help; try another --lr"]
 
 
-def keep_best(folder: Path, state: dict[str, Any]) -> None:
+def _free(path: Path) -> Path:
+    """The path, or one with more behind its name that is not there."""
+    return path.with_name(f"{path.name}-{secrets.token_hex(3)}") if path.exists() else path
+
+
+def keep_best(folder: Path, step: int | None) -> None:
     """The result of the best checkpoint stays under another name, when what follows is not compared with it."""
-    best = folder / "checkpoints" / f"step-{state['best_step'] or 0:06d}"
+    best = folder / "checkpoints" / f"step-{step or 0:06d}"
     if best.exists():
-        kept = best.with_name(f"{best.name}-best")
-        rest = shutil.ignore_patterns("state.*", "trained.*", "optimizer.*", "ema.*")
-        shutil.copytree(best, kept, ignore=rest, dirs_exist_ok=True)
+        kept = _free(best.with_name(f"{best.name}-best"))
+        shutil.copytree(best, kept, ignore=shutil.ignore_patterns("state.*", "trained.*", "optimizer.*", "ema.*"))
         print(f"note: the best step so far is kept in {kept}")
 
 
@@ -330,8 +336,9 @@ def save_checkpoint(
     target = folder / "checkpoints" / f"step-{state['step']:06d}"
     if (target / "state.json").exists():  # stopped right after a regular checkpoint: the same step of the same run
         return
-    if (target / "lora.safetensors").exists() and not target.is_symlink():  # it was whole; you kept only its LoRA
-        target.rename(kept := target.with_name(f"{target.name}-{secrets.token_hex(2)}"))
+    results = (target / name for name in ("lora.safetensors", "transformer"))
+    if any(path.exists() for path in results) and not target.is_symlink():  # it was whole; you kept only its result
+        target.rename(kept := _free(target.with_name(f"{target.name}-kept")))
         print(f"note: {target}: is no whole checkpoint any more; renamed to {kept.name}")
     _delete(target)  # it was never whole
     aside = target.with_name(f".{target.name}.{os.getpid()}")
