@@ -143,7 +143,7 @@ def sample(settings: Settings) -> int:
     apply = Tiles(settings.tile or method.resolution, autoencoder, tick, plan.room(autoencoder.params, device))
     degradation, restored = settings.degrade and degrade.parse(settings.degrade), 0
     for job in jobs:
-        with folders.spared(job, jobs, failed, stop=not how):
+        with folders.spared(job, jobs, failed, not how, settings.overwrite):
             if job not in todo and not scores.wanted:
                 continue
             photo = pictures.load(job, degradation, settings.reference, settings.seed)
@@ -158,10 +158,11 @@ def sample(settings: Settings) -> int:
                     result = to_image(decode(autoencoder, z, small.size, apply)[0])
                 result = pictures.COLOUR_FIXES[settings.color_fix](result, small)
                 result = result.resize(job.size, Image.Resampling.LANCZOS)
-                sheet = validation.grid([[p for p in (photo.degraded, result, photo.clean) if p]])
+                shown = [pictures.to_srgb(picture, photo.file) for picture in (photo.degraded, result)]
+                sheet = validation.grid([shown + [photo.clean] * bool(photo.clean)])
                 with folders.noted(job, settings.output, how, settings.overwrite):
                     pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))
-                result, restored = pictures.to_srgb(result, photo.file), restored + 1
+                result, restored = shown[1], restored + 1
                 tick.end()
             else:  # restored by an earlier call: it still counts in the scores and the report
                 result = pictures.load_restored(job, settings.compare)

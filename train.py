@@ -240,6 +240,7 @@ def train(settings: Settings) -> int:
     encode = partial(to_latents, autoencoder, me.device)
     buckets = data.buckets(settings.resolution, multiple=2 * autoencoder.factor)
     checks.check_shared_memory(buckets, settings.batch_size, settings.workers)
+    progress.phase("reading the headers of the pictures")
     pairs, held, left_out = find_pairs(settings, me, buckets)
     folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     written = to_json(settings) | {
@@ -274,12 +275,12 @@ def train(settings: Settings) -> int:
     me.say(f"continuing from {last}" if last else f"{folder}: a new run")
     if last:
         state |= runs.restore(last, trained, ema, optimizer)
-        if settings.accept_changes:  # the steps before may have had easier pictures
-            runs.keep_best(folder, state["best_step"] if me.first else None)
-            state |= {"best_psnr": None, "best_step": None}
         # With --accept-changes a finished run would write its old weights again, and the new settings beside them.
         if state["step"] + settings.accept_changes > settings.steps:
             raise ValueError(f"--steps: got {settings.steps}, but {last} is at step {state['step']}; give more steps.")
+        if settings.accept_changes:  # the steps before may have had easier pictures
+            runs.keep_best(folder, state["best_step"] if me.first else None)
+            state |= {"best_psnr": None, "best_step": None}
     if parallel.any_of(parallel.from_first(state["step"]) != state["step"]):
         raise ValueError(f"{folder}: not all processes see the same checkpoint; it must be on a disk that they share.")
 
@@ -302,15 +303,13 @@ def train(settings: Settings) -> int:
     between = held_out.batches_between(settings, sampler.batches_per_epoch, len(validation_pairs))
 
     # ---- from here on the run folder changes
-    board = None
     if me.first:
         if settings.overwrite:
             runs.delete_run(folder)
         runs.write_json(folder / "settings.json", written | {"defaults": defaults(typed, written)})
         runs.write_text(folder / "left-out.txt", "".join(f"{name}: {reason}\n" for name, reason in left_out))
         runs.rewind_metrics(folder, state["step"] if last else -1)
-        if settings.tensorboard:
-            board = runs.open_tensorboard(folder, state["step"])
+    board = runs.open_tensorboard(folder, state["step"]) if settings.tensorboard and me.first else None
     pictures_a_step = settings.accumulate * settings.batch_size * me.world
     me.say(
         f"{folder}: {given(typed)}\n{settings.steps} steps of {pictures_a_step} pictures at about "
@@ -429,7 +428,8 @@ def train(settings: Settings) -> int:
 
         # ---- the end
         if state["step"] < settings.steps:
-            me.say(f"stopped after step {state['step']}; the same command with --output-dir {folder} continues")
+            but = "but without --overwrite" if settings.overwrite else f"with --output-dir {folder}"
+            me.say(f"stopped after step {state['step']}; the same command {but} continues")
             return 130
         result = gather(ema or params)
         if not all(x.isfinite().all() for x in result.values()) or state["skipped"] == settings.steps:

@@ -17,6 +17,7 @@ import functools
 import io
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -208,16 +209,15 @@ def open_picture(path: Path, minimum: Size | None = None, to_srgb: bool = False)
     color shift. The official code ignores profiles. Raises UnreadableError, a ValueError that names the file.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if minimum and image.format in ("JPEG", "MPO"):
                 w, h = minimum if _orientation(image) < 5 else minimum[::-1]
                 image.draft(None, (math.ceil(w * DRAFT_MARGIN), math.ceil(h * DRAFT_MARGIN)))
-            deep = image.mode[0] in "IF" or ";16" in str(image.tile)  # the tiles are gone after load()
+            tile = str(image.tile)  # how it is stored; gone after load()
             image.load()
             # Only now: in a PNG the orientation may follow the pixels.
             orientation = _orientation(image)
-            rgb = _to_rgb(image, to_srgb, deep)
-    # As in _read_header, Pillow's parsers raise anything.
+            rgb = _to_rgb(image, to_srgb, tile)
     except Exception as error:
         raise UnreadableError(f"{_text(path)}: {_reason(error)}") from error
     return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
@@ -233,25 +233,25 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image, to_srgb: bool, deep: bool) -> Image.Image:
+def _to_rgb(image: Image.Image, to_srgb: bool, tile: str) -> Image.Image:
     profile = image.info.get("icc_profile") if to_srgb else None
     kind = {"CMYK": "CMYK", "P": "RGB"}.get(image.mode) or Image.getmodebase(image.mode)
-    if image.format == "PSD" and image.mode == "1":
-        raise ValueError("a bitmap, which Pillow reads as its negative; convert it to gray")
-    if deep and "transparency" in image.info:  # Pillow would look for its 16 bits among pixels of 8
-        raise ValueError("more than 8 bits, and a transparent color; convert it to 8 bits")
+    deep, tags = image.mode[0] in "IF" or ";16" in tile, getattr(image, "tag_v2", {})
+    wrong = image.format == "PSD" and image.mode == "1"  # read as its negative
+    wrong |= "transparency" in image.info and bool(re.search("[LIB];(2|4|16)", tile))  # its bits, compared with 8
+    wrong |= tags.get(284) == 2 and max(tags.get(258, (8,))) > 8 and not deep  # planes of 16 bits, read as 8
+    if wrong:
+        raise ValueError("stored in a way that Pillow reads wrong; convert it to gray or RGB of 8 bits")
     if image.mode == "F" or image.mode.startswith("I"):  # float, 16 and 32 bits: convert() would clip them at 255
-        x, tags, white = np.asarray(image), getattr(image, "tag_v2", {}), 1 if image.mode == "F" else 65535
+        x, white = np.asarray(image), 1 if image.mode == "F" else 65535
         # A TIFF may have its white at 0 (262), 12 or 32 bits (258), or a sign (339): known are uint16 and float32.
         layout = tags.get(262, 1), tags.get(258, (16,)), tags.get(339, (1,))
         if (tags and layout not in ((1, (16,), (1,)), (1, (32,), (3,)))) or not (x.min() >= 0 and x.max() <= white):
             raise ValueError(f"its white is not {white} (values from {x.min()} to {x.max()}); convert it to 8 bits")
         image = Image.fromarray(np.rint(x * np.float32(255 / white)).astype(np.uint8))
-    # Often it holds 12 bits, the lower ones of 16, and no tag says so.
     if deep and (white := max(high for _, high in image.convert("RGB").getextrema())) < 16:
         raise ValueError(f"more than 8 bits, but nearly black (at most {white} of 255); convert it to 8 bits")
-    # Colors under full transparency are undefined, so they must not show.
-    if image.has_transparency_data:
+    if image.has_transparency_data:  # colors under full transparency are undefined, so they must not show
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if profile and (transform := _srgb_transform(profile, kind)):

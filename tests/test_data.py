@@ -252,6 +252,24 @@ def _png_of_16_bits(rgb, transparent):
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
+def _png_of_2_bits():
+    """A gray PNG of 2 bits with a transparent gray."""
+    rows = zlib.compress(b"\0\x1b\x1b\x1b\x1b" * 16)
+    head = struct.pack(">2I5B", 16, 16, 2, 0, 0, 0, 0)
+    chunks = (b"IHDR", head), (b"tRNS", b"\0\2"), (b"IDAT", rows), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def _tiff_of_16_bit_planes():
+    """An uncompressed TIFF of 16 x 16 pixels, three planes of 16 bits."""
+    entries = [(256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 3, 170), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 3, 176)]
+    entries += [(277, 3, 1, 3), (278, 3, 1, 16), (279, 4, 3, 188), (284, 3, 1, 2)]
+    ifd = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    head = (b"II*\0" + struct.pack("<I", 8) + ifd).ljust(170, b"\0")
+    sizes = struct.pack("<3H", 16, 16, 16) + struct.pack("<3I", 200, 712, 1224) + struct.pack("<3I", 512, 512, 512)
+    return head + sizes + np.arange(768, dtype="<u2").tobytes()
+
+
 def test_modes_become_rgb(tmp_path):
     def opened(image, name, **options):
         """What a file of this picture is read as."""
@@ -277,10 +295,25 @@ def test_modes_become_rgb(tmp_path):
     for name in ("12-of-16.png", "12-of-16.tif"):  # no tag says so
         with pytest.raises(ValueError, match=r"more than 8 bits, but nearly black \(at most 15 of 255\); convert it"):
             opened(Image.fromarray(ramp * 15), name)
-    for name, scale, extra, message in (("a", 15, b"", "nearly black"), ("b", 257, b"\0\1" * 3, "a transparent color")):
+    for name, scale, extra, message in (
+        ("a", 15, b"", "nearly black"),
+        ("b", 257, b"\0\1" * 3, "that Pillow reads wrong"),
+    ):
         (tmp_path / f"{name}.png").write_bytes(_png_of_16_bits(np.repeat(ramp[..., None] * scale, 3, axis=2), extra))
-        with pytest.raises(ValueError, match=f"more than 8 bits, .*{message}"):
+        with pytest.raises(ValueError, match=message):
             data.open_picture(tmp_path / f"{name}.png")
+    for mode in ("L", "P", "CMYK", "RGB"):  # Pillow maps some of them, with sides swapped
+        lying = smooth((60, 48), mode="RGB").convert(mode)
+        exif = Image.Exif()
+        exif[274] = 6
+        upright = lying.convert("RGB").transpose(Image.Transpose.ROTATE_270)
+        assert np.abs(opened(lying, f"{mode}6.tif", exif=exif).astype(int) - upright).max() <= 1, mode
+    (tmp_path / "gray2.png").write_bytes(_png_of_2_bits())
+    with pytest.raises(ValueError, match="stored in a way that Pillow reads wrong"):
+        data.open_picture(tmp_path / "gray2.png")
+    (tmp_path / "planes.tif").write_bytes(_tiff_of_16_bit_planes())
+    with pytest.raises(ValueError, match="stored in a way that Pillow reads wrong"):
+        data.open_picture(tmp_path / "planes.tif")
     (tmp_path / "bits.xbm").write_text("#define a_width 8\n#define a_height 1\nstatic char a_bits[] = { 0x0f };\n")
     with pytest.raises(ValueError, match="not a picture"):  # Pillow shows its negative
         data.open_picture(tmp_path / "bits.xbm")

@@ -523,6 +523,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures
     (tmp_path / "mine" / "restored" / ".restored-with.jsonl").write_text('{"picture": "deep/00.png"}\n[]\n')
     for name in ("left-out.txt", "metrics.jsonl"):
         (shutil.copytree(pictures, tmp_path / "runs/old/validation", dirs_exist_ok=True).parent / name).touch()
+    (tmp_path / "runs" / "old" / "checkpoints").mkdir()
     runs.save_picture(tmp_path / "runs" / "old", 1, Image.new("RGB", (64, 64)))
     (tmp_path / "sheets").mkdir()
     (tmp_path / "runs/old/validation/step-000001.png").rename(tmp_path / "sheets" / "step-000001.png")

@@ -172,7 +172,9 @@ def check_folders(s: Any) -> None:
     deleted = [path.resolve() for path in runs.written(out)] if s.overwrite and s.output_dir else []
     lost = next((p for p in read if p and any(would_lose(p.resolve(), path) for path in deleted)), None)
     page = out / "report.html"
-    run = next((p for p in out.resolve().parents if (p / "metrics.jsonl").is_file()), None)
+    run = next(
+        (p for p in out.resolve().parents if (p / "metrics.jsonl").is_file() and (p / "checkpoints").is_dir()), None
+    )
     cached = ["prompts"] + ["latents"] * bool(s.cache_latents) + ["quantized"] * bool(s.stream and s.quantize)
     refuse(
         (lost, f"--overwrite: {lost} lies in --output-dir {out} and may be deleted; choose another --output-dir"),

@@ -111,7 +111,9 @@ def noted(job: Job, target: Path, how: dict[str, Any], overwrite: bool) -> Itera
 
 
 @contextmanager
-def spared(job: Job, jobs: Sequence[Job], failed: list[tuple[str, str]], stop: bool) -> Iterator[None]:
+def spared(
+    job: Job, jobs: Sequence[Job], failed: list[tuple[str, str]], stop: bool, overwrite: bool = False
+) -> Iterator[None]:
     """A picture that fails is named and added to `failed`, and the folder goes on.
 
     Raises:
@@ -127,7 +129,12 @@ def spared(job: Job, jobs: Sequence[Job], failed: list[tuple[str, str]], stop: b
             raise
         if isinstance(error, KeyboardInterrupt) or getattr(error, "errno", None) in ENDS:
             there = sum(other.output.exists() for other in jobs)
-            error.add_note(f"{there} of {len(jobs)} pictures are there, and the same command continues")
+            then = (
+                "some perhaps from before, and --overwrite begins again"
+                if overwrite
+                else "and the same command continues"
+            )
+            error.add_note(f"{there} of {len(jobs)} pictures are there, {then}")
             raise
         print(f"not restored: {job.name}: {in_words(error)}", file=sys.stderr)
         failed.append((job.name, in_words(error)))

@@ -329,7 +329,7 @@ def read(path: Path) -> File:
     """A file with all that can be kept of it. Raises UnreadableError, a ValueError that names the file."""
     rgb = open_picture(path)
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
             keep, notes, alpha = {}, [], None
             # The tile of a PPM holds its white.
             whites = [n for t in image.tile if t[0].startswith("ppm") for n in re.findall(r"\d{3,}", str(t[3]))]
@@ -344,7 +344,8 @@ def read(path: Path) -> File:
                 if (space := profile[16:20].decode("latin1").strip() or "broken") == "RGB":
                     keep["icc_profile"] = profile
                 else:
-                    notes.append(f"its {space} color profile does not fit RGB: dropped")
+                    notes.append(f"its {space} color profile does not fit RGB: converted to sRGB")
+                    rgb = open_picture(path, to_srgb=True)
             if min(dpi := image.info.get("dpi", (0, 0))) > 0:
                 keep["dpi"] = tuple(map(float, dpi))
             if xmp := image.info.get("xmp"):

@@ -38,9 +38,8 @@ class Scores:
         """A picture with its restored one, both in sRGB or in the colors of the file."""
         name, degraded = photo.job.name, pictures.to_srgb(photo.degraded, photo.file)
         score = ""
+        self.progress.show(f"{name}: scores", last=math.prod(photo.job.size) > LARGE)
         if photo.clean:
-            if math.prod(photo.clean.size) > LARGE:
-                self.progress.phase(f"{name}: scores")
             self.rows.append(metrics.row(name, degraded, restored, photo.clean))
             score = report.from_to(*(self.rows[-1][k]["psnr"] for k in ("input", "restored")))
         if self.folder and len(self.figures) < report.RESTORED:
