@@ -117,6 +117,13 @@ def send(*numbers, group=False):
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
+def test_a_stopped_run_that_started_over_says_how_it_continues(outside, tmp_path):
+    """The same command would start over again."""
+    setup = partial(before_batch, 13, partial(send, signal.SIGTERM, group=True))
+    code, said = outside(tmp_path / "run", "--workers", 0, "--overwrite", setup=setup)
+    assert code == 130 and "stopped after step 3; the same command but without --overwrite continues" in said
+
+
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGINT, 0)])
 def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(outside, whole, tmp_path, number, workers):
     setup = partial(before_batch, 13, partial(send, number, group=True))  # the first of six of the third step

@@ -32,6 +32,7 @@ from kontext_min.checkpoints import load_flux
 from kontext_min.extras import base, checks, fidelity, folders, metrics, pictures
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.lora_files import save_lora
+from kontext_min.extras.progress import Progress
 from kontext_min.extras.scores import Scores
 from kontext_min.lora import add_lora, lora_layers
 from test_loop import HOLD
@@ -542,6 +543,16 @@ def scored(identity, small_bundle, tmp_path):
             crop(48, 40, k).save(tmp_path / "clean" / f"{name}.{'bmp' if k else 'png'}")
     return ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle,
             "--reference", tmp_path / "clean"]  # fmt: skip
+
+
+def test_a_line_says_that_scores_are_made(scored, tmp_path, monkeypatch):
+    """Also where all is restored already: of large pictures they take seconds each."""
+    shown = []
+    monkeypatch.setattr(Progress, "show", lambda self, text, **more: shown.append((text, more)))
+    for _ in range(2):
+        assert run(*scored) == 0
+        assert ("a.png: scores", {"last": False}) in shown
+        shown.clear()
 
 
 def test_scores_are_those_of_the_metrics(scored, tmp_path, capsys):

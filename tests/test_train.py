@@ -557,6 +557,7 @@ def test_words_of_other_systems_are_one_clear_line(run, capsys, flags, message):
 def test_a_tilde_that_the_shell_leaves_is_your_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert parse_flags(Settings, ["--hr-root=~/photos"], "").hr_root == Path("/home/me/photos")
+    assert parse_flags(Settings, ["--hr-root", "~nosuchuser/photos"], "").hr_root == Path("~nosuchuser/photos")
 
 
 def test_your_files_in_a_checkpoint_stay(run, tmp_path, capsys):
