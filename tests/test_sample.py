@@ -629,6 +629,18 @@ def test_a_reference_of_another_size_is_named(scored, tmp_path, capsys):
     assert "not restored: a.png: " in said.err and "the input 48x40" in said.err and "47x40" in said.err
 
 
+def test_the_report_of_another_input_is_kept(scored, tmp_path, capsys):
+    assert run(*scored, "--report") == 0 == run(*scored, "--report")
+    page, other = tmp_path / "out" / "report.html", tmp_path / "other"
+    other.mkdir()
+    crop(48, 40).save(other / "z.png")
+    before = page.read_bytes()
+    assert run("--input", other, *scored[2:6], "--report") == 2
+    assert f"--report: {page} shows the pictures of another --input" in capsys.readouterr().err
+    assert page.read_bytes() == before
+    assert run("--input", other, *scored[2:6], "--report", "--overwrite") == 0 and page.read_bytes() != before
+
+
 def test_report_of_a_folder(scored, tmp_path):
     assert run(*scored, "--report", "--compare") == 0
     data = data_of(tmp_path / "out" / "report.html")

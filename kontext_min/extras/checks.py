@@ -247,6 +247,17 @@ def whose_scores(s: Any) -> str:
     return json.dumps({"json": str(s.json.resolve()), "against": str(against)})
 
 
+def whose_report(s: Any) -> str:
+    """The line in the record of --output that says whose pictures its report.html shows."""
+    return json.dumps({"report": str(s.input.resolve())})
+
+
+def _noted(s: Any) -> list[str]:
+    """The lines of the record of --output."""
+    record = s.output / RECORD
+    return record.read_text(encoding="utf-8", errors="replace").splitlines() if record.is_file() else []
+
+
 def check_sampling(s: Any) -> None:
     """The settings of sample.py.
 
@@ -261,6 +272,7 @@ def check_sampling(s: Any) -> None:
     check_text("--prompt", s.prompt)
     folder, page = s.input.is_dir(), s.output / "report.html"
     files = s.reference and s.reference.is_file() and s.input.is_file()
+    shown = [line for line in _noted(s) if line.startswith('{"report"')] if s.report and not s.overwrite else []
     if s.json:
         check_json(s)
     refuse(
@@ -277,6 +289,10 @@ def check_sampling(s: Any) -> None:
             s.report and page.exists() and (page.with_name("settings.json").exists() or not is_report(page)),
             f"--report: {page} exists and is not that of a restored folder; choose another --output",
         ),
+        (
+            shown and page.exists() and whose_report(s) not in shown,
+            f"--report: {page} shows the pictures of another --input; choose another --output, or add --overwrite",
+        ),
     )
 
 
@@ -286,12 +302,11 @@ def check_json(s: Any) -> None:
     Raises:
         ValueError: it can't, or does.
     """
-    record, json_file = s.output / RECORD, s.json.resolve()
-    noted = record.read_text(encoding="utf-8", errors="replace").splitlines() if record.is_file() else []
+    json_file = s.json.resolve()
     # Hidden files are the lock and the record of the folder.
     beside = json_file.parent == s.output.resolve() and (json_file.name == "report.html" or json_file.name[0] == ".")
     old = s.json.exists()
-    of_another = old and s.json.stat().st_size and not (s.overwrite or whose_scores(s) in noted)
+    of_another = old and s.json.stat().st_size and not (s.overwrite or whose_scores(s) in _noted(s))
     for holds, problem in (
         (not (s.degrade or s.reference), "scores need a clean picture; add --reference, or --degrade on a clean input"),
         (same(s.json, s.output) or beside, "is written by another flag; name another file"),

@@ -17,6 +17,7 @@ from kontext_min.data import ENDINGS, FORMATS, THREADS, Picture, Size, nearest_b
 
 RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
 MARK = "kontext_min"  # how the software of a restored picture or a sheet starts, in its EXIF
+ONE_COLOR = 16  # of 255: a picture whose channels all span less shows nothing, or is read wrong
 # Pictures that are not read: those that Pillow does not know, and what it knows besides photographs.
 UNREAD = {
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq", ".jxl", ".nef",
@@ -102,6 +103,11 @@ def _start(path: Path) -> bytes:
     """The first megabyte of a file."""
     with path.open("rb") as file:
         return file.read(10**6)
+
+
+def is_one_color(rgb: Image.Image) -> bool:
+    """Whether a picture shows nothing; perhaps its scale is one that Pillow does not know."""
+    return all(high - low < ONE_COLOR for low, high in rgb.getextrema())
 
 
 def not_read(image: Image.Image) -> list[str]:

@@ -41,13 +41,22 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
-from kontext_min.extras.inventory import RECORD, is_result, marked, not_read, others, printable, unread, unused
+from kontext_min.extras.inventory import (
+    RECORD,
+    is_one_color,
+    is_result,
+    marked,
+    not_read,
+    others,
+    printable,
+    unread,
+    unused,
+)
 from kontext_min.extras.saving import naming
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
-ONE_COLOR = "nearly one color; look at the file"
 QUALITY = 95  # of JPEG and WebP
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # in pixels, of the formats' encoders
 LARGEST_SEGMENT = 65502 - 64  # bytes of EXIF or XMP in a JPEG; the mark takes some
@@ -280,7 +289,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
             # Transparent ones are compared in their own colors, as the input is, and not on white.
             other = read(path)
             clean = to_srgb(other.rgb, other) if other.alpha else open_picture(path, to_srgb=True)
-            notes += [f"{path}: {note}" for note in other.notes if note == ONE_COLOR]
+            notes += [f"{path}: nearly one color; look at the file"] * is_one_color(clean)
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
                 raise ValueError(f"{job.path}: {sizes}; expected one size.")
@@ -333,7 +342,7 @@ def read(path: Path) -> File:
             keep, notes, alpha = {}, [], None
             # The tile of a PPM holds its white.
             whites = [n for t in image.tile if t[0].startswith("ppm") for n in re.findall(r"\d{3,}", str(t[3]))]
-            deep = any(";16" in str(t) for t in image.tile) or any(int(n) > 255 for n in whites)
+            deep = bool(re.search("(?<!BGR);16", str(image.tile))) or any(int(n) > 255 for n in whites)
             deep |= image.mode.startswith(("I", "F"))
             # In a PNG, EXIF and text may stand behind the pixels.
             image.load()
@@ -373,8 +382,7 @@ def read(path: Path) -> File:
                     notes.append("transparency is kept as it is (a JPEG is laid on white)")
     except Exception as error:  # see data._read_header: Pillow's parsers raise anything
         raise UnreadableError(f"{path}: {error}") from error
-    if all(high - low < 16 for low, high in rgb.getextrema()):  # its scale is one that Pillow does not know, perhaps
-        notes.append(ONE_COLOR)
+    notes += ["nearly one color; look at the file"] * is_one_color(rgb)
     return File(rgb, alpha, keep, tuple(notes))
 
 

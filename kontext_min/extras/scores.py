@@ -29,7 +29,9 @@ class Scores:
         self.settings = values | {"defaults": defaults(settings, values), "versions": versions}
         self.known = settings.overwrite or (settings.json and settings.json.exists())  # at the start, checks.py looked
         self.json, self.folder = settings.json, settings.output if settings.report else None
-        self.record, self.note = settings.output / RECORD, settings.json and checks.whose_scores(settings)
+        self.record = settings.output / RECORD
+        self.of_json = settings.json and checks.whose_scores(settings)
+        self.of_report = checks.whose_report(settings)
         self.wanted = bool(settings.degrade or settings.reference or settings.report)
         self.rows: list[metrics.Row] = []
         self.figures: list[dict[str, Any]] = []
@@ -50,14 +52,16 @@ class Scores:
         """Write --json and --report; returns the table and the report's path. `restored` pictures are in the folder."""
         mean = metrics.mean_row(self.rows) if self.rows else None
         rows = [*self.rows, mean] if mean else []
-        lines = [metrics.table(rows)] if mean else []
+        lines, notes = [metrics.table(rows)] if mean else [], []
         if self.json and self.json.exists() and not self.known:
             lines.append(f"--json {self.json}: has come since the start, and is kept; the scores are those above")
         elif self.json:
             write_json(self.json.resolve(), finite(rows))  # a link stays, and what it leads to is written
-            if self.record.is_file():
-                with self.record.open("a", encoding="utf-8") as f:
-                    f.write(self.note + "\n")
+            notes.append(self.of_json)
         if self.figures:
             lines.append(report.write_restored_report(self.folder, self.figures, restored, mean, self.settings))
+            notes.append(self.of_report)
+        if notes and self.record.is_file():
+            with self.record.open("a", encoding="utf-8") as f:
+                f.write("".join(f"{note}\n" for note in notes))
         return lines
