@@ -629,6 +629,28 @@ def test_a_reference_of_another_size_is_named(scored, tmp_path, capsys):
     assert "not restored: a.png: " in said.err and "the input 48x40" in said.err and "47x40" in said.err
 
 
+def test_sheets_of_pictures_with_a_profile_are_scored_as_before(scored, tmp_path):
+    """The sheet is in sRGB, so the second call reads in it what the first one has scored."""
+    adobe = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    adobe = adobe.replace(b"rXYZ", b"?XYZ", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"?XYZ", b"gXYZ", 1)
+    for path in (tmp_path / "in").rglob("*.png"):
+        with Image.open(path) as picture:
+            picture.save(path, icc_profile=adobe)
+    scores = []
+    for _ in range(2):
+        assert run(*scored, "--compare", "--json", tmp_path / "scores.json") == 0
+        scores.append(json.loads((tmp_path / "scores.json").read_text())[0]["restored"]["psnr"])
+    assert scores[0] == pytest.approx(scores[1], abs=0.5)  # rounded to bytes once more
+
+
+def test_a_degradation_that_has_changed_makes_other_pictures(scored, monkeypatch, capsys):
+    args = [*scored[:6], "--degrade", "guide"]
+    assert run(*args) == 0 == run(*args)
+    monkeypatch.setitem(degrade.PRESETS, "guide", "blur=3")
+    assert run(*args) == 2
+    assert "operators was" in capsys.readouterr().err
+
+
 def test_the_report_of_another_input_is_kept(scored, tmp_path, capsys):
     assert run(*scored, "--report") == 0 == run(*scored, "--report")
     page, other = tmp_path / "out" / "report.html", tmp_path / "other"
@@ -1214,6 +1236,18 @@ def test_guidance_for_a_base_without_it_is_named(monkeypatch, capsys):
         settings = sample.Settings(input=Path("a"), output=Path("b"), guidance=guidance)
         base.load_base(settings, Path("base"), torch.float32, torch.device("cpu"), Path("cache"))
         assert capsys.readouterr().err == said
+
+
+def test_a_base_of_8_bits_is_not_quantized_again(monkeypatch, capsys):
+    flux = SimpleNamespace(params=SimpleNamespace(guidance_embed=True))
+    monkeypatch.setattr(base, "_load", lambda *_: (flux, None))
+    monkeypatch.setattr(base, "skip_unread", lambda flux: None)
+    monkeypatch.setattr(base, "find", lambda path, part: path)
+    for stored, said in (("F8_E4M3", 1), ("BF16", 0)):
+        monkeypatch.setattr(base, "read_headers", lambda path, stored=stored: {"w": SimpleNamespace(dtype=stored)})
+        settings = sample.Settings(input=Path("a"), output=Path("b"), quantize="int8")
+        base.load_base(settings, Path("base"), torch.float32, torch.device("cpu"), Path("cache"))
+        assert capsys.readouterr().err.count("--quantize int8: base has 8 bits already and is used as it is") == said
 
 
 def test_a_seed_without_effect_is_named(small_bundle, tmp_path, capsys):

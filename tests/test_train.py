@@ -622,6 +622,19 @@ def test_what_is_missing_before_the_imports_is_one_line(tmp_path, monkeypatch):
     assert f"{sys.executable} lacks no_such_package; activate the environment" in ready.problem()
 
 
+def test_a_preset_that_has_changed_is_another_degradation(run, monkeypatch, capsys):
+    assert run("--steps", 1) == 0
+    monkeypatch.setitem(degrade.PRESETS, "guide", "blur=3")
+    assert run("--steps", 1) == 2
+    assert "settings changed: the operators of --degrade changed." in capsys.readouterr().err
+
+
+def test_a_cache_behind_a_link_that_leads_nowhere_is_named(run, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert run("--cache-dir", tmp_path / "link") == 2
+    assert f"--cache-dir {tmp_path / 'link'}: can't be written" in capsys.readouterr().err
+
+
 def test_all_weights_train_in_float32_on_a_machine_that_multiplies_bfloat16(run, monkeypatch):
     monkeypatch.setattr(train, "compute_dtype", lambda choice, device: torch.bfloat16)
     assert run("--full", "--validate-every-epochs", 0) == 0
