@@ -545,6 +545,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, small_bundle, pictures
         (["--output-dir", "run\r"], "argument --output-dir: got 'run\\r', with a line end; save the script with"),
         (["—steps", "1"], "—steps: starts with another dash than -; type it again"),
         (["\r"], "\\r: belongs to no flag"),
+        ([""], ": belongs to no flag"),
     ],
 )
 def test_words_of_other_systems_are_one_clear_line(run, capsys, flags, message):

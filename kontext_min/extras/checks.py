@@ -131,14 +131,12 @@ def check_training(s: Any) -> None:
         ValueError: a value outside its range, or flags that contradict each other.
     """
     check_flags(s)
-    for text in s.degrade:
-        degrade.parse(text)
+    different = len({str(degrade.parse(text)) for text in s.degrade})
     check_text("--prompt", *s.prompt)
     check_text("--validation-prompt", s.validation_prompt)
     check_folders(s)
     most = 4 * (os.cpu_count() or 1)
     tasks = max(1, len(s.degrade))
-    different = len({str(degrade.parse(text)) for text in s.degrade})
     refuse(
         (s.full and s.dtype == "bfloat16", "--full trains in float32; leave --dtype out"),
         (s.shard and parallel.place()[1] < 2, "--shard needs several processes: torchrun --nproc-per-node N"),

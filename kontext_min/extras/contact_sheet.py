@@ -7,7 +7,7 @@ more than 1 megapixel are shrunk to that first, as in training.
 
 import sys
 from collections.abc import Iterable, Sequence
-from math import ceil, sqrt
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from kontext_min.data import open_picture
 from kontext_min.degrade import PRESETS, parse
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.metrics import psnr
-from kontext_min.extras.pictures import KINDS
+from kontext_min.extras.pictures import KINDS, working_size
 
 SIDE = 1024  # in pixels, of a square of the largest area
 
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str]) -> int:
         photo = open_picture(path)
         if photo.height > 20 * photo.width:
             raise ValueError(f"{path}: {photo.width} x {photo.height} pixels, too long for a sheet; leave it out.")
-        scale = min(1.0, SIDE / sqrt(photo.width * photo.height))  # as in training
-        photo = photo.resize((ceil(photo.width * scale), ceil(photo.height * scale)), Image.Resampling.LANCZOS)
+        if photo.width * photo.height > SIDE**2:  # as in training
+            photo = photo.resize(working_size(*photo.size, SIDE), Image.Resampling.LANCZOS)
         pictures = {name: parse(name)(photo, np.random.default_rng(seed)) for name in PRESETS}
         table.append([psnr(picture, photo) for picture in pictures.values()])
         print(_row(path.name, table[-1]), flush=True)

@@ -117,7 +117,7 @@ def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str,
             options["help"] += f" (default {default})"
         groups[group].add_argument(name, **options)
     values, unknown = parser.parse_known_args(argv)
-    if unknown and unknown[0][:1] in "\u2010\u2011\u2012\u2013\u2014\u2212":
+    if unknown and unknown[0].startswith(("\u2010", "\u2011", "\u2012", "\u2013", "\u2014", "\u2212")):
         parser.error(f"{unknown[0]}: starts with another dash than -; type it again")
     if unknown and unknown[0][:1] != "-":
         rule = "each flag takes one value, in quotes if it has blanks; for many pictures, name their folder"

@@ -286,9 +286,8 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
             with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # open_picture says what is wrong
                 notes += [f"{path}: {what}" for what in not_read(image)]
-            # Transparent ones are compared in their own colors, as the input is, and not on white.
             other = read(path)
-            clean = to_srgb(other.rgb, other) if other.alpha else open_picture(path, to_srgb=True)
+            clean = to_srgb(other.rgb, other)
             notes += [f"{path}: nearly one color; look at the file"] * is_one_color(clean)
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
