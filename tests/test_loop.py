@@ -140,7 +140,7 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(outside, whole
 
 
 def test_the_end_names_the_best_step_if_it_is_not_the_last(flags, tmp_path, monkeypatch, capsys):
-    validate, psnrs = validation.validate, iter([20, 21, 25.678, 23, 26, 25])
+    validate, psnrs = validation.validate, iter([20, 21, 25.678, 23, 26, 25, 20.001, 22, 19.996])
 
     def wrapped(*args):
         row, sheet = validate(*args)
@@ -155,6 +155,8 @@ def test_the_end_names_the_best_step_if_it_is_not_the_last(flags, tmp_path, monk
     assert (best / "lora.safetensors").exists()
     assert train.main([str(x) for x in [*flags, *more, "--overwrite", "--steps", 1, "--warmup", 0]]) == 0
     assert "note: step 0 has the best PSNR, 26.00 dB: the steps after it did not help" in capsys.readouterr().out
+    assert train.main([str(x) for x in [*flags, *more, "--overwrite", "--steps", 2, "--warmup", 0]]) == 0
+    assert "note: training has not changed the PSNR, 20.00 dB; raise --lr or --steps\n" in capsys.readouterr().out
 
 
 def test_what_the_program_was_started_to_ignore_stays_ignored(outside, whole, tmp_path):

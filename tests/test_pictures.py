@@ -1,5 +1,6 @@
 """What files hold besides RGB, where restored pictures go, and that nothing else is ever replaced."""
 
+import io
 import os
 import struct
 import zlib
@@ -205,6 +206,20 @@ def test_too_much_exif_for_a_jpeg(tmp_path, capsys, large):
         assert exif.get(ExifTags.Base.Make) == {"MakerNote": "Leica", "UserComment": None}[large]
         assert bool(exif.get_ifd(EXIF).get(ExifTags.Base.DateTimeOriginal)) == (large == "MakerNote")
     assert capsys.readouterr().err.count("left out, too large for a JPEG\n") == 1
+
+
+def test_a_resolution_that_a_format_has_no_room_for(tmp_path, capsys):
+    """Pillow's PNG writer raised OverflowError for 4 billion dpi, and its TIFF writer for more."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.XResolution] = exif[ExifTags.Base.YResolution] = 2**32 - 1
+    exif[ExifTags.Base.ResolutionUnit], exif[ExifTags.Base.Make] = 2, "Leica"
+    jpeg = io.BytesIO()
+    crop(60, 40).save(jpeg, "JPEG", exif=exif)
+    data = jpeg.getvalue().replace(b"JFIF\0", b"AAAA\0")  # else its dpi count, and not those of the EXIF
+    (tmp_path / "in.jpg").write_bytes(data)
+    with restored(tmp_path / "in.jpg", tmp_path / "out.png") as made:
+        assert made.getexif()[ExifTags.Base.Make] == "Leica" and "dpi" not in made.info
+    assert capsys.readouterr().err == "note: in.jpg: its dpi: left out, can't be written as PNG\n"
 
 
 @pytest.mark.parametrize(

@@ -693,6 +693,8 @@ def test_report_of_a_folder(scored, tmp_path):
             "o.jpg: is named like a picture, but --input is a folder",
         ),
         (["--input", "{empty}"], "no pictures in this folder"),
+        (["--input", "{here}/pipe.png"], "pipe.png: a pipe or device; save"),
+        (["--reference", "{here}/pipe.png"], "pipe.png: a pipe or device; save"),
         (["--input", "{broken}"], "none of its pictures can be read"),
         (["--output", "{here}/in.png"], "would replace the input"),
         (["--output", "{here}/o.gif"], "unknown picture format"),
@@ -926,6 +928,7 @@ def test_a_signal_stops_a_folder_and_the_same_command_goes_on(small_bundle, tmp_
         (["--input", "a.png", "b.png"], "b.png: belongs to no flag; each flag takes one value"),
         (["--steps", "x"], "--steps: invalid int value: 'x'"),
         (["--output", ""], "--output: got an empty value"),
+        (["--lora=--"], "--lora=--: -- is no value; give one, or leave the flag out"),
     ],
 )
 def test_flags_that_cannot_be_read(capsys, flags, message):

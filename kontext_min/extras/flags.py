@@ -116,6 +116,10 @@ def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str,
         elif default is not None and default is not False and default != ():
             options["help"] += f" (default {default})"
         groups[group].add_argument(name, **options)
+    words = sys.argv[1:] if argv is None else argv
+    for word in words:
+        if word.endswith("=--"):  # argparse reads it as no value at all
+            parser.error(f"{word}: -- is no value; give one, or leave the flag out")
     values, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith(("\u2010", "\u2011", "\u2012", "\u2013", "\u2014", "\u2212")):
         parser.error(f"{unknown[0]}: starts with another dash than -; type it again")
@@ -126,8 +130,7 @@ def parse_flags(settings: type[T], argv: Sequence[str] | None, description: str,
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, 0.75)
         parser.error(f"{unknown[0]}: no such flag" + "".join(f"; did you mean {name}" for name in near))
-    words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
-    names = [word.replace("--no-", "--") for word in words]
+    names = [word.partition("=")[0].replace("--no-", "--") for word in words]
     for field in fields if os.environ.get("RANK", "0") == "0" else ():  # the first of several processes speaks
         name = name_of(field.name)
         if names.count(name) > 1 and typing.get_origin(hints[field.name]) is not tuple:
@@ -155,8 +158,10 @@ def check_values(settings: Any) -> None:
             if not allowed:
                 raise ValueError(f"{name} {value}: Permission denied; name another folder.")
         least, most, there = (field.metadata[key] for key in ("least", "most", "there"))
-        if there and value and not (value.is_dir() if there == "folder" else value.exists()):
+        if there and value and not (value.is_dir() or (there != "folder" and value.exists())):
             raise ValueError(f"{name} {value}: no such {there}; check the path.")
+        if there and value and not (value.is_dir() or value.is_file()):
+            raise ValueError(f"{name} {value}: a pipe or device; save what comes from it to a file first.")
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         bounds = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)

@@ -276,8 +276,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     notes += ["is a result of this program itself"] * is_result(job.path)
     if file.rgb.size != job.size:
         raise UnreadableError(f"{job.path}: has changed since the start.")
-    if KINDS[job.output.suffix.lower()] == "JPEG":
-        notes += _fit_into_jpeg(file.keep)
+    notes += _fit(file.keep, KINDS[job.output.suffix.lower()])
     if degradation:
         degraded = degradation(file.rgb, numpy_generator(seed, "degrade", 0, job.name))
         clean = to_srgb(file.rgb, file)
@@ -400,6 +399,18 @@ def _exif(image: Image.Image, size: Size) -> tuple[Image.Transpose | None, bytes
         return turn, None
     new[ExifTags.Base.Orientation] = 1
     return turn, new.tobytes()
+
+
+def _fit(keep: dict[str, Any], kind: str) -> list[str]:
+    """Take from `keep` what can't be written in a format, such as 4 billion dpi; returns what, in words."""
+    left_out = _fit_into_jpeg(keep) if kind == "JPEG" else []
+    for name in tuple(keep):
+        try:
+            Image.new("RGB", (1, 1)).save(io.BytesIO(), kind, **{name: keep[name]})
+        except Exception:  # Pillow's writers raise anything
+            del keep[name]
+            left_out.append(f"its {name}: left out, can't be written as {kind}")
+    return left_out
 
 
 def _fit_into_jpeg(keep: dict[str, Any]) -> list[str]:
