@@ -1,7 +1,8 @@
-"""Every flag of both programs, alone, at the ends of its range: no effect without a word, no traceback.
+"""Three lists with an end, on which nothing is silently wrong: flags, kinds of files, cut files.
 
-    python tests/extremes.py                     all of them, about 20 minutes on two cores
-    python tests/extremes.py train.lr sample.    those that start so
+    python tests/extremes.py flags [train.lr sample. ...]    every flag alone, at the ends of its range; 20 minutes
+    python tests/extremes.py files Pillow/Tests/images       every file as --input, --reference and in the folders
+    python tests/extremes.py cuts                            every cached file and checkpoint, cut at random bytes
 
 The ends come from the flags themselves: the lowest and the highest value, the first ones outside, every choice, both
 states of a switch, and for --degrade every operator. For texts and paths there are lists below. Each call is one of
@@ -10,15 +11,18 @@ states of a switch, and for --degrade every operator. For texts and paths there 
     same       the same result, as it must be: the flag changes only how or where the program works (SAME)
     default    the same result, as the value is the default, or is read as it
     said       the same result, and a line that the plain call has not
-    refused    exit code 2 and one line
+    refused    exit code 2 and one line, after those on what was found so far
     long       not done after a minute: --steps 10000000 is what you ask for, and --plan tells its time before
 
-and all else is a fault: a traceback, more lines than one, the same result without a word. Exit code 1 if there is one.
+and all else is a FAULT: a traceback, a second line, the same result without a word, a file that no line counts. The
+exit code is 1 if there is one.
 """
 
 import dataclasses
 import os
+import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -141,7 +145,9 @@ def link(place, folder):
     """All that is in a folder of make_place into another one, by links; and an empty folder, as a call may fill it."""
     (folder / "empty").mkdir()
     for there in place.iterdir():
-        (folder / there.name).symlink_to(there.readlink() if there.is_symlink() else there)
+        if not there.name.startswith("whole"):  # see `cuts`
+            (folder / there.name).symlink_to(there.readlink() if there.is_symlink() else there)
+    return folder
 
 
 def plain(program):
@@ -152,7 +158,7 @@ def plain(program):
     return ["--input", "picture.png", "--output", "out.png", "--weights", "base", "--lora", "lora.safetensors"]
 
 
-def call(program, words, folder):
+def call(program, words, folder, limit=LIMIT):
     """Exit code, or None if it takes too long, and all that is printed. A copy of this process makes the call."""
     said = folder / "said.txt"
     child = os.fork()
@@ -176,7 +182,7 @@ def call(program, words, folder):
     began, status = time.monotonic(), (0, 0)
     while status == (0, 0):
         status = os.waitpid(child, os.WNOHANG)
-        if time.monotonic() - began > LIMIT:
+        if time.monotonic() - began > limit:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return None, said.read_text(errors="replace")
@@ -205,11 +211,26 @@ def lines(text):
     }
 
 
-def judge(program, name, value, place, before):
-    """One call with a flag: the kind of its end, and the words that show it."""
+def ended(program, code, text, about):
+    """The kind of an end that does not depend on the result, and the words that show it; None for exit code 0."""
+    if "Traceback" in text or "this is a bug" in text:
+        return "FAULT traceback", text[-600:]
+    if code is None:
+        return "long", about
+    if code == 2:
+        *_, last = text.splitlines()
+        one = last.startswith(f"{program}.py: ") and text.count(f"{program}.py: ") == 1
+        return "refused" if one else "FAULT lines", last[:400]
+    return (f"FAULT exit {code}", text[-300:]) if code else None
+
+
+# ------------------------------------------------------------------------------------------------------------- 1. flags
+
+
+def a_flag(place, before, program, name, value):
+    """One call with a flag."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        link(place, folder)
+        folder = link(place, Path(temporary))
         flag, words = name_of(name), plain(program)
         given = [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [f"{flag}={value}"]
         usual = {str(PROGRAMS[program].Settings.__dataclass_fields__[name].default), DEFAULTS[program].get(name)}
@@ -217,29 +238,19 @@ def judge(program, name, value, place, before):
             at = words.index(flag)
             usual.add(words[at + 1])
             del words[at : at + 2]
-        began = time.monotonic()
         code, text = call(program, [*words, *given], folder)
-        seconds = time.monotonic() - began
-        new = sorted(lines(text) - before["lines"])
+        new = sorted(lines(text) - before[program]["lines"])
         about = " / ".join(new)[:300]
-        if "Traceback" in text or "this is a bug" in text:
-            return "FAULT traceback", text[-600:], seconds
-        if code is None:
-            return "long", about, seconds
-        if code == 2:
-            *_, last = text.splitlines()
-            one = last.startswith(f"{program}.py: ") and text.count(f"{program}.py: ") == 1
-            return ("refused" if one else "FAULT lines"), last[:400], seconds
-        if code != 0:
-            return f"FAULT exit {code}", text[-300:], seconds
+        if end := ended(program, code, text, about):
+            return end
         found = result(program, folder)
-        if found is not None and not equal(found, before["result"]):
-            return "effect", about, seconds
+        if found is not None and not equal(found, before[program]["result"]):
+            return "effect", about
         if name in SAME[program]:
-            return "same", about, seconds
-        if _number(value) in map(_number, usual):
-            return "default", about, seconds
-        return ("said" if new else "FAULT silent"), about, seconds
+            return "same", about
+        if _number(str(value)) in map(_number, usual):
+            return "default", about
+        return "said" if new else "FAULT silent", about
 
 
 def _number(value):
@@ -250,35 +261,128 @@ def _number(value):
         return str(value).replace("= ", "=")
 
 
-def main():
-    """Make all the calls, print a line for each, count."""
-    wanted = tuple(sys.argv[1:]) or ("",)
+def flags(wanted):
+    """Every flag with every value of `ends`."""
+    for program, module in PROGRAMS.items():
+        hints = typing.get_type_hints(module.Settings)
+        for field in dataclasses.fields(module.Settings):
+            if f"{program}.{field.name}".startswith(tuple(wanted) or ""):
+                for value in dict.fromkeys(ends(field, hints[field.name])):
+                    yield a_flag, program, field.name, value
+
+
+# ------------------------------------------------------------------------------------------------------------- 2. files
+
+
+def a_file(place, before, flag, file):
+    """A file alone, as the picture to restore or to compare with: a picture of its size, or one line."""
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
+        folder, words = link(place, Path(temporary)), [*plain("sample"), "--steps", "1"]
+        if flag == "--input":
+            words[1] = str(file)
+        code, text = call("sample", words + [flag, str(file)] * (flag == "--reference"), folder)
+        if end := ended("sample", code, text, ""):
+            return end
+        if flag == "--input":
+            with Image.open(file) as picture:
+                sizes = {picture.size, picture.size[::-1]}  # it may be turned
+            good = Image.open(folder / "out.png").size in sizes
+        else:
+            good = "PSNR" in text
+        return "effect" if good else "FAULT silent", " / ".join(x for x in text.splitlines() if "note" in x)[:300]
+
+
+def a_folder(place, before, flag, root, count):
+    """All files in one of the folders of train.py: each is used, left out with a reason, or counted as another."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, words = link(place, Path(temporary)), plain("train")
+        more = [flag, str(root), "--cache-latents", "1", "--steps", "1"]  # caching reads every picture
+        code, text = call("train", words[2 * (flag == "--hr-root") :] + more, folder, limit=1800)
+        if flag == "--lr-root" and code == 2 and f"{root}: 11 of 11 pictures have no degraded partner" in text:
+            return "refused", text.splitlines()[-1][:300]
+        if end := ended("train", code, text, ""):
+            return end
+        part = text if flag == "--hr-root" else text[text.index(f"{flag} {root}: ") :]
+        found = [re.search(rf"(\d+) {what}", part) for what in ("pictures in", "files? left out", "other files?")]
+        found = [int(match[1]) if match else 0 for match in found]
+        return "said" if sum(found) == count else "FAULT silent", f"{found} of {count}"
+
+
+def files(folders):
+    """Every file below a folder, alone and with the others."""
+    for root in map(Path, folders):
+        there = sorted(path.resolve() for path in root.rglob("*") if path.is_file() and path.name[0] != ".")
+        yield from ((a_folder, flag, root.resolve(), len(there)) for flag in ("--hr-root", "--val-root", "--lr-root"))
+        yield from ((a_file, flag, path) for path in there for flag in ("--input", "--reference"))
+
+
+# -------------------------------------------------------------------------------------------------------------- 3. cuts
+
+KEPT = {
+    "train": "--cache-latents 2 --stream --quantize int8 --checkpoint-every 4",
+    "sample": "--stream --quantize int8",
+}
+CUTS = 4  # of each file, the first at its start
+
+
+def a_cut(place, before, program, name, cut):
+    """A call that finds one cut file among those of an earlier call: its result is the same, or a line names it."""
+    whole = place / f"whole-{program}"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = link(place, Path(temporary))
+        for part in ("cache", "run"):
+            if (whole / part).exists():
+                shutil.copytree(whole / part, folder / part)
+        if name.startswith("run"):  # stopped after its first checkpoint
+            shutil.rmtree(folder / "run/checkpoints/step-000008")
+            (folder / "run/lora.safetensors").unlink()
+        else:
+            shutil.rmtree(folder / "run", ignore_errors=True)
+        os.truncate(folder / name, int(cut * (folder / name).stat().st_size))
+        code, text = call(program, plain(program) + KEPT[program].split(), folder)
+        if end := ended(program, code, text, ""):
+            return end
+        good = equal(result(program, folder), result(program, whole))
+        return "same" if good else "FAULT silent", " / ".join(x for x in text.splitlines() if "note" in x)[:300]
+
+
+def cuts(place):
+    """Every file that a run leaves for the next one."""
+    rng = random.Random(0)
+    for program in PROGRAMS:
+        whole = place / f"whole-{program}"
+        whole.mkdir()
+        code, text = call(program, plain(program) + KEPT[program].split(), link(place, whole))
+        assert code == 0, text
+        left = [*(whole / "cache").rglob("*"), *(whole / "run").glob("*.*"), *whole.glob("run/checkpoints/*04/*")]
+        for path in sorted(path for path in left if path.is_file() and path.name != "lora.safetensors"):
+            for cut in (0, *(rng.random() for _ in range(CUTS - 1))):
+                yield a_cut, program, path.relative_to(whole).as_posix(), cut
+
+
+def main():
+    """Make all the calls of a list, print a line for each, count."""
+    which, *wanted = sys.argv[1:] or [""]
+    if which not in ("flags", "files", "cuts") or ((which == "files") != bool(wanted) and which != "flags"):
+        sys.exit(__doc__)
+    with tempfile.TemporaryDirectory() as temporary:
+        place, before, counts = Path(temporary), {}, Counter()
         make_place(place)
-        before = {}
         for program in PROGRAMS:
             with tempfile.TemporaryDirectory() as first:
-                folder = Path(first)
-                link(place, folder)
+                folder = link(place, Path(first))
                 code, text = call(program, plain(program), folder)
                 assert code == 0, text
                 if program == "train":
-                    (place / "lora.safetensors").write_bytes((folder / "run/lora.safetensors").read_bytes())
+                    shutil.copy(folder / "run/lora.safetensors", place)
                 before[program] = {"lines": lines(text), "result": result(program, folder)}
-        cases = []
-        for program, module in PROGRAMS.items():
-            hints = typing.get_type_hints(module.Settings)
-            for field in dataclasses.fields(module.Settings):
-                if f"{program}.{field.name}".startswith(wanted):
-                    cases += [(program, field.name, v) for v in dict.fromkeys(ends(field, hints[field.name]))]
-        counts = Counter()
+        calls = list({"flags": flags, "files": files}[which](wanted) if which != "cuts" else cuts(place))
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            jobs = {pool.submit(judge, p, n, v, place, before[p]): (p, n, v) for p, n, v in cases}
+            jobs = {pool.submit(function, place, before, *given): given for function, *given in calls}
             for job in as_completed(jobs):
-                (program, name, value), (kind, about, seconds) = jobs[job], job.result()
+                kind, about = job.result()
                 counts[kind] += 1
-                print(f"{kind:8} {program}.{name} {str(value)[:60]!r} {seconds:.1f} s: {about!r}", flush=True)
+                print(f"{kind:8} {' '.join(map(str, jobs[job]))[:120]!r}: {about!r}", flush=True)
         print(dict(counts))
     return any(kind.startswith("FAULT") for kind in counts)
 

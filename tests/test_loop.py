@@ -28,7 +28,7 @@ import sample
 import train
 from kontext_min import data
 from kontext_min.data import Picture
-from kontext_min.extras import held_out, runs, validation
+from kontext_min.extras import held_out, report, runs, validation
 
 FLAGS = (
     "--resolution 64 --steps 6 --accumulate 6 --batch-size 1 --warmup 2 --lr 1e-3 --ema 0.5 --checkpoint-every 2 "
@@ -547,13 +547,27 @@ def test_a_finished_run_is_not_given_other_settings(whole, flags, tmp_path, caps
     assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
 
 
-def test_rows_of_metrics_behind_the_checkpoint_are_dropped(tmp_path):
+def test_rows_of_metrics_behind_the_checkpoint_are_dropped(tmp_path, capsys):
+    """Those before it that are lost are counted."""
     for step in (1, 2, 3):
         runs.append_metrics(tmp_path, {"step": step, "loss": float("nan"), "sigma_loss": [None, float("inf"), 1.0]})
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"step": 4, "lo')  # a kill in the middle of a line
     runs.rewind_metrics(tmp_path, 2)
     assert runs.read_metrics(tmp_path) == [{"step": s, "loss": None, "sigma_loss": [None, None, 1.0]} for s in (1, 2)]
+    assert capsys.readouterr().out == ""
+    (tmp_path / "validation").mkdir()
+    for step in (0, 2, 3):  # the rows of these pictures are gone
+        runs.save_picture(tmp_path, step, Image.new("RGB", (8, 8)))
+    runs.rewind_metrics(tmp_path, 2)
+    assert "metrics.jsonl is broken; it has lost the rows of 2 steps" in capsys.readouterr().out
+
+
+def test_an_emptied_report_is_written_again(whole, flags, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "report.html").write_text("")
+    assert train.main([str(f) for f in [*flags, "--output-dir", folder]]) == 0
+    assert report.is_report(folder / "report.html") and (folder / "report.html").stat().st_size > 1000
 
 
 # ----------------------------------------------------------------------------------------------- what the loop computes

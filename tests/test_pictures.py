@@ -287,12 +287,17 @@ def test_a_gray_clean_picture_is_compared_in_srgb(tmp_path):
     assert metrics.psnr(photo.degraded, photo.clean) > 35
 
 
-def test_a_half_transparent_clean_picture_is_compared_in_its_own_colors(tmp_path):
+def test_a_half_transparent_clean_picture_is_compared_in_its_own_colors(tmp_path, capsys):
+    """With an input of the same kind; with an opaque one it lies on white, as that does."""
     picture = crop(60, 40)
     picture.putalpha(128)
     picture.save(tmp_path / "in.png"), picture.save(tmp_path / "clean.png")
     photo = load(find(tmp_path / "in.png", tmp_path / "out.png")[0][0], None, tmp_path / "clean.png", 0)
     assert photo.degraded.tobytes() == photo.clean.tobytes()
+    assert "scores count the colors under its transparency too" in capsys.readouterr().err
+    Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB").save(tmp_path / "in.png")
+    photo = load(find(tmp_path / "in.png", tmp_path / "out.png")[0][0], None, tmp_path / "clean.png", 0)
+    assert metrics.psnr(photo.degraded, photo.clean) > 48 and capsys.readouterr().err == ""
 
 
 def test_a_degraded_picture_is_compared_with_itself_in_srgb(scene):

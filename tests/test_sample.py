@@ -296,6 +296,8 @@ def test_orientation_is_applied_and_metadata_kept(identity, small_bundle, tmp_pa
         assert after.info["icc_profile"] == profile
         if target != "webp":
             assert after.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        elif ending != "webp":
+            assert (exif[ExifTags.Base.XResolution], exif[ExifTags.Base.ResolutionUnit]) == (300, 2)
         upright = ImageOps.exif_transpose(before).convert("RGB")
         difference = np.abs(np.asarray(upright).astype(int) - np.asarray(after.convert("RGB")))
         assert difference.max() == 0 if target == "png" else difference.mean() < 4

@@ -636,9 +636,18 @@ def test_a_cache_behind_a_link_that_leads_nowhere_is_named(run, tmp_path, capsys
     assert f"--cache-dir {tmp_path / 'link'}: can't be written" in capsys.readouterr().err
 
 
-def test_all_weights_train_in_float32_on_a_machine_that_multiplies_bfloat16(run, monkeypatch):
+def test_all_weights_train_in_float32_on_a_machine_that_multiplies_bfloat16(run, monkeypatch, tmp_path, capsys):
+    """Of a checkpoint the weights to use must be whole too, though the run continues from others."""
     monkeypatch.setattr(train, "compute_dtype", lambda choice, device: torch.bfloat16)
-    assert run("--full", "--validate-every-epochs", 0) == 0
+    flags = ("--full", "--validate-every-epochs", 0)
+    assert run(*flags) == 0
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        file = tmp_path / "run/checkpoints/step-000004/transformer" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9])
+        assert run(*flags) == 2
+        assert re.search(f"step-000004: broken .*{name}.*; delete it to continue", capsys.readouterr().err)
+        file.write_bytes(whole)
 
 
 def test_one_broken_picture_among_good_ones_is_named_and_the_run_goes_on(run, pictures, tmp_path, capsys):

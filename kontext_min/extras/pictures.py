@@ -286,7 +286,8 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
             with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # open_picture says what is wrong
                 notes += [f"{path}: {what}" for what in not_read(image)]
             other = read(path)
-            clean = to_srgb(other.rgb, other)
+            # On white where the input is opaque; else the colors alone, as those of the input are.
+            clean = to_srgb(other.rgb, other) if file.alpha else open_picture(path, to_srgb=True)
             notes += [f"{path}: nearly one color; look at the file"] * is_one_color(clean)
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
@@ -296,6 +297,8 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     if clean and min(clean.size) < 11:
         notes.append("scores need 11 pixels a side")
         clean = None
+    if clean and file.alpha:
+        notes.append("the scores count the colors under its transparency too")
     for note in notes:
         print(f"note: {printable(job.name)}: {note}", file=sys.stderr)
     return Photo(job, file, degraded, clean)
@@ -461,6 +464,9 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     exif.load(options.get("exif", b""))
     if "xmp" in options and kind == "TIFF":
         exif[700] = options.pop("xmp")
+    if "dpi" in options and kind == "WEBP":  # it has no other place for it
+        exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = options.pop("dpi")
+        exif[ExifTags.Base.ResolutionUnit] = 2  # per inch
     options["exif"] = marked(exif).tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     # A short name: one made of path.name could be longer than file systems take.

@@ -322,9 +322,9 @@ def embed(picture: Image.Image) -> str:
 
 
 def is_report(file: Path) -> bool:
-    """Whether a file may be replaced by report.html: it was made from the page beside this file."""
+    """Whether a file may be replaced by report.html: it was made from the page beside this file, or is empty."""
     template = Path(__file__).with_suffix(".html").read_bytes()[:50]
-    return file.is_file() and file.read_bytes()[:50] == template
+    return file.is_file() and file.read_bytes()[:50] in (template, b"")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.checkpoints import metadata
+from kontext_min.checkpoints import metadata, read_json
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.saving import naming, save_file
 
@@ -386,6 +386,8 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         files = {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}
+        for file in checkpoint.glob("transformer/*"):  # of --full: you may use it, so it must be whole
+            read_json(file) if file.suffix == ".json" else metadata(file)
         if not {"trained", "optimizer"} <= files.keys():
             raise ValueError("trained.safetensors or optimizer.safetensors is missing")
         counts = [state[key] for key in ("step", "skipped", "skipped_in_a_row")] + [state["best_step"] or 0]
@@ -534,7 +536,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def rewind_metrics(folder: Path, step: int) -> None:
     """Drop the rows after a checkpoint, which the resumed run writes again."""
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
-    if lost := set(range(1, step + 1)) - {row["step"] for row in rows}:
+    # (step, whether it is of a validation); each of these has left a picture.
+    due = {(int(p.stem[5:]), True) for p in folder.glob("validation/step-*.png") if p.stem[5:].isdigit()}
+    due = {(n, True) for n, _ in due if n <= step} | {(n, False) for n in range(1, step + 1)}
+    if lost := {n for n, _ in due - {(row["step"], bool(row.get("validation"))) for row in rows}}:
         print(f"note: {folder / 'metrics.jsonl'} is broken; it has lost the rows of {len(lost)} steps")
     write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
