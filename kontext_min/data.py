@@ -236,7 +236,7 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image, to_srgb: bool, tile: str) -> Image.Image:
     profile = image.info.get("icc_profile") if to_srgb else None
     kind = {"CMYK": "CMYK", "P": "RGB"}.get(image.mode) or Image.getmodebase(image.mode)
-    deep, tags = image.mode[0] in "IF" or ";16" in tile, getattr(image, "tag_v2", {})
+    deep, tags = image.mode[0] in "IF" or bool(re.search("[;I]16", tile)), getattr(image, "tag_v2", {})
     wrong = image.format == "PSD" and image.mode == "1"  # read as its negative
     wrong |= "transparency" in image.info and bool(re.search("[LIB];(2|4|16)", tile))  # its bits, compared with 8
     wrong |= tags.get(284) == 2 and max(tags.get(258, (8,))) > 8 and not deep  # planes of 16 bits, read as 8

@@ -33,10 +33,10 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # each call is a process of its own
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -365,6 +365,7 @@ def main():
     which, *wanted = sys.argv[1:] or [""]
     if which not in ("flags", "files", "cuts") or ((which == "files") != bool(wanted) and which != "flags"):
         sys.exit(__doc__)
+    torch.set_num_threads(1)  # each call is a process of its own
     with tempfile.TemporaryDirectory() as temporary:
         place, before, counts = Path(temporary), {}, Counter()
         make_place(place)

@@ -5,6 +5,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,6 +235,24 @@ def test_a_resolution_that_a_format_has_no_room_for(tmp_path, capsys):
 def test_bits_that_a_ppm_loses_are_named(tmp_path, header, size, deep):
     (tmp_path / "in.ppm").write_bytes(header + bytes(i % 101 for i in range(size)))
     assert read(tmp_path / "in.ppm").notes == ("more than 8 bits a channel: restored and written with 8",) * deep
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_bits_that_an_sgi_loses_are_named(tmp_path, width):
+    """Its 16 bits are in another word of Pillow's than those of the other formats; nearly black ones are refused."""
+    crop(40, 30).save(tmp_path / "in.rgb", "SGI", bpc=width)
+    assert read(tmp_path / "in.rgb").notes == ("more than 8 bits a channel: restored and written with 8",) * (width - 1)
+    crop(40, 30).point(lambda x: x // 17).save(tmp_path / "dark.rgb", "SGI", bpc=width)
+    if width == 2:
+        with pytest.raises(ValueError, match="more than 8 bits, but nearly black"):
+            read(tmp_path / "dark.rgb")
+
+
+@pytest.mark.parametrize(("kind", "said"), [("TIFF", 1), ("PSD", 0), ("MPO", 0)])
+def test_the_layers_of_a_psd_are_no_frames(kind, said):
+    """What is read is the picture of all layers."""
+    file = SimpleNamespace(format=kind, n_frames=2, info={})
+    assert inventory.not_read(file) == ["2 frames or pages: the first is read"] * said
 
 
 def test_a_picture_of_nearly_one_color_is_named(tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import extremes
 import kill_test
 import memorise
 import peer_training
@@ -846,3 +847,33 @@ def test_a_run_on_a_gpu_goes_on_and_ends_as_on_a_cpu(run, small_bundle, pictures
     argv += ["--cache-dir", tmp_path / "cache", "--device", "cuda", "--tile", "64", "--steps", "2"]
     assert sample.main([str(a) for a in argv]) == 0
     assert Image.open(tmp_path / "o.png").size == Image.open(pictures / "00.png").size
+
+
+def test_the_lists_of_what_is_tried_know_every_flag_and_every_end():
+    """`python tests/extremes.py` makes the calls, which take an hour."""
+    for program, module in extremes.PROGRAMS.items():
+        calls = [given[1:] for given in extremes.flags([f"{program}."])]
+        assert {name for _, name, _ in calls} == set(module.Settings.__dataclass_fields__)
+        for field in module.Settings.__dataclass_fields__.values():
+            values = {value for _, name, value in calls if name == field.name}
+            assert {str(field.metadata[end]) for end in ("least", "most") if field.metadata[end] is not None} <= values
+            assert set(field.metadata["choices"] or ()) <= values
+    tried = " ".join(extremes.specifications())
+    assert all(f"{operator}=" in tried for operator in degrade.OPERATORS)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "kind"),
+    [
+        (0, "done\n", None),
+        (2, "3 pictures\ntrain.py: --lr: got x.\n", "refused"),
+        (2, "train.py: one\ntrain.py: two\n", "FAULT lines"),
+        (2, "train.py: one\nmore\n", "FAULT lines"),
+        (1, "train.py: no finite loss\n", "FAULT exit 1"),
+        (1, "Traceback (most recent call last)\n", "FAULT traceback"),
+        (None, "step 1\n", "long"),
+    ],
+)
+def test_how_a_call_may_end(code, text, kind):
+    end = extremes.ended("train", code, text, "")
+    assert (end and end[0]) == kind

@@ -111,8 +111,8 @@ def is_one_color(rgb: Image.Image) -> bool:
 
 
 def not_read(image: Image.Image) -> list[str]:
-    """What of a picture's file is not read, in words. The frames of an MPO are versions of one."""
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    """What of a picture's file is not read, in words. The frames of an MPO are versions of one, a PSD's its layers."""
+    frames = 1 if image.format in ("MPO", "PSD") else getattr(image, "n_frames", 1)
     found = [f"{frames} frames or pages: the first is read"] * (frames > 1)
     if abs(image.info.get("gamma", 1 / 2.2) - 1 / 2.2) > 0.01 and "srgb" not in image.info:
         found.append(f"its gamma of {image.info['gamma']:g} is not applied")

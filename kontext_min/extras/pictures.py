@@ -343,7 +343,7 @@ def read(path: Path) -> File:
             keep, notes, alpha = {}, [], None
             # The tile of a PPM holds its white.
             whites = [n for t in image.tile if t[0].startswith("ppm") for n in re.findall(r"\d{3,}", str(t[3]))]
-            deep = bool(re.search("(?<!BGR);16", str(image.tile))) or any(int(n) > 255 for n in whites)
+            deep = bool(re.search("(?<!BGR);16|SGI16", str(image.tile))) or any(int(n) > 255 for n in whites)
             deep |= image.mode.startswith(("I", "F"))
             # In a PNG, EXIF and text may stand behind the pixels.
             image.load()
