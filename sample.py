@@ -158,7 +158,7 @@ def sample(settings: Settings) -> int:
                     result = to_image(decode(autoencoder, z, small.size, apply)[0])
                 result = pictures.COLOUR_FIXES[settings.color_fix](result, small)
                 result = result.resize(job.size, Image.Resampling.LANCZOS)
-                shown = [pictures.to_srgb(picture, photo.file) for picture in (photo.degraded, result)]
+                shown = [pictures.as_seen(picture, photo.file) for picture in (photo.degraded, result)]
                 sheet = validation.grid([shown + [photo.clean] * bool(photo.clean)])
                 with folders.noted(job, settings.output, how, settings.overwrite):
                     pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))

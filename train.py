@@ -285,16 +285,16 @@ def train(settings: Settings) -> int:
         raise ValueError(f"{folder}: not all processes see the same checkpoint; it must be on a disk that they share.")
 
     # ---- endless batches; a resumed run continues with the batch after the last one
+    start = state["step"] * settings.accumulate
+    sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed, me.rank, me.world, start)
     if settings.cache_latents:  # encode each picture once
-        from kontext_min.extras.latents import CachedPairs, fill
+        from kontext_min.extras.latents import CachedPairs, fill, variants
 
         base = f"{written['operators']} {written['fingerprint']['vae']}"
-        pairs = CachedPairs(pairs, settings.cache_dir / "latents", base, settings.cache_latents)
+        pairs = CachedPairs(pairs, settings.cache_dir / "latents", base, variants(settings, sampler.batches_per_epoch))
         for line in fill(pairs, encode, settings.workers, me.rank, me.world, progress.encoded):
             print(f"left out: {line}")
         parallel.wait()
-    start = state["step"] * settings.accumulate
-    sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed, me.rank, me.world, start)
     readable = StandIns(pairs)  # another picture stands in for one that can no longer be read
     batches = iter(data.load(readable, sampler, settings.workers, me.device.type == "cuda", runs.outlive_signals))
     start_time = find_start_time(settings, readable, encode)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import extremes
 import kill_test
@@ -421,6 +421,7 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
             "/run: would write among your pictures in {here}; name",
         ),
         (["--full", "--dtype", "bfloat16"], "leave --dtype out"),
+        (["--lora-targets", "(.+)+x"], "--lora-targets (.+)+x: repeats what repeats, which may search for ever"),
         (["--full", "--init-lora", "{here}/text.jpg"], "--full trains no LoRA (merge it: python -m"),
         (["--full", "--rank", "4"], "--full trains no LoRA, so it excludes --rank; leave one"),
         (["--objective", "kontext", "--context"], "--objective kontext has the reference tokens of"),
@@ -821,6 +822,18 @@ def test_cached_latents_follow_resolution_and_partners(run, pictures, tmp_path):
     cached = [loss("--cache-latents", 1, *kind) for kind in kinds]
     assert len({round(x, 5) for x in cached}) == 4
     assert cached[3] == pytest.approx(loss(*kinds[3]), rel=1e-4)
+
+
+def test_variants_that_no_epoch_uses_are_not_encoded(run, tmp_path, capsys):
+    """Two epochs; the LoRA is that of as many variants, and more would take hours."""
+    made = []
+    for count in (2, 10_000):
+        assert run("--cache-latents", count, "--steps", 9, "--validate-every-epochs", 0, "--overwrite") == 0
+        made.append((tmp_path / "run" / "lora.safetensors").read_bytes())
+        assert ("so no more are made" in capsys.readouterr().out) == (count > 2)
+    assert load(made[0]).keys() == load(made[1]).keys()
+    assert all(torch.equal(x, load(made[1])[name]) for name, x in load(made[0]).items())
+    assert len(list((tmp_path / "cache" / "latents").rglob("*.safetensors"))) == 24
 
 
 def test_the_same_training_written_with_diffusers_and_peft(tmp_path):

@@ -9,6 +9,7 @@ import filecmp
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -86,7 +87,7 @@ def would_lose(path: Path, deleted: Path) -> bool:
 def can_write(path: Path) -> bool:
     """Whether a file can be made there, in folders that may have to be made too, or replaced if it is there."""
     place = existing(path.parent)  # a file is written aside in its folder, then renamed
-    may = not path.exists() or os.access(path, os.W_OK)
+    may = not os.path.exists(path) or os.access(path, os.W_OK)  # not path.exists(), which raises where it may not look
     return may and place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
@@ -143,6 +144,10 @@ def check_training(s: Any) -> None:
         (
             s.start_time != "auto" and not 1e-3 <= number(s.start_time) <= 1,
             f"--start-time: got {s.start_time}, expected auto or a number from 0.001 to 1",
+        ),
+        (
+            re.search(r"[+*}]\)[+*{]", s.lora_targets),
+            f"--lora-targets {s.lora_targets}: repeats what repeats, which may search for ever; write it without",
         ),
         (s.workers > most, f"--workers: got {s.workers}, expected at most {most}, four per CPU core"),
         (

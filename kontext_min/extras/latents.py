@@ -12,16 +12,19 @@ Shapes: latents (C, h, w), two to a file. Source: none, it is a cache.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kontext_min.data import THREADS, Pairs, Size, UnreadableError, load
+from kontext_min.extras import parallel
 from kontext_min.extras.paired import PairedFolders
 from kontext_min.extras.saving import save_file
 from kontext_min.extras.stand_ins import StandIns
@@ -84,6 +87,14 @@ class CachedPairs(Pairs):
                 return file.get_tensor("control"), file.get_tensor("target")
         except (OSError, SafetensorError):
             return None
+
+
+def variants(settings: Any, batches_per_epoch: int) -> int:
+    """How many variants of each picture a run of train.py uses: --cache-latents, or its epochs if they are fewer."""
+    wanted, epochs = settings.cache_latents, math.ceil(settings.steps * settings.accumulate / batches_per_epoch)
+    if epochs < wanted and parallel.place()[0] == 0:
+        print(f"note: --cache-latents {wanted}: the epochs of the run use {epochs}, so no more are made")
+    return min(wanted, epochs)
 
 
 def content_mark(path: Path) -> str:

@@ -279,15 +279,13 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     notes += _fit(file.keep, KINDS[job.output.suffix.lower()])
     if degradation:
         degraded = degradation(file.rgb, numpy_generator(seed, "degrade", 0, job.name))
-        clean = to_srgb(file.rgb, file)
+        clean = as_seen(file.rgb, file)
     elif reference:
         if path := reference_of(job, reference):
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
             with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # open_picture says what is wrong
                 notes += [f"{path}: {what}" for what in not_read(image)]
-            other = read(path)
-            # On white where the input is opaque; else the colors alone, as those of the input are.
-            clean = to_srgb(other.rgb, other) if file.alpha else open_picture(path, to_srgb=True)
+            clean = open_picture(path, to_srgb=True)
             notes += [f"{path}: nearly one color; look at the file"] * is_one_color(clean)
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
@@ -297,8 +295,6 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     if clean and min(clean.size) < 11:
         notes.append("scores need 11 pixels a side")
         clean = None
-    if clean and file.alpha:
-        notes.append("the scores count the colors under its transparency too")
     for note in notes:
         print(f"note: {printable(job.name)}: {note}", file=sys.stderr)
     return Photo(job, file, degraded, clean)
@@ -321,18 +317,25 @@ def load_restored(job: Job, compare: bool) -> Image.Image:
     if rgb.size != job.size:
         sizes = "{}x{}, its input {}x{}".format(*file.rgb.size, *job.size)
         raise UnreadableError(f"{job.output}: {sizes}; add --overwrite to restore it again.")
-    return to_srgb(rgb, file)
+    return as_seen(rgb, file)
 
 
-def to_srgb(picture: Image.Image, file: File) -> Image.Image:
-    """A picture in the colors of this file -> in sRGB. It counts as sRGB if the profile is missing or broken."""
+def as_seen(picture: Image.Image, file: File) -> Image.Image:
+    """A picture in the colors of this file -> in sRGB, on white where the file is transparent.
+
+    It counts as sRGB if the profile is missing or broken.
+    """
     if profile := file.keep.get("icc_profile"):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"))
+            picture = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"))
         except (OSError, ImageCms.PyCMSError):
             pass
-    return picture
+    return _on_white(picture, file.alpha) if file.alpha else picture
+
+
+def _on_white(picture: Image.Image, alpha: Image.Image) -> Image.Image:
+    return Image.composite(picture, Image.new("RGB", picture.size, "white"), alpha)
 
 
 def read(path: Path) -> File:
@@ -417,7 +420,7 @@ def _fit(keep: dict[str, Any], kind: str) -> list[str]:
 
 
 def _fit_into_jpeg(keep: dict[str, Any]) -> list[str]:
-    """Take from `keep` what is too large for a JPEG; returns what, in words."""
+    """Take from `keep` what a JPEG has no room for; returns what, in words."""
     left_out = []
     if len(keep.get("exif", b"")) > LARGEST_SEGMENT:
         exif = Image.Exif()
@@ -431,6 +434,9 @@ def _fit_into_jpeg(keep: dict[str, Any]) -> list[str]:
     if len(keep.get("xmp", b"")) > LARGEST_SEGMENT:
         del keep["xmp"]
         left_out.append("its XMP: left out, too large for a JPEG")
+    if not all(1 <= x < 2**16 for x in keep.get("dpi", (1,))):
+        del keep["dpi"]
+        left_out.append("its dpi: left out, a JPEG has 1 to 65535")
     return left_out
 
 
@@ -449,7 +455,7 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     options: dict[str, Any] = dict(file.keep) if file else {}
     if file and file.alpha:
         if kind == "JPEG":
-            rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), file.alpha)
+            rgb = _on_white(rgb, file.alpha)
         else:
             rgb = rgb.copy()
             rgb.putalpha(file.alpha)

@@ -38,7 +38,7 @@ class Scores:
 
     def add(self, photo: pictures.Photo, restored: Image.Image) -> None:
         """A picture with its restored one, both in sRGB or in the colors of the file."""
-        name, degraded = photo.job.name, pictures.to_srgb(photo.degraded, photo.file)
+        name, degraded = photo.job.name, pictures.as_seen(photo.degraded, photo.file)
         score = ""
         self.progress.show(f"{name}: scores", last=math.prod(photo.job.size) > LARGE)
         if photo.clean:
