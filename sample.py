@@ -104,7 +104,8 @@ def sample(settings: Settings) -> int:
     # ---- which pictures: every bad input is rejected before the models are loaded
     files = [settings.reference, settings.json, *(lora_file(strength_of(text)[0]) for text in settings.lora)]
     files += [f for part in ("transformer", "vae", "clip", "t5") for f in find(weights.path(part), part)]
-    jobs, failed = pictures.find(settings.input, settings.output, [f for f in files if f])
+    across = 2 + bool(settings.degrade or settings.reference) if settings.compare else 1
+    jobs, failed = pictures.find(settings.input, settings.output, [f for f in files if f], across)
     for name, reason in failed:
         print(f"not restored: {name}: {reason}", file=sys.stderr)
     at = {job.size: pictures.working_size(*job.size, settings.resolution) for job in jobs}  # size to restore at

@@ -112,6 +112,11 @@ def test_what_cannot_be_written_is_found_before_the_work(folder, monkeypatch):
     assert "is a folder" in reasons["b.pn"] and "too long" in reasons["xxxx"] and "at most 16383" in reasons["wide"]
     with pytest.raises(OSError, match="too long"):
         find(folder / "in" / "a.png", folder / f"{'x' * 256}.png")
+    Image.new("RGB", (8000, 16)).save(folder / "strip.png")
+    for across in (1, 2):
+        assert find(folder / "strip.png", folder / "strip.webp", (), across)[1] == []
+    with pytest.raises(OSError, match=r"strip\.webp: 24008 pixels a side, but this format has at most 16383"):
+        find(folder / "strip.png", folder / "strip.webp", (), 3)  # a sheet of --compare
 
     def refuse(dir):
         raise PermissionError(13, "Permission denied")

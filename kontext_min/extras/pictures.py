@@ -107,7 +107,9 @@ def working_size(width: int, height: int, resolution: int | None) -> Size:
 # ----------------------------------------------------------------------------------------------------------- which ones
 
 
-def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[list[Job], list[tuple[str, str]]]:
+def find(
+    source: Path, target: Path, protected: Sequence[Path] = (), across: int = 1
+) -> tuple[list[Job], list[tuple[str, str]]]:
     """The jobs of --input and --output, by name, and (name, reason) of files in the folder that can't be restored.
 
     Every reason why an output can't be written is found here, before any work.
@@ -117,13 +119,14 @@ def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[li
         target: --output.
         protected: files that no output may replace, besides the inputs: LoRAs, weights, references. Of a folder, the
             files that belong to the jobs (`reference_of`).
+        across: pictures side by side in each output, with --compare.
 
     Raises:
         OSError: there is no such input, or no place for the output.
         ValueError: no picture is found, the output can't be written in that format or would replace another file.
     """
     if source.is_dir():
-        jobs, rejected = _find_in_folder(source, target)
+        jobs, rejected = _find_in_folder(source, target, across)
     else:
         if target.is_dir():
             target = target / _writable_name(source.name)
@@ -134,7 +137,7 @@ def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[li
                 f"--output {target}: unknown picture format; use .png, .jpg, .webp or .tif, or an existing folder."
             )
         jobs, rejected = [Job(source, source.name, target, open_picture(source).size)], []
-        if reason := _unwritable(jobs[0]):
+        if reason := _unwritable(jobs[0], across):
             raise OSError(f"--output {reason}")
     taken = {_identity(job.path): f"the input {job.path}" for job in jobs}
     for path in protected:
@@ -166,7 +169,7 @@ def find(source: Path, target: Path, protected: Sequence[Path] = ()) -> tuple[li
     return jobs, rejected
 
 
-def _find_in_folder(source: Path, target: Path) -> tuple[list[Job], list[tuple[str, str]]]:
+def _find_in_folder(source: Path, target: Path, across: int) -> tuple[list[Job], list[tuple[str, str]]]:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"--output {target}: is a file, but --input is a folder; name a folder.")
     if target.resolve() == source.resolve():
@@ -188,7 +191,7 @@ def _find_in_folder(source: Path, target: Path) -> tuple[list[Job], list[tuple[s
     if jobs and not target.exists() and target.suffix.lower() in ENDINGS:
         raise ValueError(f"--output {target}: is named like a picture, but --input is a folder; name a folder.")
     names = {job.name for job in jobs}
-    reasons = {job.name: reason for job in jobs if (reason := _unwritable(job))}
+    reasons = {job.name: reason for job in jobs if (reason := _unwritable(job, across))}
     for job in jobs:  # a.gif becomes a.gif.png
         if (written := job.output.relative_to(target).as_posix()) != job.name and written in names:
             reasons[job.name] = f"would become {written}, which is another picture of the folder; rename one of them"
@@ -201,11 +204,12 @@ def _writable_name(name: str) -> str:
     return name if Path(name).suffix.lower() in KINDS else name + ".png"
 
 
-def _unwritable(job: Job) -> str | None:
-    """Why the output of a job can't be written, or None."""
+def _unwritable(job: Job, across: int) -> str | None:
+    """Why the output of a job, a sheet of so many pictures side by side, can't be written, or None."""
     limit = LARGEST_SIDE.get(KINDS[job.output.suffix.lower()])
-    if limit and max(job.size) > limit:
-        return f"{job.output}: {max(job.size)} pixels a side, but this format has at most {limit}; use .png or .tif."
+    side = max(across * (job.size[0] + GAP) - GAP, job.size[1])
+    if limit and side > limit:
+        return f"{job.output}: {side} pixels a side, but this format has at most {limit}; use .png or .tif."
     try:
         if len(os.fsencode(job.output.name)) > 255:  # the folder may not be there yet, and could not say so
             return f"{job.output}: File name too long; rename the picture."
