@@ -89,12 +89,13 @@ def test_radius_ends_the_kernel(spec):
     assert kernel.max() < 1e-6  # the FFT's rounding
 
 
-def test_sinc_is_the_circular_low_pass():
+@pytest.mark.parametrize(("w", "radius"), [(1.3, 10), (0.1, 1), (4.5, 60), (1.3, 200)])
+def test_sinc_is_the_circular_low_pass(w, radius):
     seen = []
-    w, (u, v) = 1.3, degrade._grid(10)
+    u, v = degrade._grid(radius)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(degrade, "_convolve", lambda x, kernel: seen.append(kernel) or x)
-        apply(f"sinc={w}/10", flat(0.5, 32))
+        apply(f"sinc={w}/{radius}", flat(0.5, 32))
     r = np.where(np.hypot(u, v) == 0, 1, np.hypot(u, v))
     expected = np.where(np.hypot(u, v) == 0, w**2 / (4 * np.pi), w * special.j1(w * r) / (2 * np.pi * r))
     np.testing.assert_allclose(seen[0], expected, atol=1e-8)
