@@ -140,7 +140,7 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(outside, whole
 
 
 def test_the_end_names_the_best_step_if_it_is_not_the_last(flags, tmp_path, monkeypatch, capsys):
-    validate, psnrs = validation.validate, iter([20, 21, 25.678, 23, 26, 25, 20.001, 22, 19.996])
+    validate, psnrs = validation.validate, iter([20, 21, 25.678, 23, 26, 25, 20.001, 20.003, 19.996])
 
     def wrapped(*args):
         row, sheet = validate(*args)
