@@ -88,9 +88,9 @@ def aniso_blur(
     radius: Reach = 0, beta: Beta = 1.0, shape: Form = "gauss",
 ) -> Array:  # fmt: skip
     """gauss: k = exp(-q^beta / 2); plateau: k = 1 / (1 + q^beta); q = (u / sigma)^2 + (v / across)^2 [1]."""
-    # u runs along `angle`, v across it. The kernel ends at `radius`; 0 means 4 sigma.
+    # u runs along `angle`, v across it. The kernel ends at `radius`; 0 means 4 sigma. A width of 0 blurs nothing.
     u, v = _grid(radius or 4 * max(sigma, across), angle)
-    q = (u / max(sigma, 1e-3)) ** 2 + (v / max(across, 1e-3)) ** 2  # a width of 0 leaves the picture as it is
+    q = (u / max(sigma, least := 1e-3 ** max(1, 1 / beta))) ** 2 + (v / max(across, least)) ** 2  # q^beta >= 1e6 at 0
     return _convolve(x, np.exp(-0.5 * q**beta) if shape == "gauss" else 1 / (1 + q**beta))
 
 

@@ -13,6 +13,7 @@ from scipy import ndimage, special
 from kontext_min import degrade
 from kontext_min.degrade import PRESETS, PROMPTS, parse, to_array, to_picture
 from kontext_min.extras import contact_sheet, inventory
+from test_pictures import swapped_profile
 
 PHOTO = Image.open(Path(__file__).parent / "photos" / "life.jpg").convert("RGB").crop((400, 200, 657, 391))  # 257 x 191
 
@@ -240,7 +241,18 @@ def test_files_are_pillows(kind):
 
 
 def test_identity_and_rounding():
-    for spec in ("blur=0", "noise=0", "downsample=1", "fade=1/0", "gamma=1", "sepia=0", "defocus=0"):
+    for spec in (
+        "blur=0",
+        "blur=0/10/0.1",
+        "blur=0/10/0.1/plateau",
+        "blur=0/3/10",
+        "noise=0",
+        "downsample=1",
+        "fade=1/0",
+        "gamma=1",
+        "sepia=0",
+        "defocus=0",
+    ):
         np.testing.assert_array_equal(np.asarray(parse(spec)(PHOTO, rng())), np.asarray(PHOTO))
     left = to_array(parse("poisson=0")(PHOTO, rng())) - to_array(PHOTO)
     assert np.abs(left).max() < 1.01 / 255  # 1e8 photons at white: a deviation of 0.03 levels
@@ -458,6 +470,13 @@ def test_contact_sheet_command(tmp_path, capsys):
     assert not (tmp_path / "none.jpg").exists()
     with pytest.raises(ValueError, match=r"no/s\.jpg: no such folder; make it first"):
         contact_sheet.main([str(photo), str(tmp_path / "no" / "s.jpg")])
-    Image.new("L", (40, 1000)).save(tmp_path / "strip.png")
-    with pytest.raises(ValueError, match=r"strip\.png: 40 x 1000 pixels, too long for a sheet"):
-        contact_sheet.main([str(tmp_path / "strip.png"), str(tmp_path / "none.jpg")])
+    for size in ((40, 1000), (1000, 40)):
+        Image.new("L", size).save(tmp_path / "strip.png")
+        with pytest.raises(ValueError, match=rf"strip\.png: {size[0]} x {size[1]} pixels, too long for a sheet"):
+            contact_sheet.main([str(tmp_path / "strip.png"), str(tmp_path / "none.jpg")])
+    means = []  # of the clean picture: with a profile that exchanges red and green, it is shown as training sees it
+    for k, profile in enumerate((b"", swapped_profile())):
+        Image.new("RGB", (400, 300), (200, 90, 30)).save(photo, icc_profile=profile)
+        contact_sheet.main([str(photo), str(tmp_path / f"sheet{k}.png")])
+        means.append(np.asarray(Image.open(tmp_path / f"sheet{k}.png").crop((0, 40, 320, 200))).mean((0, 1)))
+    np.testing.assert_allclose(means[1], means[0][[1, 0, 2]], atol=3)

@@ -2,7 +2,7 @@
 
 The sheet shows the first photograph, clean and with each preset: the whole picture, and below it a crop of the middle
 at full size. The command also prints a table with the PSNR of every preset on every photograph, in dB. Photographs of
-more than 1 megapixel are shrunk to that first, as in training.
+more than 1 megapixel are shrunk to that first, and all are brought to sRGB, as in training.
 """
 
 import sys
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{'PSNR, dB':20}" + "".join(f"{name:>18}" for name in PRESETS), flush=True)
     table, first = [], {}
     for seed, path in enumerate(photos):
-        photo = open_picture(path)
-        if photo.height > 20 * photo.width:
+        photo = open_picture(path, to_srgb=True)
+        if max(photo.size) > 20 * min(photo.size):
             raise ValueError(f"{path}: {photo.width} x {photo.height} pixels, too long for a sheet; leave it out.")
         if photo.width * photo.height > SIDE**2:  # as in training
             photo = photo.resize(working_size(*photo.size, SIDE), Image.Resampling.LANCZOS)
