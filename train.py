@@ -268,7 +268,7 @@ def train(settings: Settings) -> int:
     params = list(trained.values())
     ema = [p.detach().clone() for p in params] if settings.ema else []
     if ema:
-        me.say(f"the average's decay rises to {min(settings.ema, (1 + settings.steps) / (10 + settings.steps)):.3g}")
+        me.say(f"the average's decay rises to {min(settings.ema, settings.steps / (9 + settings.steps)):.3g}")
     optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=WEIGHT_DECAY)
     state: dict[str, Any] = {"step": 0, "best_psnr": None, "best_step": None}
     state |= {"skipped": 0, "skipped_in_a_row": 0, "unreadable": []}

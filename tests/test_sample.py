@@ -28,7 +28,7 @@ import processes
 import sample
 import train
 from kontext_min import data, degrade
-from kontext_min.checkpoints import load_flux
+from kontext_min.checkpoints import find, load_flux
 from kontext_min.extras import base, checks, fidelity, folders, metrics, pictures
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.lora_files import save_lora
@@ -40,6 +40,7 @@ from test_report import data_of
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "tests" / "photos" / "bowl.jpg"
+TINY, GOLDEN = ROOT / "weights" / "tiny", ROOT / "tests" / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -919,6 +920,38 @@ def test_a_signal_stops_a_folder_and_the_same_command_goes_on(small_bundle, tmp_
     assert [p.name for p in (tmp_path / "out").glob("*.png")] == ["a.png"]
     assert run(*args) == 0
     assert "2 restored, 1 there before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("plan", [(), ("--plan",)])
+@pytest.mark.parametrize(("part", "other"), [("vae", TINY / "vae"), ("clip", GOLDEN), ("t5", GOLDEN)])
+def test_parts_of_different_models(small_bundle, tmp_path, capsys, part, other, plan):
+    """Such as --transformer without --weights: a line before anything is loaded."""
+    folder = other if other.name == "vae" else other / f"{part}_tiny.safetensors"
+    args = ["--input", PHOTO, "--output", tmp_path / "o.png", "--weights", small_bundle]
+    assert run(*args, f"--{part}", folder, *plan) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"{folder}: its .* gives \d+ channels, but the transformer of {small_bundle} takes \d+;", said)
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "known", "code"), [("clip", 1025, 0), ("clip", 1023, 2), ("t5", 768, 0), ("t5", 539, 2)]
+)
+def test_an_encoder_of_another_vocabulary(identity, small_bundle, tmp_path, capsys, part, known, code):
+    """A note for one that knows more tokens, which may be meant; fewer can't be right."""
+    crop(32, 32).save(tmp_path / "in.png")
+    source = find(small_bundle, part)[0]
+    tensors = load_file(source)
+    for name, x in tensors.items():
+        if x.shape[0] == {"clip": 1024, "t5": 640}[part]:
+            tensors[name] = x.new_zeros(known, x.shape[1])
+    (tmp_path / "other").mkdir()
+    save_file(tensors, tmp_path / "other" / source.name)
+    args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle]
+    assert run(*args, f"--{part}", tmp_path / "other" / source.name) == code
+    said = capsys.readouterr()
+    assert f"knows {known} tokens, the vocabulary in {small_bundle} " in said.out + said.err
+    assert code == 2 or (run(*args, "--overwrite") == 0 and "knows" not in capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def _writable_name(name: str) -> str:
     return name if Path(name).suffix.lower() in KINDS else name + ".png"
 
 
-def _unwritable(job: Job, across: int) -> str | None:
+def _unwritable(job: Job, across: int = 1) -> str | None:
     """Why the output of a job, a sheet of so many pictures side by side, can't be written, or None."""
     limit = LARGEST_SIDE.get(KINDS[job.output.suffix.lower()])
     side = max(across * (job.size[0] + GAP) - GAP, job.size[1])

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from kontext_min import data, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
-from kontext_min.checkpoints import DTYPES, outline
+from kontext_min.checkpoints import DTYPES, NOUNS, outline
 from kontext_min.extras import held_out, prompts, speed
 from kontext_min.extras.base import Weights
 from kontext_min.extras.checkpointing import checkpoint_blocks
@@ -88,10 +88,22 @@ class Sizes:
 
     @classmethod
     def of(cls, weights: Weights) -> "Sizes":
-        """Read from the headers of the weight files."""
+        """Read from the headers of the weight files.
+
+        Raises:
+            ValueError: the networks do not fit together.
+        """
         flux, sources = outline("transformer", weights.path("transformer"))
         largest = max((s for stored in sources.values() for s in stored), key=lambda stored: stored.nbytes)
-        autoencoder, t5 = (outline(part, weights.path(part))[0] for part in ("vae", "t5"))
+        autoencoder, clip, t5 = (outline(part, weights.path(part))[0] for part in ("vae", "clip", "t5"))
+        takes = flux.params.in_channels, flux.params.vec_in_dim, flux.params.context_in_dim
+        gives = {"vae": 4 * autoencoder.params.z_channels, "clip": clip.embeddings.token_embedding.embedding_dim}
+        gives["t5"] = t5.encoder.params.d_model
+        for (part, width), taken in zip(gives.items(), takes, strict=True):
+            if width != taken:
+                whose = f"{weights.path(part)}: its {NOUNS[part]} gives {width} channels"
+                other = f"the transformer of {weights.path('transformer')} takes {taken}"
+                raise ValueError(f"{whose}, but {other}; name the parts of one model, or its folder with --weights.")
         length = prompts.max_length(weights)
         return cls(flux.params, autoencoder.params, t5.encoder.params, length, DTYPES[largest.dtype])
 

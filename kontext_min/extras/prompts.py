@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.checkpoints import Device, load_clip, load_t5, read_headers, read_json
+from kontext_min.checkpoints import NOUNS, Device, load_clip, load_t5, outline, read_headers, read_json
 from kontext_min.clip import LENGTH, ClipTokenizer
 from kontext_min.extras.base import Weights
 from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.saving import save_file
 from kontext_min.flow import Prompt
-from kontext_min.t5 import T5Tokenizer
+from kontext_min.t5 import SENTINELS, T5Tokenizer
 
 Encoded = dict[str, tuple[Tensor, Tensor] | Path]  # text -> ((L_txt, context_in_dim), (vec_in_dim,)) or their file
 VOCABULARIES = (("tokenizer", ("vocab.json", "merges.txt")), ("tokenizer_2", ("spiece.model",)))
@@ -87,6 +87,7 @@ def encode(
     # Tokenizers first: they fail fast. Then one encoder at a time, one prompt at a time.
     clip_tokenizer = ClipTokenizer(weights.root / "tokenizer")
     t5_tokenizer = T5Tokenizer(weights.root / "tokenizer_2")
+    _check_vocabularies(weights, len(clip_tokenizer.ids), t5_tokenizer.pieces.vocab_size())
     length = max_length(weights)
     for name, limit, tokenizer in (("CLIP", LENGTH - 2, clip_tokenizer), ("T5", length - 1, t5_tokenizer)):
         long = [n for n in (len(tokenizer.encode(text)) for text in names) if n > limit]
@@ -118,6 +119,23 @@ def encode(
         del t5, blocks
         gc.collect()  # blocks and their stream refer to each other, so only this frees the slots now
     return done
+
+
+def _check_vocabularies(weights: Weights, clip: int, t5: int) -> None:
+    """Whether the encoders know the tokens of the vocabularies, and no more. T5 has sentinels, and rounds up to 128.
+
+    Raises:
+        ValueError: one knows fewer, so it must be that of another model.
+    """
+    rows = {"clip": outline("clip", weights.path("clip"))[0].embeddings.token_embedding.num_embeddings}
+    rows["t5"] = outline("t5", weights.path("t5"))[0].shared.num_embeddings
+    for part, size, spare in (("clip", clip, 0), ("t5", t5, SENTINELS + 127)):
+        text = f"{weights.path(part)}: its {NOUNS[part]} knows {rows[part]} tokens"
+        text += f", the vocabulary in {weights.root} {size}"
+        if rows[part] < size:
+            raise ValueError(f"{text}; name the folder of its own vocabulary with --weights.")
+        if rows[part] > size + spare:
+            print(f"note: {text}; if they are of different models, prompts mean nothing")
 
 
 def _whole(file: Path) -> bool:
