@@ -170,7 +170,7 @@ def sample(settings: Settings) -> int:
             scores.add(photo, result)
 
     # ---- summary
-    there = len(jobs) - len(todo)
+    there = len({job.name for job in jobs} - {job.name for job in todo} - dict(failed).keys())
     done = f"{restored} restored, {there} there before, {len(failed)} not restored"
     done = done if settings.input.is_dir() else "x".join(map(str, jobs[0].size))
     lines = [f"{settings.output}: {done}, {method}, {tick.pace()}", *([stream.report()] if stream else [])]

@@ -125,7 +125,7 @@ class Settings:
         bare="all",
     )
     compile: bool = machine(False, "compile the blocks with torch.compile")
-    plan: bool = machine(False, "print the memory and the time that the run needs, and exit")
+    plan: bool = machine(False, "print the memory that the run needs and the time of a step, and exit")
 
 
 # ------------------------------------------------------------------------------------------------------- small helpers

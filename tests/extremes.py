@@ -280,7 +280,7 @@ def a_file(place, before, flag, file):
         folder, words = link(place, Path(temporary)), [*plain("sample"), "--steps", "1"]
         if flag == "--input":
             words[1] = str(file)
-        code, text = call("sample", words + [flag, str(file)] * (flag == "--reference"), folder)
+        code, text = call("sample", words + [flag, str(file)] * (flag == "--reference"), folder, limit=600)
         if end := ended("sample", code, text, ""):
             return end
         if flag == "--input":

@@ -632,6 +632,14 @@ def test_a_reference_of_another_size_is_named(scored, tmp_path, capsys):
     assert "not restored: a.png: " in said.err and "the input 48x40" in said.err and "47x40" in said.err
 
 
+def test_a_restored_picture_that_is_cut_counts_once(scored, capsys):
+    assert run(*scored) == 0
+    restored = scored[scored.index("--output") + 1] / "a.png"
+    restored.write_bytes(restored.read_bytes()[:-50])
+    assert run(*scored) == 1
+    assert "0 restored, 2 there before, 1 not restored" in capsys.readouterr().out
+
+
 def test_sheets_of_pictures_with_a_profile_are_scored_as_before(scored, tmp_path):
     """The sheet is in sRGB, so the second call reads in it what the first one has scored."""
     adobe = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -11,8 +11,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,6 +114,28 @@ def number(text: str) -> float:
         return math.nan
 
 
+def _searches_long(pattern: str) -> bool:
+    """Whether a pattern needs over a second for the name of a module, as (.+)+x does: each letter doubles it."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        return False
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        re.fullmatch(pattern, "double_blocks.18.img_attn.norm.query_norm")
+    except TimeoutError:
+        return True
+    except (re.error, RecursionError, OverflowError):
+        pass  # `add_lora` says what is wrong
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return False
+
+
 def check_text(flag: str, *prompts: str | None) -> None:
     """That the prompts of a flag are text.
 
@@ -145,10 +169,7 @@ def check_training(s: Any) -> None:
             s.start_time != "auto" and not 1e-3 <= number(s.start_time) <= 1,
             f"--start-time: got {s.start_time}, expected auto or a number from 0.001 to 1",
         ),
-        (
-            re.search(r"[+*}]\)[+*{]", s.lora_targets),
-            f"--lora-targets {s.lora_targets}: repeats what repeats, which may search for ever; write it without",
-        ),
+        (_searches_long(s.lora_targets), f"--lora-targets {s.lora_targets:.99}: such a pattern may search for ever"),
         (s.workers > most, f"--workers: got {s.workers}, expected at most {most}, four per CPU core"),
         (
             s.tensorboard and not find_spec("tensorboard"),
@@ -294,7 +315,8 @@ def check_sampling(s: Any) -> None:
         ),
         (
             shown and page.exists() and whose_report(s) not in shown,
-            f"--report: {page} shows the pictures of another --input; choose another --output, or add --overwrite",
+            f"--report: {page} shows the pictures of another --input, or {RECORD} is cut; choose another --output, "
+            "or add --overwrite",
         ),
     )
 
@@ -318,7 +340,10 @@ def check_json(s: Any) -> None:
             not (json_file.parent.is_dir() and can_write(json_file)),
             "can't be written; name a file in a folder of yours",
         ),
-        (of_another, "exists and holds the scores of another call; name another file, or add --overwrite"),
+        (
+            of_another,
+            f"exists and holds the scores of another call, or {RECORD} is cut; name another file, or add --overwrite",
+        ),
     ):
         refuse((holds, f"--json {s.json}: {problem}"))
 
