@@ -50,8 +50,8 @@ PROGRAMS = {"train": train, "sample": sample}
 SAME = {  # flags that change how, where or how often something is done or written, and no result
     "train": {
         *("output_dir", "cache_dir", "workers", "resume", "accept_changes", "overwrite", "checkpoint_every", "device"),
-        *("tensorboard", "stream", "gradient_checkpointing", "compile", "dtype", "validation_prompt", "plan"),
-        "validate_every_epochs",
+        *("tensorboard", "stream", "gradient_checkpointing", "compile", "dtype", "plan"),
+        *("validation_prompt", "validate_every_epochs"),
     },
     "sample": {"output", "overwrite", "json", "compare", "report", "device", "stream", "compile", "plan"},
 }
@@ -63,22 +63,9 @@ DEFAULTS = {  # what a program takes where the default is None, or what the plai
 LIMIT = 60  # seconds of a call
 WORDS = ("", " ", "x", "\U0001f600", "a" * 100_000, "word " * 2000, "a\nb", "a\r", "\u202e", "-", "--", "%s", "None")
 WORDS += ("\udcff", "a\0b")
+SPECS = (*"()@|,", "blur=1,", "blur=1@0", "blur=1@0.001")
 PATTERNS = (*train.TARGETS, "x", "(", "*", ".*", "^$", "double_blocks", "img_mod", "final_layer", "txt_in", "a" * 9999)
-PLACES = (
-    "absent",
-    "empty",
-    "file.txt",
-    "pipe",
-    "loop",
-    "nowhere",
-    "picture.png",
-    "hr",
-    "base",
-    "n" * 300,
-    "",
-    ".",
-    "/",
-)
+PLACES = (*"absent empty file.txt pipe loop nowhere picture.png hr base . / /dev/null".split(), "", "n" * 300)
 NUMBERS = ("nan", "inf", "-inf", "-1", "0", "1e400", "1e-400", "x", "", "1,5", "1_0", "0x10", "1e3", "9" * 30, " 1")
 
 
@@ -96,21 +83,9 @@ def ends(field, hint):
         near += [10**9] if most is None else [most, most - step, most + step]
         return [*map(str, near), *NUMBERS]
     if Path in kinds:
-        return [*PLACES, "/dev/null"]
+        return PLACES
     if field.name == "degrade":
-        return [
-            *degrade.PRESETS,
-            *specifications(),
-            "(",
-            ")",
-            "@",
-            "|",
-            ",",
-            "blur=1,",
-            "blur=1@0",
-            "blur=1@0.001",
-            *WORDS,
-        ]
+        return [*degrade.PRESETS, *specifications(), *SPECS, *WORDS]
     if field.name == "start_time":
         return ["auto", "1", "0.001", "0.0009", "1.0001", "0.999", *NUMBERS]
     if field.name == "device":
