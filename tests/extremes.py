@@ -65,7 +65,8 @@ WORDS = ("", " ", "x", "\U0001f600", "a" * 100_000, "word " * 2000, "a\nb", "a\r
 WORDS += ("\udcff", "a\0b")
 SPECS = (*"()@|,", "blur=1,", "blur=1@0", "blur=1@0.001")
 PATTERNS = (*train.TARGETS, "x", "(", "*", ".*", "^$", "double_blocks", "img_mod", "final_layer", "txt_in", "a" * 9999)
-PLACES = (*"absent empty file.txt pipe loop nowhere picture.png hr base . / /dev/null".split(), "", "n" * 300)
+PLACES = ("absent", "empty", "file.txt", "pipe", "loop", "nowhere", "picture.png", "hr", "base", "n" * 300, "", ".")
+PLACES += ("/", "/dev/null")
 NUMBERS = ("nan", "inf", "-inf", "-1", "0", "1e400", "1e-400", "x", "", "1,5", "1_0", "0x10", "1e3", "9" * 30, " 1")
 
 
