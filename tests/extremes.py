@@ -56,9 +56,9 @@ SAME = {  # flags that change how, where or how often something is done or writt
     "sample": {"output", "overwrite", "json", "compare", "report", "device", "stream", "compile", "plan"},
 }
 DEFAULTS = {  # what a program takes where the default is None, or what the plain call has under another name
-    "train": {"degrade": "guide", "sigma": "uniform", "warmup": "0"},
-    "sample": {"objective": "bridge", "lora": "lora.safetensors=1"}
-    | dict.fromkeys(("transformer", "vae", "clip", "t5"), "base"),
+    "train": {"degrade": ("guide",), "sigma": ("uniform",), "warmup": ("0",)},
+    "sample": {"objective": ("bridge",), "solver": ("midpoint",), "lora": ("lora.safetensors=1", ".")}
+    | dict.fromkeys(("transformer", "vae", "clip", "t5"), ("base",)),
 }
 LIMIT = 60  # seconds of a call
 WORDS = ("", " ", "x", "\U0001f600", "a" * 100_000, "word " * 2000, "a\nb", "a\r", "\u202e", "-", "--", "%s", "None")
@@ -209,7 +209,7 @@ def a_flag(place, before, program, name, value):
         folder = link(place, Path(temporary))
         flag, words = name_of(name), plain(program)
         given = [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [f"{flag}={value}"]
-        usual = {str(PROGRAMS[program].Settings.__dataclass_fields__[name].default), DEFAULTS[program].get(name)}
+        usual = {str(PROGRAMS[program].Settings.__dataclass_fields__[name].default), *DEFAULTS[program].get(name, ())}
         if flag in words:  # the value takes the place of the one there
             at = words.index(flag)
             usual.add(words[at + 1])

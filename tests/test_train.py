@@ -43,6 +43,7 @@ from kontext_min.extras import (
 )
 from kontext_min.extras.flags import given, parse_flags
 from kontext_min.extras.lora_files import trained_with
+from kontext_min.extras.program import restore_command
 from train import Settings
 
 FLAGS = "--resolution 64 --steps 4 --accumulate 1 --batch-size 2 --warmup 1 --workers 0 --checkpoint-every 2"
@@ -891,3 +892,10 @@ def test_the_lists_of_what_is_tried_know_every_flag_and_every_end():
 def test_how_a_call_may_end(code, text, kind):
     end = extremes.ended("train", code, text, "")
     assert (end and end[0]) == kind
+
+
+def test_commands_with_a_path_that_starts_with_a_dash():
+    """As separate words the path would be read as a flag."""
+    settings = Settings(hr_root=Path("-hr"), weights=Path("-w"), stream=True, resume=False, prompt=("-a", "b"))
+    assert given(settings) == "--hr-root=-hr --prompt=-a --prompt b --weights=-w --no-resume --stream"
+    assert restore_command(settings, Path("-run")).endswith(" --weights=-w --stream --lora=-run/lora.safetensors")

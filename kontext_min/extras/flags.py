@@ -16,7 +16,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -177,13 +177,25 @@ def changed(settings: Any) -> dict[str, Any]:
     return {f.name: v for f in dataclasses.fields(settings) if (v := getattr(settings, f.name)) != f.default}
 
 
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """Settings by name as words of a command line; None is left out.
+
+    A value that starts with a dash is joined to its flag, else it would be read as another flag.
+    """
+    words = []
+    for name, value in values.items():
+        flag = name_of(name)
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            for word in map(str, value if isinstance(value, list | tuple) else [value]):
+                words += [f"{flag}={word}"] if word.startswith("-") else [flag, word]
+    return words
+
+
 def given(settings: Any) -> str:
     """The settings that differ from their defaults, as they stand on a command line."""
-    words = [
-        (k.replace("_", "-"), x) for k, v in changed(settings).items() for x in (v if isinstance(v, tuple) else (v,))
-    ]
-    switches = {"True": "--{}", "False": "--no-{}"}  # of a flag without a value
-    return " ".join(switches.get(repr(x), "--{} {}").format(name, shlex.quote(str(x))) for name, x in words)
+    return shlex.join(as_words(changed(settings)))
 
 
 def defaults(settings: Any, settled: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from kontext_min.extras import parallel, runs
+from kontext_min.extras.flags import as_words
 
 # Here, and not in a function: where loader workers do not fork, they import this file.
 if limit := os.environ.get("KONTEXT_MAX_PIXELS"):
@@ -41,11 +42,12 @@ def restore_command(settings: Any, folder: Path) -> str:
     """
     words = [_near(Path(sys.executable)), _near(Path(__file__).parents[2] / "sample.py")]
     words += ["--input", "PICTURE", "--output", "restored.png"]
+    values = {}
     for name in ("weights", "transformer", "vae", "clip", "t5", "quantize", "device", "stream"):
         value = folder / "transformer" if settings.full and name == "transformer" else getattr(settings, name)
         if value != type(settings).__dataclass_fields__[name].default:
-            words += [f"--{name}"] + [str(value)] * (value is not True)
-    words += [] if settings.full else ["--lora", str(folder / "lora.safetensors")]
+            values[name] = value
+    words += as_words(values | ({} if settings.full else {"lora": folder / "lora.safetensors"}))
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 

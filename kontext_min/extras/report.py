@@ -31,6 +31,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from kontext_min.extras.flags import as_words
 from kontext_min.extras.progress import clock
 from kontext_min.extras.runs import read_metrics, write_text
 
@@ -234,17 +235,9 @@ def settings_table(settings: Row, program: str = "train.py") -> Row:
     for key, value in settings.items():
         if key not in ("defaults", *changed):
             others |= {f"{key} {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    words = ["python", program]
-    for name, value in changed.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif value is not None:
-            for word in map(str, value if isinstance(value, list | tuple) else [value]):
-                words += [f"{flag}={word}"] if word.startswith("-") else [flag, word]
     table = {"changed": changed, "others": others, "about": {"device": settings.get("device", "unknown")} | versions}
     texts = {k: [[n, v if isinstance(v, str) else json.dumps(v)] for n, v in part.items()] for k, part in table.items()}
-    return texts | {"command": shlex.join(words) if changed else ""}
+    return texts | {"command": shlex.join(["python", program, *as_words(changed)]) if changed else ""}
 
 
 # ----------------------------------------------------------------------------------------------- numbers and pictures
