@@ -2,8 +2,8 @@
 
 Two things hold of every table. Each number is that of the JSON, within the noise of its column (NOISE): another
 processor rounds differently, and a training amplifies that. Base weights that are off by 1e-6 move a gain by 0.06 dB at
-most; question 3 is the exception (WIDE). And the right way beats the broken one by a margin below the measured effect
-and above the noise. The margins stand in the tests of the ten questions; none comes from the JSON.
+most; question 3 is the exception (ELSEWHERE). And the right way beats the broken one by a margin below the measured
+effect and above the noise. The margins stand in the tests of the ten questions; none comes from the JSON.
 """
 
 import json
@@ -20,8 +20,15 @@ NUMBERS = json.loads(experiments.NUMBERS.read_text(encoding="utf-8"))
 PAGE = experiments.PAGE.read_text(encoding="utf-8")
 NOISE = {"gain": (0.5, 0.05), "text": (0.1, 0)}  # of gains and textures: absolute and relative
 OTHER_NOISE = (0.01, 0.25)  # of losses and errors
-# Its LoRA trains on a student that is trained on its teacher: 8.19 dB on an Intel Xeon were 11.90 on an AMD EPYC.
-WIDE = {3: (4.0, 0)}
+# On an AMD EPYC without AVX-512 question 3 has other numbers: one training starts from the result of another.
+ELSEWHERE = {
+    "3": {
+        "teacher, two passes": (8.384, 7.426, -0.727),
+        "distilled, one pass": (8.486, 6.251, -0.027),
+        "distilled, then trained on data at g = 1.5": (10.179, 11.896, 5.888),
+        "distilled, then trained on data at g = 2.5": (9.176, 9.162, 10.178),
+    }
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +48,20 @@ def column(table, name):
 
 @pytest.mark.parametrize("number", experiments.QUESTIONS)
 def test_the_numbers_are_those_of_the_page(table, number):
-    expected = NUMBERS[str(number)]
-    assert table(number).keys() == expected.keys()
-    for row, cells in table(number).items():
-        assert cells.keys() == expected[row].keys()
-        for name, value in cells.items():
-            kind = "gain" if row.startswith("gain") else name[:4]
-            absolute, relative = WIDE.get(number) or NOISE.get(kind, OTHER_NOISE)
-            assert value == pytest.approx(expected[row][name], abs=absolute, rel=relative), f"{row}: {name}"
+    expected, found = NUMBERS[str(number)], table(number)
+    assert found.keys() == expected.keys() and all(found[row].keys() == expected[row].keys() for row in expected)
+    known, misses = [expected], []
+    if other := ELSEWHERE.get(str(number)):
+        known.append({row: dict(zip(expected[row], values, strict=True)) for row, values in other.items()})
+    for numbers in known:  # all of them are those of one processor
+        misses.append([])
+        for row, cells in found.items():
+            for name, value in cells.items():
+                kind = "gain" if row.startswith("gain") else name[:4]
+                absolute, relative = NOISE.get(kind, OTHER_NOISE)
+                if value != pytest.approx(numbers[row][name], abs=absolute, rel=relative):
+                    misses[-1].append(f"{row}: {name}: {value}, expected {numbers[row][name]}")
+    assert [] in misses, misses
 
 
 def test_the_page_shows_the_numbers():
