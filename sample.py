@@ -141,7 +141,7 @@ def sample(settings: Settings) -> int:
 
     # ---- picture after picture
     tick = Ticker(progress, [at[job.size] for job in todo])
-    apply = Tiles(settings.tile or method.resolution, autoencoder, tick, plan.room(autoencoder.params, device))
+    apply = Tiles(settings.tile, autoencoder, tick, plan.room(autoencoder.params, device), method.resolution)
     degradation, restored = settings.degrade and degrade.parse(settings.degrade), 0
     for job in jobs:
         with folders.spared(job, jobs, failed, not how, settings.overwrite):

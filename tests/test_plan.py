@@ -7,7 +7,9 @@ another account than the plan's, and of real kernels. Tolerance 10 percent of th
 import dataclasses
 import math
 import re
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import sample
 import train
 from conftest import TINY
-from kontext_min import flow
+from kontext_min import checkpoints, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.extras import plan
 from kontext_min.extras.base import Weights
@@ -253,6 +255,18 @@ def test_the_seconds_of_the_plan_are_those_of_a_step():
     ratio = min(taken) / min(planned_seconds)
     print(f"measured / planned: {ratio:.2f}")
     assert 1 / 1.5 < ratio < 1.5
+
+
+def test_what_a_file_without_its_config_does_not_tell_is_said(tmp_path, capsys):
+    sizes = plan.Sizes.of(Weights(TINY))
+    assert not capsys.readouterr().err
+    alone = {}
+    for part, keys in checkpoints.NOT_IN_SHAPES.items():
+        alone[part] = Path(shutil.copy(checkpoints.find(TINY, part)[0], tmp_path / f"{part}.safetensors"))
+        assumed = plan.Sizes.of(Weights(TINY, **{part: alone[part]}))
+        said = f"note: {alone[part]}: not of FLUX's size, and no config.json beside it gives its {' and '.join(keys)}; "
+        assert capsys.readouterr().err == (said + "as in FLUX is assumed\n" if part != "t5" else ""), part
+        assert (assumed.autoencoder == sizes.autoencoder) == (part != "vae")
 
 
 def test_smallest_card_with_a_tenth_to_spare():

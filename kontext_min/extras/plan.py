@@ -39,7 +39,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from kontext_min import data, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
-from kontext_min.checkpoints import DTYPES, NOUNS, outline
+from kontext_min.checkpoints import DTYPES, NOT_IN_SHAPES, NOUNS, find, outline, told
 from kontext_min.extras import held_out, prompts, speed
 from kontext_min.extras.base import Weights
 from kontext_min.extras.checkpointing import checkpoint_blocks
@@ -104,6 +104,16 @@ class Sizes:
                 whose = f"{weights.path(part)}: its {NOUNS[part]} gives {width} channels"
                 other = f"the transformer of {weights.path('transformer')} takes {taken}"
                 raise ValueError(f"{whose}, but {other}; name the parts of one model, or its folder with --weights.")
+        like_flux = {"transformer": sum(flux.params.axes_dim) == sum(FluxParams().axes_dim)}
+        like_flux |= {
+            "vae": autoencoder.params == AutoencoderParams(),
+            "clip": gives["clip"] == FluxParams().vec_in_dim,
+        }
+        for part in (part for part, like in like_flux.items() if not like):
+            known = told(file := find(weights.path(part), part)[0], part)
+            if assumed := [key for key, ours in NOT_IN_SHAPES[part].items() if ours not in known]:
+                what = f"not of FLUX's size, and no config.json beside it gives its {' and '.join(assumed)}"
+                print(f"note: {file}: {what}; as in FLUX is assumed", file=sys.stderr)
         length = prompts.max_length(weights)
         return cls(flux.params, autoencoder.params, t5.encoder.params, length, DTYPES[largest.dtype])
 
@@ -470,7 +480,7 @@ def for_sampling(
 ) -> tuple[Setting, data.Size]:
     """The Setting of sample.py's flags for the largest of these pictures, and the size of a tile with --tile 512."""
     picture = max(pictures, key=math.prod, default=(1, 1))
-    side, (h, w) = tile_side(settings.tile or method.resolution, sizes.factor), positions(*picture, sizes.factor)
+    side, (h, w) = tile_side(settings.tile, sizes.factor, method.resolution), positions(*picture, sizes.factor)
     size = min(side, w) * sizes.factor, min(side, h) * sizes.factor
     return Setting(
         size=size,

@@ -75,7 +75,7 @@ class Tiles:
     """Applies a network to tiles, in the way of restore.Whole.
 
     Args:
-        tile: side in pixels; best is the side that was trained. None: 64 tokens.
+        tile: side in pixels; best is None: the side that was `trained`, or 64 tokens.
         autoencoder: its factor tells latent positions from pixels.
         report: called after each pass of a tile through a network, with what that does.
         room: chooses the tile of the autoencoder; without it, that is the transformer's.
@@ -90,8 +90,9 @@ class Tiles:
         autoencoder: Autoencoder,
         report: Callable[[str], None] = lambda part: None,
         room: Room | None = None,
+        trained: int | None = None,
     ) -> None:
-        self.side, self.factor = tile_side(tile, autoencoder.factor), autoencoder.factor
+        self.side, self.factor = tile_side(tile, autoencoder.factor, trained), autoencoder.factor
         self.report, self.room = report, room
 
     def __call__(
@@ -121,15 +122,17 @@ class Tiles:
         return tiles(*sides, self.side, OVERLAP) * evaluations(steps, solver) + 2 * coded
 
 
-def tile_side(tile: int | None, factor: int) -> int:
-    """The side of a tile, pixels -> latent positions, rounded down to whole tokens; by default 64 tokens.
+def tile_side(tile: int | None, factor: int, trained: int | None = None) -> int:
+    """The side of a tile, pixels -> latent positions, rounded down to whole tokens.
+
+    Without a tile it is the side that was `trained`, but SMALLEST_TILE tokens at least; without both 64 tokens.
 
     Raises:
-        ValueError: less than SMALLEST_TILE tokens.
+        ValueError: a tile of less than SMALLEST_TILE tokens.
     """
     token = GRID * factor  # in pixels
-    tile = DEFAULT_TILE * token if tile is None else tile
     least = SMALLEST_TILE * token
+    tile = tile or max(trained or DEFAULT_TILE * token, least)
     if tile < least:
         raise ValueError(f"--tile: got {tile}, expected at least {least} pixels, {SMALLEST_TILE} tokens.")
     return tile // token * GRID
