@@ -149,6 +149,17 @@ def test_a_length_that_makes_no_sense_is_512(tmp_path, value, length):
         prompts.max_length(weights)
 
 
+def test_characters_that_t5_does_not_know_are_said(capsys):
+    """To T5 two Japanese words are the same two tokens; CLIP spells them out in bytes."""
+    t5 = T5Tokenizer(TINY / "tokenizer_2")
+    assert t5.encode("日本語") == t5.encode("修復")
+    prompts.encode(["日本語", "修復", "remove the noise"], base.Weights(TINY), None, torch.float32, "cpu")
+    line = (
+        "note: T5 has no tokens for some characters of 2 of 3 prompts: all of these mean the same to it; write English"
+    )
+    assert capsys.readouterr().out == line + "\n"
+
+
 def test_prompts_that_are_too_long_are_counted(capsys, tmp_path):
     """The bundle's T5 reads 31 tokens and </s>, CLIP 75 and its two marks."""
     weights = base.Weights(TINY)

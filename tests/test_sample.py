@@ -510,6 +510,19 @@ def test_each_default_comes_from_the_header(pixels, name):
         assert np.array_equal(pixels(f"--{name}", other[name]), pixels(about=about))
 
 
+def test_a_prompt_that_was_not_trained_is_said(pixels, capsys):
+    other = "Upscale the haze"
+    for about, prompt, said in (
+        (ABOUT | {"strange": 1}, ABOUT["prompt"], False),
+        (ABOUT | {"strange": 2}, other, True),
+        (ABOUT | {"prompts": [other]}, other, False),
+        ({}, other, False),  # a file of another trainer says nothing
+    ):
+        pixels("--prompt", prompt, about=about)
+        line = f" was trained with {ABOUT['prompt']!r}; another prompt may spoil pictures\n"
+        assert (line in capsys.readouterr().err) == said, (about, prompt)
+
+
 def test_the_lora_its_strength_and_the_seed_change_pixels(pixels):
     whole = pixels()
     assert np.array_equal(whole, pixels(lora="{}=1.0"))

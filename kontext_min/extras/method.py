@@ -61,6 +61,8 @@ def method_of(settings: Any, weights: Weights) -> Method:
     if len(tasks) > 1 and settings.prompt not in tasks:
         used = "the prompt is that of the first" if settings.prompt is None else "the prompt is of none"
         print(f"note: {model} has several tasks; {used}; --prompt chooses: {tasks}", file=sys.stderr)
+    elif settings.prompt not in (None, *tasks, learned := about.get("prompt", settings.prompt)):
+        print(f"note: {model} was trained with {learned!r}; another prompt may spoil pictures", file=sys.stderr)
     steps, solver = settings.steps or STEPS[name], settings.solver
     if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)
         solver = "midpoint" if name == "bridge" and steps > 1 else "euler"
