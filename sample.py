@@ -84,7 +84,7 @@ class Settings:
     color_fix: str = method("none", "match the input's colors; not for faded or dark pictures", pictures.COLOUR_FIXES)
     seed: int = method(42, "seed of the source noise and of --degrade", least=0, most=2**63 - 1)
     tile: int | None = method(
-        None, "side of a tile in pixels; default: the LoRA's resolution, or 64 tokens", least=1, most=16384
+        None, "side of a tile in pixels, in whole tokens; default: as trained, or 64 tokens", least=1, most=16384
     )
 
     device: str = machine("auto", "cpu, cuda, cuda:1 ...; auto: cuda if there is one")
