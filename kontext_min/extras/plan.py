@@ -410,8 +410,9 @@ def text(setting: Setting, sizes: Sizes) -> tuple[float, float]:
         return weights, tally.segment.peak
 
 
+@cache
 def measure(setting: Setting, sizes: Sizes) -> Plan:
-    """The plan of one setting."""
+    """The plan of one setting. A table names some settings twice."""
     parts, alive, flops = network(setting, sizes)
     host = parts.pop("host", 0.0)
     context = CUDA_CONTEXT if setting.cuda else 0.0
