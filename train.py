@@ -201,7 +201,7 @@ def load_model(settings: Settings, me: parallel.Processes, path: Path, dtype: to
     else:
         add_lora(flux, settings.rank, settings.alpha, settings.lora_targets, settings.seed)
         if settings.init_lora:
-            init_lora(flux, settings.init_lora, settings.objective, fingerprint(path, "transformer"))
+            init_lora(flux, settings.init_lora, vars(settings), fingerprint(path, "transformer"))
 
     # Each of these wraps the one before: load a block's weights, recompute it in the backward pass.
     if stream:

@@ -243,7 +243,7 @@ def test_a_pipe_as_caption_is_not_waited_for_and_an_empty_one_is_named(run, tmp_
 def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tmp_path, capsys):
     assert run("--steps", 1) == 0
     file, about = tmp_path / "lora.safetensors", trained_with(metadata(tmp_path / "run" / "lora.safetensors"), "")
-    other = {"kontext_min": json.dumps(about | {"base": "another"})}
+    other = {"kontext_min": json.dumps(about | {"base": "another", "start_time": 0.001, "source_noise": 0.5})}
     save_file(load_file(tmp_path / "run" / "lora.safetensors"), file, other)
     capsys.readouterr()
     assert run("--steps", 1, "--objective", "kontext", "--init-lora", file, "--overwrite") == 0
@@ -252,6 +252,10 @@ def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tm
     again = ["--steps", 1, "--objective", "kontext", "--output-dir", tmp_path / "b"]
     assert run(*again, "--init-lora", tmp_path / "run") == 0
     assert "note: --init-lora" not in capsys.readouterr().err
+    assert run("--steps", 1, "--context", "--init-lora", file, "--overwrite") == 0
+    said = capsys.readouterr().err
+    for what in ("context False, not for True", "source noise 0.5, not for 0.0", "start time 0.001, not for 1"):
+        assert f"was trained for {what}\n" in said
 
 
 def test_several_tasks_take_turns_and_each_has_its_prompt(run, small_bundle, pictures, tmp_path, capsys):

@@ -676,11 +676,13 @@ def _note_if_idle(path: str | Path, lora: Mapping[str, Factors], strength: float
 
 
 @torch.no_grad()
-def init_lora(model: Flux, path: str | Path, objective: str | None = None, base: str | None = None) -> None:
+def init_lora(
+    model: Flux, path: str | Path, settings: Mapping[str, Any] | None = None, base: str | None = None
+) -> None:
     """Start the LoRA that add_lora put on a model from that of a file.
 
-    A note says so if the file was trained for another `objective`, or on another `base` (a fingerprint): it then starts
-    from far away.
+    A note says so if the file was trained on another path than that of these `settings`, such as {"objective":
+    "bridge"}, or on another `base` (a fingerprint): it then starts from far away.
 
     Where the model's rank is higher, the rows of A that the file lacks keep their random start and their columns of B
     are zero, as at any start; modules that the file lacks start at zero. So the first step runs what the file holds.
@@ -691,8 +693,13 @@ def init_lora(model: Flux, path: str | Path, objective: str | None = None, base:
     (lora, metadata), layers = factors_for(model, path), lora_layers(model)
     _note_if_idle(path, lora, 1)
     about = trained_with(metadata, path)
-    if objective and about.get("objective", objective) != objective:
-        print(f"note: --init-lora {path}: was trained for {about['objective']}, not for {objective}", file=sys.stderr)
+    for key in ("objective", "context", "source_noise", "start_time"):
+        then, now = about.get(key), (settings or {}).get(key)
+        if None not in (then, now) and now != "auto" and then != (float(now) if key == "start_time" else now):
+            what = then if key == "objective" else f"{key.replace('_', ' ')} {then}"
+            print(f"note: --init-lora {path}: was trained for {what}, not for {now}", file=sys.stderr)
+            if key == "objective":  # the others are parts of a bridge
+                break
     note_other_base(f"--init-lora {path}", about, base)
     apart = [name for name in lora if name not in layers]
     if apart:
