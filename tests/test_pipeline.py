@@ -153,9 +153,10 @@ def test_characters_that_t5_does_not_know_are_said(capsys):
     """To T5 two Japanese words are the same two tokens; CLIP spells them out in bytes."""
     t5 = T5Tokenizer(TINY / "tokenizer_2")
     assert t5.encode("日本語") == t5.encode("修復")
-    prompts.encode(["日本語", "修復", "remove the noise"], base.Weights(TINY), None, torch.float32, "cpu")
+    assert t5.encode("\u200b") == []
+    prompts.encode(["日本語", "修復", "\u200b", "remove the noise"], base.Weights(TINY), None, torch.float32, "cpu")
     line = (
-        "note: T5 has no tokens for some characters of 2 of 3 prompts: all of these mean the same to it; write English"
+        "note: T5 has no tokens for some characters of 3 of 4 prompts: all of these mean the same to it; write English"
     )
     assert capsys.readouterr().out == line + "\n"
 

@@ -240,6 +240,13 @@ def test_a_pipe_as_caption_is_not_waited_for_and_an_empty_one_is_named(run, tmp_
         assert f"{name}.txt: {reason}" in printed
 
 
+def test_a_base_that_was_trained_for_another_objective_is_said(pictures, capsys):
+    argv, line = ["--hr-root", str(pictures), "--plan", "--steps", "1"], " was trained for bridge, so kontext starts "
+    for objective in ("bridge", "kontext"):
+        checks.check_training(parse_flags(Settings, [*argv, "--objective", objective], ""))
+        assert (line in capsys.readouterr().err) == (objective == "kontext")
+
+
 def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tmp_path, capsys):
     assert run("--steps", 1) == 0
     file, about = tmp_path / "lora.safetensors", trained_with(metadata(tmp_path / "run" / "lora.safetensors"), "")

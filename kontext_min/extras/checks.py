@@ -16,17 +16,19 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kontext_min import degrade
-from kontext_min.checkpoints import FOLDERS, read_json
+from kontext_min.checkpoints import FOLDERS, find, metadata, read_json
 from kontext_min.data import Size
 from kontext_min.extras import parallel, runs
 from kontext_min.extras.effect import check_degradation
 from kontext_min.extras.flags import changed, check_values, name_of
 from kontext_min.extras.inventory import RECORD
+from kontext_min.extras.lora_files import trained_with
 from kontext_min.extras.pictures import existing
 from kontext_min.extras.report import is_report
 
@@ -182,6 +184,11 @@ def check_training(s: Any) -> None:
         (different < len(s.degrade), "--degrade: two tasks are the same; leave one of them out"),
         (tasks > 1 and s.cache_latents, "--cache-latents keeps the latents of one --degrade; leave it out"),
     )
+    with suppress(OSError, ValueError):  # what is wrong with it is said where it is loaded
+        base = find(s.transformer or s.weights, "transformer")[0]
+        learned = trained_with(metadata(base), base).get("objective", s.objective)
+        if learned != s.objective:
+            print(f"note: {base} was trained for {learned}, so {s.objective} starts from far away", file=sys.stderr)
 
 
 def check_folders(s: Any) -> None:

@@ -94,7 +94,8 @@ def encode(
         if long:
             count = f"{len(long)} of {len(names)} prompts are longer, up to {max(long)} tokens"
             print(f"note: {name} reads {limit} tokens of a prompt: {count}; the rest has no effect there")
-    if lacking := sum(t5_tokenizer.specials["<unk>"] in t5_tokenizer.encode(text) for text in names):
+    read = map(t5_tokenizer.encode, names)
+    if lacking := sum(not ids or t5_tokenizer.specials["<unk>"] in ids for ids in read):
         count = f"some characters of {lacking} of {len(names)} prompts"
         print(f"note: T5 has no tokens for {count}: all of these mean the same to it; write English")
     new = [text for text in names if text not in done]
