@@ -570,6 +570,15 @@ def test_an_emptied_report_is_written_again(whole, flags, tmp_path):
     assert report.is_report(folder / "report.html") and (folder / "report.html").stat().st_size > 1000
 
 
+def test_a_report_of_lost_rows_says_how_many(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    assert report.main([str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+    (folder / "metrics.jsonl").write_text("")
+    assert report.main([str(folder)]) == 0
+    assert re.search(r"metrics\.jsonl is broken; it has lost the rows of [1-9]\d* steps\n", capsys.readouterr().out)
+
+
 # ----------------------------------------------------------------------------------------------- what the loop computes
 
 

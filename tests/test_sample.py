@@ -538,7 +538,7 @@ def test_the_lora_its_strength_and_the_seed_change_pixels(pixels):
 
 
 def test_tiles_are_as_large_as_the_lora_was_trained_at(identity, pixels):
-    cases = [((), 48, 48), ((), 24, 32), (("--tile", 40), 48, 40)]  # 4 tokens at least: 32 pixels here
+    cases = [((), 48, 48), ((), 63, 64), ((), 24, 32), (("--tile", 40), 48, 40)]  # 4 tokens at least: 32 pixels here
     for flags, trained, tile in cases:
         pixels(*flags, about=ABOUT | {"resolution": trained})
         apply = identity[-1]["apply"]

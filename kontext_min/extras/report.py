@@ -33,7 +33,7 @@ from PIL import Image
 
 from kontext_min.extras.flags import as_words
 from kontext_min.extras.progress import clock
-from kontext_min.extras.runs import read_metrics, write_text
+from kontext_min.extras.runs import latest_checkpoint, note_lost_rows, read_metrics, write_text
 
 GAP = 4  # white pixels between the pictures of a sheet, see validation.grid
 SIDE, QUALITY = 1280, 85  # embedded pictures: longest side in pixels, JPEG quality
@@ -333,6 +333,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"{folder}: is no run; expected a folder with a metrics.jsonl, which train.py writes.")
     if (page := folder / "report.html").exists() and not is_report(page):
         raise ValueError(f"{page}: is not that of a run; move it.")
+    if last := latest_checkpoint(folder):
+        note_lost_rows(folder, read_metrics(folder), int(last.name[5:]))
     print(write_report(folder))
     return 0
 

@@ -125,14 +125,14 @@ class Tiles:
 def tile_side(tile: int | None, factor: int, trained: int | None = None) -> int:
     """The side of a tile, pixels -> latent positions, rounded down to whole tokens.
 
-    Without a tile it is the side that was `trained`, but SMALLEST_TILE tokens at least; without both 64 tokens.
+    Without a tile it is that of the square bucket that was `trained`, SMALLEST_TILE tokens at least; without both 64.
 
     Raises:
         ValueError: a tile of less than SMALLEST_TILE tokens.
     """
     token = GRID * factor  # in pixels
     least = SMALLEST_TILE * token
-    tile = tile or max(trained or DEFAULT_TILE * token, least)
+    tile = tile or max(round(trained / token) if trained else DEFAULT_TILE, SMALLEST_TILE) * token
     if tile < least:
         raise ValueError(f"--tile: got {tile}, expected at least {least} pixels, {SMALLEST_TILE} tokens.")
     return tile // token * GRID
