@@ -163,11 +163,10 @@ def sample(settings: Settings) -> int:
                 sheet = validation.grid([shown + [photo.clean] * bool(photo.clean)])
                 with folders.noted(job, settings.output, how, settings.overwrite):
                     pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))
-                result, restored = shown[1], restored + 1
+                restored += 1
                 tick.end()
-            else:  # restored by an earlier call: it still counts in the scores and the report
-                result = pictures.load_restored(job, settings.compare)
-            scores.add(photo, result)
+            if scores.wanted:  # of the file: it may be that of an earlier call, and JPEG and WebP lose a part
+                scores.add(photo, pictures.load_restored(job, settings.compare))
 
     # ---- summary
     there = len({job.name for job in jobs} - {job.name for job in todo} - dict(failed).keys())

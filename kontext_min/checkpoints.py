@@ -459,7 +459,7 @@ def likely(names: Iterable[str], part: str) -> str:
     signs = {"SelfAttention": "t5", "self_attn.q_proj": "clip", "single_": "transformer", "decoder.conv_in": "vae"}
     text = " ".join(names)
     if "lora" in text:
-        return "It looks like a LoRA: give it to --lora, not as a base model."
+        return "It looks like a LoRA: give it to --lora (train.py: --init-lora), not as a base model."
     kind = next((kind for sign, kind in signs.items() if sign in text), None)
     if kind in (None, part):
         return "It is incomplete or of another kind; see weights/README.md."

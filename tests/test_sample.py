@@ -572,6 +572,28 @@ def test_a_line_says_that_scores_are_made(scored, tmp_path, monkeypatch):
         shown.clear()
 
 
+@pytest.mark.parametrize("flags", [(), ("--compare",)])
+def test_scores_of_a_later_call_are_those_of_the_first(identity, small_bundle, tmp_path, flags):
+    """They are those of the files: JPEG and WebP lose a part."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.jpg", "b.webp", "c.png"):
+        crop(48, 40).save(tmp_path / "in" / name)
+    args = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle, *flags]
+    args += ["--degrade", "noise=0.1", "--json", tmp_path / "s.json"]
+    assert run(*args) == 0
+    first = (tmp_path / "s.json").read_text()
+    assert len(json.loads(first)) == 4
+    assert run(*args) == 0 and (tmp_path / "s.json").read_text() == first
+
+
+def test_scores_do_not_replace_what_is_printed(identity, small_bundle, tmp_path, capfd):
+    """`sample.py --json log.txt > log.txt`, or /dev/stdout there: the text would be gone."""
+    crop(48, 40).save(tmp_path / "in.png")
+    args = ["--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--weights", small_bundle]
+    assert run(*args, "--degrade", "noise=0.1", "--json", "/dev/stdout") == 2
+    assert "--json /dev/stdout: is where this program prints; name another file" in capfd.readouterr().err
+
+
 def test_scores_are_those_of_the_metrics(scored, tmp_path, capsys):
     assert run(*scored, "--json", tmp_path / "scores.json") == 0
     said = capsys.readouterr()
@@ -1220,8 +1242,14 @@ def test_earlier_results_below_the_input_are_no_inputs(identity, small_bundle, t
         crop(32, 32).save(tmp_path / name)
     args = ["--weights", small_bundle, "--input", tmp_path]
     assert run(*args, "--output", tmp_path / "one") == 0
+    assert "note" not in capsys.readouterr().err
     assert run(*args, "--output", tmp_path / "sub" / "two") == 0
     assert f"note: {tmp_path / 'one'}: holds restored pictures, left out" in capsys.readouterr().err
+    crop(32, 32).save(tmp_path / "sub" / "two" / "own.png")
+    assert run(*args, "--output", tmp_path / "sub" / "two") == 0
+    said = f"note: {tmp_path / 'sub' / 'two'}: is --output, so pictures in it are not restored: 1\n"
+    assert said in capsys.readouterr().err
+    (tmp_path / "sub" / "two" / "own.png").unlink()
     assert sorted(p.name for p in (tmp_path / "sub" / "two").rglob("*.png")) == ["a.png", "b.png"]
     assert run(*args[:-1], tmp_path / "one", "--output", tmp_path / "three") == 0
     assert len(identity) == 6

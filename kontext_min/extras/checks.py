@@ -328,6 +328,13 @@ def check_sampling(s: Any) -> None:
     )
 
 
+def _is_printed_to(path: Path) -> bool:
+    """As /dev/stdout is, and log.txt in `sample.py ... > log.txt`."""
+    with suppress(OSError):
+        return any(os.path.samestat(os.fstat(fd), path.stat()) for fd in (1, 2))
+    return False
+
+
 def check_json(s: Any) -> None:
     """That --json of sample.py can be written and replaces no file but the scores of this call.
 
@@ -342,6 +349,7 @@ def check_json(s: Any) -> None:
     for holds, problem in (
         (not (s.degrade or s.reference), "scores need a clean picture; add --reference, or --degrade on a clean input"),
         (same(s.json, s.output) or beside, "is written by another flag; name another file"),
+        (_is_printed_to(s.json), "is where this program prints; name another file"),
         (old and not is_scores(s.json), "exists and holds no scores; name another file"),
         (
             not (json_file.parent.is_dir() and can_write(json_file)),

@@ -182,7 +182,10 @@ def _find_in_folder(source: Path, target: Path, across: int) -> tuple[list[Job],
     made = {folder for folder in (new, *(record.parent for record in root.rglob(RECORD))) if root in folder.parents}
     for folder in sorted(made - {new}):
         print(f"note: {folder}: holds restored pictures, left out; to restore these, make it --input", file=sys.stderr)
+    inside = {job.path.resolve() for job in jobs if new in job.path.resolve().parents}
     jobs = [job for job in jobs if made.isdisjoint(job.path.resolve().parents)]
+    if own := inside - {job.output.resolve() for job in jobs}:
+        print(f"note: {target}: is --output, so pictures in it are not restored: {len(own)}", file=sys.stderr)
     rejected = [(name, why) for name, why in rejected if made.isdisjoint((source / name).resolve().parents)]
     if not jobs and not rejected:
         raise ValueError(f"--input {source}: no pictures in this folder.")
@@ -305,7 +308,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
 
 
 def load_restored(job: Job, compare: bool) -> Image.Image:
-    """The picture that an earlier run restored, in sRGB, for scores beside `Photo.clean`.
+    """The restored picture as its file has it, in sRGB, for scores beside `Photo.clean`.
 
     Args:
         job: of the picture.
