@@ -153,6 +153,9 @@ def test_the_end_names_the_best_step_if_it_is_not_the_last(flags, tmp_path, monk
     best = tmp_path / "run" / "checkpoints" / "step-000002"
     assert f"note: step 2 has the best PSNR, 25.68 dB; to restore with it, name {best}\n" in capsys.readouterr().out
     assert (best / "lora.safetensors").exists()
+    os.truncate(best / "lora.safetensors", 5000)
+    said = runs.best_step(tmp_path / "run", {"step": 3, "best_step": 2, "best_psnr": 25.678})
+    assert len(said) == 1 and f"25.68 dB, but its result is broken: {best / 'lora.safetensors'}: truncated" in said[0]
     assert train.main([str(x) for x in [*flags, *more, "--overwrite", "--steps", 1, "--warmup", 0]]) == 0
     assert "note: step 0 has the best PSNR, 26.00 dB: the steps after it did not help" in capsys.readouterr().out
     assert train.main([str(x) for x in [*flags, *more, "--overwrite", "--steps", 2, "--warmup", 0]]) == 0

@@ -305,6 +305,11 @@ def best_step(folder: Path, state: dict[str, Any]) -> list[str]:
         return []
     kept = folder / "checkpoints" / f"step-{step:06d}"
     if step and kept.exists():
+        try:
+            for file in (*kept.glob("lora.safetensors"), *kept.glob("transformer/*.safetensors")):
+                metadata(file)
+        except (OSError, ValueError) as error:
+            return [f"note: step {step} has the best PSNR, {psnr:.2f} dB, but its result is broken: {error}"]
         return [f"note: step {step} has the best PSNR, {psnr:.2f} dB; to restore with it, name {kept}"]
     return [f"note: step {step} has the best PSNR, {psnr:.2f} dB: the steps after it did not help; try another --lr"]
 
