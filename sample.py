@@ -82,7 +82,7 @@ class Settings:
     strength: float = method(1.0, "fraction of the path to follow; less changes less", least=1e-3, most=1)
     fidelity: float = method(0.0, "pull towards the input; 0 = off", least=0, most=1)
     color_fix: str = method("none", "match the input's colors; not for faded or dark pictures", pictures.COLOUR_FIXES)
-    seed: int = method(42, "seed of the source noise and of --degrade", least=0, most=2**63 - 1)
+    seed: int = method(42, "seed of the source noise and of --degrade", least=0, most=2**32 - 1)  # torch reads 32 bits
     tile: int | None = method(
         None, "side of a tile in pixels, in whole tokens; default: as trained, or 64 tokens", least=1, most=16384
     )

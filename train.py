@@ -101,7 +101,7 @@ class Settings:
     lr: float | None = training(None, "peak learning rate of AdamW; default: 1e-4 *", least=1e-9, most=1)
     warmup: int | None = training(None, "steps of linear warm-up; default: 100, at most a tenth of --steps", least=0)
     ema: float = training(0.0, "decay of the weights' moving average; 0 = off", least=0, most=0.999999)
-    seed: int = training(42, "seed for every random number", least=0, most=2**63 - 1)
+    seed: int = training(42, "seed for every random number", least=0, most=2**32 - 1)  # torch reads 32 bits
 
     val_root: Path | None = validating(None, "pictures to validate on; default: a few of --hr-root", there="folder")
     validate_every_epochs: int | None = validating(None, "epochs between validations, 0 = none; default: 5+", least=0)

@@ -746,6 +746,7 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--output", "{here}/in.png"], "would replace the input"),
         (["--output", "{here}/o.gif"], "unknown picture format"),
         (["--tile", "0"], "--tile: got 0"),
+        (["--seed", "4294967296"], "--seed: got 4294967296"),
         (["--tile", "1000000000"], "--tile: got 1000000000"),
         (["--tile", "31"], "--tile: got 31, expected at least 32 pixels, 4 tokens"),
         (["--steps", "1000000000000"], "--steps: got 1000000000000"),

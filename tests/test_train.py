@@ -422,6 +422,7 @@ def test_four_crops_are_learnt_by_heart_to_the_end():
         (["--degrade", "blurr=2"], "blurr"),
         (["--degrade", "jpeg=3 0"], "quality of jpeg must be"),
         (["--steps", "0"], "--steps: got 0"),
+        (["--seed", "4294967296"], "--seed: got 4294967296"),  # torch would take it for 0
         (["--objective", "kontext", "--source-noise", "0.1"], "starts from pure noise"),
         (["--lora-targets", "nothing"], "matches no Linear"),
         (["--shard"], "torchrun"),

@@ -50,7 +50,7 @@ class KontextMinBridge:
             "model": ("MODEL",), "vae": ("VAE",), "image": ("IMAGE",), "lora_name": (files,),
             "evaluations": ("INT", {"default": 4, "min": 1, "max": 100}), "solver": (["midpoint", "euler"],),
             "strength": ("FLOAT", {"default": 1.0, "min": 0.01, "max": 1.0, "step": 0.01}),
-            "seed": ("INT", {"default": 42, "min": 0, "max": 2**63 - 1}),
+            "seed": ("INT", {"default": 42, "min": 0, "max": 2**32 - 1}),
         }}  # fmt: skip
 
     def build(
