@@ -431,6 +431,9 @@ def test_a_lora_of_yours_in_a_stopped_run_is_not_replaced(whole, flags, tmp_path
         assert train.main([str(f) for f in [*flags, "--output-dir", folder]]) == 2
         assert "holds lora.safetensors, which no run wrote" in capsys.readouterr().err
         assert (folder / "lora.safetensors").read_bytes() == content
+    assert train.main([str(f) for f in [*flags, "--output-dir", folder, "--overwrite"]]) == 2
+    assert "holds lora.safetensors, which no run wrote; move it" in capsys.readouterr().err
+    assert (folder / "lora.safetensors").read_bytes() == content
 
 
 def test_the_checkpoint_of_another_run_is_refused(whole, flags, tmp_path, capsys):

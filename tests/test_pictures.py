@@ -284,6 +284,28 @@ def test_a_gamma_that_is_not_applied_is_named(tmp_path, gamma, said):
 # ------------------------------------------------------------------------------------------- colours that are compared
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_letters_beyond_ascii_are_kept(tmp_path, ending):
+    """Copyright and lens in UTF-8, as programs write them; Pillow reads each byte as a letter."""
+    copyright, lens = ("© Jürgen Müller".encode(), "Gerät".encode())
+    exif = Image.Exif()
+    exif[ExifTags.Base.Copyright] = pictures._Text(copyright.decode("latin-1"))
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel] = pictures._Text(lens.decode("latin-1"))
+    crop(40, 30).save(tmp_path / "in.jpg", exif=exif)
+    assert copyright in (tmp_path / "in.jpg").read_bytes() and lens in (tmp_path / "in.jpg").read_bytes()
+    file = read(tmp_path / "in.jpg")
+    write(tmp_path / f"out.{ending}", file.rgb, file)
+    with Image.open(tmp_path / f"out.{ending}") as made:
+        found = made.getexif()
+        assert found[ExifTags.Base.Copyright].encode("latin-1") == copyright
+        assert found.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel].encode("latin-1") == lens
+
+
+def test_texts_outside_of_exif_are_named(tmp_path):
+    crop(40, 30).save(tmp_path / "in.jpg", comment=b"a wedding")
+    assert read(tmp_path / "in.jpg").notes == ("its comment: dropped, as only EXIF and XMP are kept",)
+
+
 @pytest.fixture
 def scene(tmp_path):
     """One scene as sRGB and under another profile."""

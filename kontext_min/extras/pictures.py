@@ -64,6 +64,8 @@ LARGEST_SEGMENT = 65502 - 64  # bytes of EXIF or XMP in a JPEG; the mark takes s
 KEPT = {269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 18246, 18249, 33723, *range(40091, 40096)}
 # Of the Exif part all is kept but the layout of the old pixels, and an offset into the old file.
 DROPPED = {37121, 37122, ExifTags.IFD.Interop}
+# Texts outside of EXIF: IPTC of a JPEG, comments, and a PNG's entries that describe the photograph.
+WORDS = {"IPTC", "comment", "Comment", "Title", "Author", "Description", "Copyright", "Source"}
 # XMP with one of these describes the old pixels: their size, their layers, raw settings that would be applied twice.
 XMP_OF_PIXELS = (b"tiff:", b"exif:Pixel", b"photoshop:", b"crs:", b"xmpMM:", b"GPano:", b"hdrgm:", b"Container:")
 
@@ -374,6 +376,9 @@ def read(path: Path) -> File:
                     notes.append("its XMP describes the old pixels: dropped")
                 else:
                     keep["xmp"] = xmp
+            words = {*image.info, *(["IPTC"] * (0x0404 in (image.info.get("photoshop") or {})))} & WORDS
+            if words:
+                notes.append(f"its {', '.join(sorted(words))}: dropped, as only EXIF and XMP are kept")
             try:
                 turn, exif = _exif(image, rgb.size)
             except Exception:  # the picture itself may be fine
@@ -401,17 +406,36 @@ def _exif(image: Image.Image, size: Size) -> tuple[Image.Transpose | None, bytes
     """How data.open_picture turned the picture, and the EXIF of a picture of this size."""
     old, new = Image.Image.getexif(image), Image.Exif()  # as data.py reads it: see there
     turn = TURNS.get(old.get(ExifTags.Base.Orientation))  # of a TIFF there is none left: Pillow turned it
-    for tag in KEPT & set(old):
-        new[tag] = old[tag]
+    new.update(_texts({tag: old[tag] for tag in KEPT & set(old)}))
     if photo := {tag: value for tag, value in old.get_ifd(ExifTags.IFD.Exif).items() if tag not in DROPPED}:
         width, height = ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight
-        new.get_ifd(ExifTags.IFD.Exif).update(photo | {width: size[0], height: size[1]})
+        new.get_ifd(ExifTags.IFD.Exif).update(_texts(photo) | {width: size[0], height: size[1]})
     if place := old.get_ifd(ExifTags.IFD.GPSInfo):
-        new.get_ifd(ExifTags.IFD.GPSInfo).update(place)
+        new.get_ifd(ExifTags.IFD.GPSInfo).update(_texts(place))
     if not (new or photo or place):
         return turn, None
     new[ExifTags.Base.Orientation] = 1
     return turn, new.tobytes()
+
+
+class _Text(str):
+    """A text of EXIF. Pillow reads each byte as a letter, and would write ? for all beyond ASCII, such as UTF-8."""
+
+    def encode(self, *_: str) -> bytes:  # as Pillow's writer calls it
+        return super().encode("latin-1", "replace")
+
+
+def _texts(entries: dict[int, Any]) -> dict[int, Any]:
+    return {tag: _Text(value) if isinstance(value, str) else value for tag, value in entries.items()}
+
+
+def _loaded(exif: bytes) -> Image.Exif:
+    """Bytes that `_exif` made; its texts can be written again."""
+    out = Image.Exif()
+    out.load(exif)
+    for part in (out, *(out.get_ifd(tag) for tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo) if tag in out)):
+        part.update(_texts({tag: value for tag, value in part.items() if isinstance(value, str)}))
+    return out
 
 
 def _fit(keep: dict[str, Any], kind: str) -> list[str]:
@@ -430,8 +454,7 @@ def _fit_into_jpeg(keep: dict[str, Any]) -> list[str]:
     """Take from `keep` what a JPEG has no room for; returns what, in words."""
     left_out = []
     if len(keep.get("exif", b"")) > LARGEST_SEGMENT:
-        exif = Image.Exif()
-        exif.load(keep["exif"])
+        exif = _loaded(keep["exif"])
         exif.get_ifd(ExifTags.IFD.Exif).pop(ExifTags.Base.MakerNote, None)
         keep["exif"], what = exif.tobytes(), "the camera's own notes (MakerNote)"
         if len(keep["exif"]) > LARGEST_SEGMENT:
@@ -473,14 +496,13 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     if "xmp" in options and kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode("utf-8", "replace"))
-    exif = Image.Exif()
-    exif.load(options.get("exif", b""))
+    exif = _loaded(options.get("exif", b""))
     if "xmp" in options and kind == "TIFF":
         exif[700] = options.pop("xmp")
     if "dpi" in options and kind == "WEBP":  # it has no other place for it
         exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = options.pop("dpi")
         exif[ExifTags.Base.ResolutionUnit] = 2  # per inch
-    options["exif"] = marked(exif).tobytes()
+    options["exif"] = marked(exif)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A short name: one made of path.name could be longer than file systems take.
     aside = path.with_name(f".{secrets.token_hex(4)}.tmp")

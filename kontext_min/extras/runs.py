@@ -94,15 +94,19 @@ def open_run(
         for path in (folder / "checkpoints").iterdir():
             if LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+    results = [name for name in there if name.startswith(("lora", "transformer"))]
+    models = [name for name in results if name.endswith(".safetensors")]
+    yours = [name for name in models if not _of_this_project(folder / name, broken=overwrite)]
+    if overwrite and yours:
+        raise ValueError(f"{folder}: holds {yours[0]}, which no run wrote; move it.")
     if overwrite:
         return None
     instead = "start again with --overwrite or another --output-dir"
     if last and not resume:
         raise ValueError(f"{folder}: holds a run already ({last.name}); leave out --no-resume, or {instead}.")
-    results = [name for name in there if name.startswith(("lora", "transformer"))]
     if results and not last:
         raise ValueError(f"{folder}: holds {results[0]}, but no checkpoint to continue from; {instead}.")
-    if yours := [name for name in results if name.endswith(".safetensors") and not _of_this_project(folder / name)]:
+    if yours:
         raise ValueError(f"{folder}: holds {yours[0]}, which no run wrote or which is cut; move it.")
     start = settings.get("init_lora")
     if last and before and start and before.get("init_lora") != start:
@@ -194,11 +198,11 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     return {}
 
 
-def _of_this_project(file: Path) -> bool:
-    """Whether the header of a result says that train.py wrote it."""
+def _of_this_project(file: Path, broken: bool = False) -> bool:
+    """Whether the header of a result says that train.py wrote it; `broken` if it has none that can be read."""
     with suppress(ValueError, FileNotFoundError):
         return "kontext_min" in metadata(file)
-    return False
+    return broken
 
 
 def _foreign(checkpoint: Path) -> list[Path]:
