@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from kontext_min import data, degrade
 from kontext_min.data import BucketSampler, Pairs, Picture
-from kontext_min.extras import checks, inventory
+from kontext_min.extras import checks, held_out, inventory
 from kontext_min.extras import paired as paired_folders
 from kontext_min.extras.latents import CachedPairs, content_mark, fill
 from kontext_min.extras.paired import PairedFolders, match, pair_up
@@ -834,6 +834,22 @@ def test_picture_lost_while_training_is_replaced_and_named(tmp_path):
         file.unlink()
     with pytest.raises(OSError, match="is the disk there"):
         stood_in[(0, 0)]
+
+
+def test_a_picture_of_one_color_is_left_out(tmp_path, capsys):
+    """It shows nothing, or is read wrong: as 16 bits with an unknown white may be."""
+    pictures = folder_of(tmp_path, [(64, 64)] * 3)
+    pairs = Pairs(pictures, SMALL, noisy, 1, "restore")
+    assert not StandIns(pairs)[(0, 0)]["unreadable"]
+    for k in range(3):
+        Image.new("RGB", (64, 64), (255, 250, 240)).save(pictures[k].path)
+        item = StandIns(pairs)[(0, 0)]
+        if k < 2:
+            assert item["name"] not in [p.name for p in pictures[: k + 1]]
+            assert "000.png: nearly one color; look at the file" in item["unreadable"]
+    assert item["name"] == "000.png" and item["unreadable"] == [], "there is no other"
+    assert len(held_out.load(pairs, torch.device("cpu"))) == 3
+    assert capsys.readouterr().out.count("nearly one color; look at the file") == 3
 
 
 def test_a_failing_degradation_is_no_unreadable_picture(tmp_path):

@@ -338,8 +338,10 @@ def test_sizes_that_do_not_fit_the_sheet(run, width):
 
 def test_a_sheet_cut_short_is_left_out(run):
     sheet = run / "validation" / "step-000100.png"
+    assert "can't be read" not in read(run)["note"]
     sheet.write_bytes(sheet.read_bytes()[:60])
     assert read(run)["steps"] == ["50, best"]
+    assert "Not shown, as they can't be read: validation/step-000100.png." in read(run)["note"]
 
 
 def test_pictures_that_changed_during_the_run(run):

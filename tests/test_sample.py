@@ -754,6 +754,7 @@ def test_report_of_a_folder(scored, tmp_path):
         (["--strength", "nan"], "--strength: got nan"),
         (["--strength", "1e-300"], "--strength: got 1e-300, expected at least 0.001"),
         (["--fidelity", "1.5"], "--fidelity: got 1.5"),
+        (["--fidelity", "1", "--steps", "1"], "--fidelity 1 in one step gives the input back"),
         (["--fidelity", "1e-300"], "--fidelity: got 1e-300, expected 0 or at least 0.001"),
         (["--reference", "{here}/nowhere"], "nowhere: no such file or folder"),
         (["--reference", "{here}/text.jpg"], "text.jpg: not a picture"),
@@ -920,6 +921,7 @@ def test_a_lora_of_zeros_says_that_it_changes_nothing(small_bundle, tmp_path, ca
     flux = load_flux(small_bundle, dtype=torch.float32)
     add_lora(flux, 2, 2, "attention")  # B is zero
     save_lora(flux, tmp_path / "lora.safetensors")
+    assert "so its weights change nothing" in capsys.readouterr().err, "train.py says so too"
     crop(32, 32).save(tmp_path / "in.png")
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "a.png", "--weights", small_bundle]
     assert run(*args, "--lora", tmp_path / "lora.safetensors") == 0

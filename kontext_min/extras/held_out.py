@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kontext_min import data
 from kontext_min.extras.inventory import describe, unread
+from kontext_min.extras.stand_ins import is_plain
 
 MOST = 8  # pictures; of --hr-root at most one in eight
 EPOCHS = 5  # between validations, unless they would cost too much
@@ -71,8 +72,10 @@ def load(held: data.Pairs | None, device: torch.device) -> list[tuple[Tensor, Te
     loaded = []
     for i, bucket in enumerate(held.bucket_of if held else ()):
         try:
-            control, target = (data.to_float(x.to(device))[None] for x in held.read(0, i, held.buckets[bucket]))
-            loaded.append((control, target))
+            control, target = held.read(0, i, held.buckets[bucket])
+            if is_plain(target):
+                print(f"note: {held.pictures[i].name}: nearly one color; look at the file")
+            loaded.append((data.to_float(control.to(device))[None], data.to_float(target.to(device))[None]))
         except data.UnreadableError as error:
             print(f"not used for validation: {error}")
     return loaded

@@ -182,13 +182,14 @@ def sliders(folder: Path, validations: Sequence[Row]) -> Row:
     """Figures of the last validation that has pictures; the restored pictures of the best one and some others too."""
     rows = {row["step"]: row for row in validations if row.get("pictures") and isinstance(row["pictures"], list)}
     top = best(list(rows.values()))
-    figures, steps = [], []
+    figures, steps, lost = [], [], []
     for step in sorted({*evenly(list(rows), STEPS), *([top["step"]] if top else [])}, reverse=True):
         file, infos = f"validation/step-{step:06d}.png", rows[step]["pictures"][:PICTURES]
         try:
             cut = slices(folder / file, infos)
             scores = [from_to(info.get("psnr_degraded"), info.get("psnr")) for info in infos]
         except Exception:  # gone, cut short, too large or of other sizes: Pillow raises anything on broken files
+            lost.append(file)
             continue
         if not figures:
             named = enumerate(zip(cut, scores, strict=True), 1)
@@ -202,6 +203,7 @@ def sliders(folder: Path, validations: Sequence[Row]) -> Row:
     note = (
         f"PSNR from degraded to restored. Pictures above {SIDE} pixels are shrunk here; the links lead to the sheets."
     )
+    note += f" Not shown, as they can't be read: {', '.join(lost)}." * bool(lost)
     return {"figures": figures, "steps": steps, "note": note}
 
 

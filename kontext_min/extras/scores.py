@@ -12,7 +12,7 @@ from PIL import Image
 from kontext_min import __version__
 from kontext_min.extras import checks, metrics, pictures, report
 from kontext_min.extras.flags import defaults, to_json
-from kontext_min.extras.inventory import RECORD
+from kontext_min.extras.inventory import RECORD, printable
 from kontext_min.extras.progress import Progress
 from kontext_min.extras.runs import finite, write_json
 
@@ -52,7 +52,7 @@ class Scores:
         """Write --json and --report; returns the table and the report's path. `restored` pictures are in the folder."""
         mean = metrics.mean_row(self.rows) if self.rows else None
         rows = [*self.rows, mean] if mean else []
-        lines, notes = [metrics.table(rows)] if mean else [], []
+        lines, notes = [metrics.table([row | {"name": printable(row["name"])} for row in rows])] if mean else [], []
         if self.json and self.json.exists() and not self.known:
             lines.append(f"--json {self.json}: has come since the start, and is kept; the scores are those above")
         elif self.json:

@@ -1,4 +1,4 @@
-"""A picture that becomes unreadable does not end a run: another picture replaces it.
+"""A picture that becomes unreadable, or shows nothing, does not end a run: another picture replaces it.
 
 The choice depends only on (seed, epoch, name), so a resumed run makes the same one. Source: none, it is file handling.
 """
@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kontext_min.data import Pairs, UnreadableError
+from kontext_min.extras.inventory import ONE_COLOR
 from kontext_min.utils import numpy_generator
 
 MOST = 14  # stand-ins that are tried
@@ -31,13 +33,20 @@ class StandIns(torch.utils.data.Dataset):
             OSError: neither the picture nor any stand-in can be read.
         """
         epoch, index = place
-        bucket, unreadable = self.pairs.buckets[self.pairs.bucket_of[index]], []
+        bucket, lines, plain = self.pairs.buckets[self.pairs.bucket_of[index]], [], None
         for i in self._candidates(epoch, index):
             try:
-                return self.pairs.item(epoch, i, bucket) | {"unreadable": unreadable}
+                item = self.pairs.item(epoch, i, bucket)
             except UnreadableError as error:
-                unreadable.append(str(error))
-        raise OSError(f"{len(unreadable)} pictures in a row cannot be read; is the disk there? {unreadable[-1]}")
+                lines.append(str(error))
+                continue
+            if not is_plain(item["target"]):
+                return item | {"unreadable": lines}
+            lines.append(f"{item['name']}: nearly one color; look at the file")
+            plain = plain or item
+        if plain:  # as all of the others are
+            return plain | {"unreadable": []}
+        raise OSError(f"{len(lines)} pictures in a row cannot be read; is the disk there? {lines[-1]}")
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """The picture, then others: those of its bucket first, as the rest may have to be enlarged."""
@@ -47,3 +56,9 @@ class StandIns(torch.utils.data.Dataset):
         numpy_generator(self.pairs.seed, "stand-in", epoch, pictures[index].name).shuffle(others)
         same_first = np.argsort(bucket_of[others] != bucket_of[index], kind="stable")
         yield from others[same_first][:MOST].tolist()
+
+
+def is_plain(picture: Tensor) -> bool:
+    """Whether a picture (3, H, W) is one color. Latents, which are floats, were looked at as pictures."""
+    spans = picture.amax((1, 2)) - picture.amin((1, 2))
+    return not picture.is_floating_point() and bool((spans < ONE_COLOR).all())
