@@ -156,7 +156,7 @@ def trained_for(settings: Settings, objective: Objective, written: dict[str, Any
     about |= {"degrade": "pairs" if settings.lr_root else " + ".join(settings.degrade), "prompt": settings.prompt[0]}
     about |= {"objective": objective.name, "base": written["fingerprint"]["transformer"], "prompts": settings.prompt}
     about |= {name: getattr(objective, name) for name in ("context", "source_noise", "start_time")}
-    return {"kontext_min": json.dumps(about)}
+    return {"kontext_min": json.dumps(about | written["fingerprint"])}
 
 
 # ----------------------------------------------------------------------------------------------------- before the loop
@@ -246,8 +246,8 @@ def train(settings: Settings) -> int:
     written = to_json(settings) | {
         "versions": {"kontext_min": __version__, "torch": torch.__version__, "device": str(me.device)},
         "fingerprint": {part: fingerprint(weights.path(part), part) for part in ("transformer", "vae", "clip", "t5")},
-        "pictures": runs.hash_of([*((p.name, p.path.stat().st_size) for p in pairs.pictures), *pairs.prompts]),
-        "files": runs.hash_of(runs.sizes_of(pairs, held)),
+        "pictures": runs.hash_of([*runs.marks(pairs.pictures), *pairs.prompts]),
+        "files": runs.hash_of(runs.marks(runs.pictures_of(pairs, held))),
         "operators": runs.hash_of([str(degrade.parse(text)) for text in settings.degrade]),
         "pictures_a_batch": settings.batch_size * me.world,
     }

@@ -249,19 +249,19 @@ def _to_rgb(image: Image.Image, to_srgb: bool, tile: str) -> Image.Image:
         if (tags and layout not in ((1, (16,), (1,)), (1, (32,), (3,)))) or not (x.min() >= 0 and x.max() <= white):
             raise ValueError(f"its white is not {white} (values from {x.min()} to {x.max()}); convert it to 8 bits")
         image = Image.fromarray(np.rint(x * np.float32(255 / white)).astype(np.uint8))
-    if deep and (white := max(high for _, high in image.convert("RGB").getextrema())) < 16:
+    if deep and (white := max(high for _, high in image.convert("RGB").getextrema())) <= 16:
         raise ValueError(f"more than 8 bits, but nearly black (at most {white} of 255); convert it to 8 bits")
     if image.has_transparency_data:  # colors under full transparency are undefined, so they must not show
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if profile and (transform := _srgb_transform(profile, kind)):
+    if profile and (transform := srgb_transform(profile, kind)):
         return ImageCms.applyTransform(image if image.mode == kind else image.convert(kind), transform)
     return image.convert("RGB")
 
 
 # A folder has only a few profiles, and a CMYK one takes long to prepare.
 @functools.lru_cache(16)
-def _srgb_transform(profile: bytes, kind: str) -> ImageCms.ImageCmsTransform | None:
+def srgb_transform(profile: bytes, kind: str) -> ImageCms.ImageCmsTransform | None:
     """The conversion of RGB, L or CMYK to sRGB, or None for a profile that is broken or of another kind."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

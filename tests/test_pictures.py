@@ -12,7 +12,7 @@ import pytest
 from PIL import ExifTags, Image, ImageCms
 
 from kontext_min import data, degrade
-from kontext_min.extras import inventory, metrics, pictures
+from kontext_min.extras import inventory, metrics, not_read, pictures
 from kontext_min.extras.pictures import find, load, load_restored, read, write
 
 PHOTO = Path(__file__).parent / "photos" / "bowl.jpg"
@@ -260,7 +260,7 @@ def test_bits_that_an_sgi_loses_are_named(tmp_path, width):
 def test_the_layers_of_a_psd_are_no_frames(kind, said):
     """What is read is the picture of all layers."""
     file = SimpleNamespace(format=kind, n_frames=2, info={})
-    assert inventory.not_read(file) == ["2 frames or pages: the first is read"] * said
+    assert not_read.not_read(file, b"") == ["2 frames or pages: the first is read"] * said
 
 
 def test_a_picture_of_nearly_one_color_is_named(tmp_path):
@@ -299,6 +299,112 @@ def test_letters_beyond_ascii_are_kept(tmp_path, ending):
         found = made.getexif()
         assert found[ExifTags.Base.Copyright].encode("latin-1") == copyright
         assert found.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel].encode("latin-1") == lens
+
+
+def boxed(kind, content):
+    return struct.pack(">I", 8 + len(content)) + kind + content
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+NOT_SRGB = "its colors are not those of sRGB (cHRM, cICP or nclx), and are not converted"
+ADOBE = struct.pack(">8I", 31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000)  # cHRM of Adobe RGB
+OF_SRGB = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        (chunk(b"cHRM", ADOBE), True),
+        (chunk(b"cHRM", OF_SRGB), False),
+        (chunk(b"sRGB", b"\0") + chunk(b"cHRM", ADOBE), False),
+        (chunk(b"cICP", bytes([9, 16, 0, 1])), True),  # BT.2020, PQ
+        (chunk(b"cICP", bytes([1, 13, 0, 1])), False),
+    ],
+)
+def test_colors_of_a_png_that_are_not_converted_are_named(tmp_path, added, said):
+    crop(60, 40).save(tmp_path / "in.png")
+    png = (tmp_path / "in.png").read_bytes()
+    (tmp_path / "in.png").write_bytes(png[:33] + added + png[33:])
+    assert read(tmp_path / "in.png").notes == (NOT_SRGB,) * said
+    lines = inventory.parts_not_read(tmp_path, data.scan(tmp_path)[0])
+    assert lines == [f"note: {tmp_path}: in.png: {NOT_SRGB}"] * said
+
+
+def test_what_is_not_read_of_a_jpeg_2000_is_named(tmp_path):
+    crop(40, 30).save(tmp_path / "in.jp2")
+    plain = (tmp_path / "in.jp2").read_bytes()
+    space = boxed(b"colr", b"\1\0\0" + struct.pack(">I", 16))
+    before, inside, after = plain.partition(space)
+    assert inside and read(tmp_path / "in.jp2").notes == ("its comment: dropped, as only EXIF and XMP are kept",)
+    profile = boxed(b"colr", b"\2\0\0" + swapped_profile()) + boxed(b"res ", boxed(b"resd", b"\0\1\0\1\0\1\0\1\0\0"))
+    start = before.index(b"jp2h") - 4
+    size = struct.pack(">I", struct.unpack(">I", before[start : start + 4])[0] + len(profile) - len(space))
+    exif = boxed(b"uuid", b"JpgTiffExif->JP2")
+    (tmp_path / "in.jp2").write_bytes(before[:start] + size + before[start + 4 :] + profile + after + exif)
+    notes = read(tmp_path / "in.jp2").notes
+    assert "its color profile is not read, so its colors are taken for sRGB" in notes
+    assert "its EXIF or XMP, dpi: dropped, as they are not read from a JPEG2000" in notes
+
+
+@pytest.mark.parametrize(
+    ("ending", "found", "place"), [("jp2", b"\xff\x4f\xff\x51", 42), ("avif", b"av1C", 6)], ids=("jp2", "avif")
+)
+def test_bits_beyond_eight_are_known_from_the_header(tmp_path, ending, found, place):
+    """SIZ has bits - 1 of each channel, av1C a flag of high depth; Pillow gives 8 bits of both, as if that were all."""
+    crop(40, 30).save(tmp_path / f"in.{ending}")
+    plain = (tmp_path / f"in.{ending}").read_bytes()
+    at = plain.index(found) + place
+    deep = plain[:at] + bytes([11 if ending == "jp2" else plain[at] | 64]) + plain[at + 1 :]
+    with Image.open(tmp_path / f"in.{ending}") as image:
+        assert [not_read.is_deep(image, ends) for ends in (plain, deep)] == [False, True]
+
+
+@pytest.mark.parametrize(("offset", "said"), [(0, False), (56, True)])
+def test_a_profile_of_a_bmp_is_named(tmp_path, offset, said):
+    crop(40, 30).save(tmp_path / "in.bmp")
+    plain = (tmp_path / "in.bmp").read_bytes()
+    header = bytearray(plain[14:54] + bytes(84))  # BITMAPV5HEADER
+    header[:4] = struct.pack("<I", 124)
+    header[offset : offset + 4] = b"DEBM" if said else header[offset : offset + 4]
+    start = struct.pack("<I", 14 + 124)
+    (tmp_path / "in.bmp").write_bytes(plain[:10] + start + header + plain[54:])
+    file = read(tmp_path / "in.bmp")
+    assert file.rgb.tobytes() == crop(40, 30).tobytes()
+    assert file.notes == ("its color profile is not read, so its colors are taken for sRGB",) * said
+
+
+def test_entries_of_a_psd_are_named(tmp_path):
+    """Its resources: resolution and EXIF."""
+    rows = crop(4, 4).split()
+    resources = b"".join(b"8BIM" + struct.pack(">HHI", kind, 0, 2) + b"ab" for kind in (1005, 1058, 1007))
+    head = b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 4, 4, 8, 3) + bytes(4)
+    body = struct.pack(">I", len(resources)) + resources + bytes(4) + b"\0\0" + b"".join(x.tobytes() for x in rows)
+    (tmp_path / "in.psd").write_bytes(head + body)
+    file = read(tmp_path / "in.psd")
+    assert file.rgb.tobytes() == crop(4, 4).tobytes()
+    assert "its EXIF, dpi: dropped, as they are not read from a PSD" in file.notes
+
+
+def test_gray_with_alpha_and_a_profile_is_converted(tmp_path):
+    """As without alpha: the linear gray becomes brighter."""
+    gray = crop(40, 30).convert("L")
+    gray.save(tmp_path / "gray.png", icc_profile=linear_gray_profile())
+    gray.putalpha(128)
+    gray.save(tmp_path / "alpha.png", icc_profile=linear_gray_profile())
+    plain, clear = read(tmp_path / "gray.png"), read(tmp_path / "alpha.png")
+    assert np.abs(np.asarray(plain.rgb, int) - np.asarray(clear.rgb, int)).max() <= 1
+    assert np.asarray(plain.rgb).mean() > np.asarray(gray.convert("L")).mean() + 10
+
+
+def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):
+    """Its white, 4095, is 16 of 255."""
+    x = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(x).save(tmp_path / "in.png")
+    with pytest.raises(ValueError, match=r"nearly black \(at most 16 of 255\)"):
+        read(tmp_path / "in.png")
 
 
 def test_texts_outside_of_exif_are_named(tmp_path):

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kontext_min.checkpoints import find, flux_modules, load_flux, read_headers
+from kontext_min.checkpoints import find, flux_modules, load_flux, metadata, read_headers
 from kontext_min.extras import program
 from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.lora_files import (
@@ -44,6 +44,7 @@ from kontext_min.extras.lora_files import (
     purpose,
     read_lora,
     strength_of,
+    trained_with,
     write_lora,
 )
 from kontext_min.extras.saving import save_file, save_flux
@@ -190,16 +191,18 @@ def merge_files(
     if layout == "hub" and dtype == FP8:
         raise ValueError(f"{output}: the hub layout has no 8-bit weights; add --layout bfl.")
     _prepare(output, folder=layout == "hub")
-    about = purpose(loras)
-    note_other_base(" + ".join(loras), about, fingerprint(base, "transformer"))
+    about, file = purpose(loras), find(base, "transformer")[0]
+    note_other_base(" + ".join(loras), about, {"base": fingerprint(base, "transformer")})
+    about = trained_with(metadata(file), file) | about  # as sample.py takes them
     matrices = [s.dtype for s in read_headers(find(base, "transformer")).values() if len(s.shape) == 2]
     is_narrow = any(stored.endswith("8") or stored.startswith("F8") for stored in matrices)
     flux = load_flux(base, dtype=torch.float32 if is_narrow else None)
     for lora in loras:
         load_lora(flux, *strength_of(lora))
     rounding = merge(flux, dtype or (torch.bfloat16 if is_narrow else None))
-    metadata = {"kontext_min": json.dumps(about | {"merged": [Path(lora).name for lora in loras]})}
-    (save_flux if layout == "hub" else save_bfl)(flux, output, metadata)
+    merged = [*about.get("merged", ()), *(Path(lora).name for lora in loras)]
+    header = {"kontext_min": json.dumps(about | {"merged": merged})}
+    (save_flux if layout == "hub" else save_bfl)(flux, output, header)
     return rounding
 
 

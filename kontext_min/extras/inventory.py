@@ -14,10 +14,11 @@ from pathlib import Path, PurePosixPath
 from PIL import ExifTags, Image
 
 from kontext_min.data import ENDINGS, FORMATS, THREADS, Picture, Size, nearest_bucket, scan, walk
+from kontext_min.extras.not_read import ends, not_read
 
 RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
 MARK = "kontext_min"  # how the software of a restored picture or a sheet starts, in its EXIF
-ONE_COLOR = 16  # of 255: a picture whose channels all span less shows nothing, or is read wrong
+ONE_COLOR = 16  # of 255: a picture whose channels span no more shows nothing, or is read wrong
 # Pictures that are not read: those that Pillow does not know, and what it knows besides photographs.
 UNREAD = {
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq", ".jxl", ".nef",
@@ -107,16 +108,7 @@ def _start(path: Path) -> bytes:
 
 def is_one_color(rgb: Image.Image) -> bool:
     """Whether a picture shows nothing; perhaps its scale is one that Pillow does not know."""
-    return all(high - low < ONE_COLOR for low, high in rgb.getextrema())
-
-
-def not_read(image: Image.Image) -> list[str]:
-    """What of a picture's file is not read, in words. The frames of an MPO are versions of one, a PSD's its layers."""
-    frames = 1 if image.format in ("MPO", "PSD") else getattr(image, "n_frames", 1)
-    found = [f"{frames} frames or pages: the first is read"] * (frames > 1)
-    if abs(image.info.get("gamma", 1 / 2.2) - 1 / 2.2) > 0.01 and "srgb" not in image.info:
-        found.append(f"its gamma of {image.info['gamma']:g} is not applied")
-    return found
+    return all(high - low <= ONE_COLOR for low, high in rgb.getextrema())
 
 
 def parts_not_read(root: Path, pictures: Sequence[Picture]) -> list[str]:
@@ -126,8 +118,8 @@ def parts_not_read(root: Path, pictures: Sequence[Picture]) -> list[str]:
         # As in data.open_picture, anything is raised. A JPEG has no such parts.
         with suppress(Exception):
             if p.path.suffix.lower() not in (".jpg", ".jpeg"):
-                with Image.open(p.path, formats=FORMATS) as image:
-                    found += [f"{p.name}: {what}" for what in not_read(image)]
+                with p.path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+                    found += [f"{p.name}: {what}" for what in not_read(image, ends(file))]
     more = f", and {len(found) - 1} more like it" * (len(found) > 1)
     return [f"note: {root}: {printable(found[0])}{more}"] if found else []
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from kontext_min.data import THREADS, Pairs, Size, UnreadableError, load
 from kontext_min.extras import parallel
 from kontext_min.extras.paired import PairedFolders
-from kontext_min.extras.saving import save_file
+from kontext_min.extras.saving import checksum, save_file
 from kontext_min.extras.stand_ins import StandIns
 
 # Raise it when crop or any degradation gives another result than before. 3: pictures are converted to sRGB.
@@ -84,7 +84,8 @@ class CachedPairs(Pairs):
                     return None
                 if header_only:
                     return torch.empty(0), torch.empty(0)
-                return file.get_tensor("control"), file.get_tensor("target")
+                found = {name: file.get_tensor(name) for name in ("control", "target")}
+                return tuple(found.values()) if file.metadata().get("checksum") == checksum(found) else None
         except (OSError, SafetensorError):
             return None
 
@@ -148,6 +149,6 @@ def fill(
             key = cached.key(*place)
             cached.file(key).parent.mkdir(parents=True, exist_ok=True)
             latents = {"control": control.cpu().contiguous(), "target": target.cpu().contiguous()}
-            save_file(latents, cached.file(key), {"key": key})
+            save_file(latents, cached.file(key), {"key": key, "checksum": checksum(latents)})
         report(done, len(missing))
     return unreadable

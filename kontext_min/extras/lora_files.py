@@ -507,10 +507,11 @@ def strength_of(text: str) -> tuple[Path, float]:
     return Path(name), value
 
 
-def note_other_base(whose: str, about: Mapping[str, Any], base: str | None) -> None:
-    """A line if what a header says is of another base than the one of this fingerprint."""
-    if base and about.get("base") not in (None, base):
-        print(f"note: {whose}: was trained on another base model", file=sys.stderr)
+def note_other_base(whose: str, about: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """A line for each network that is not the one that a header names; `here` has the fingerprints of those in use."""
+    for key, what in (("base", "base model"), ("vae", "autoencoder"), ("clip", "CLIP"), ("t5", "T5")):
+        if here.get(key) and about.get(key) not in (None, here[key]):
+            print(f"note: {whose}: was trained on another {what}", file=sys.stderr)
 
 
 def purpose(loras: Sequence[str]) -> dict[str, Any]:
@@ -529,7 +530,7 @@ def purpose(loras: Sequence[str]) -> dict[str, Any]:
             print(f"note: --lora {lora}: is a copy of another; their strengths add up", file=sys.stderr)
         files.add(file)
         about = trained_with(read_lora(file)[1], file)
-        note_other_base(f"--lora {lora}", about, known.get("base"))
+        note_other_base(f"--lora {lora}", about, known)
         other = [k for k in ("prompt", "guidance", "resolution") if k in about and known.get(k, about[k]) != about[k]]
         for key in other:
             print(f"note: --lora {lora}: its {key} gives way to the first LoRA's", file=sys.stderr)
@@ -701,7 +702,7 @@ def init_lora(
             print(f"note: --init-lora {path}: was trained for {what}, not for {now}", file=sys.stderr)
             if key == "objective":  # the others are parts of a bridge
                 break
-    note_other_base(f"--init-lora {path}", about, base)
+    note_other_base(f"--init-lora {path}", about, {"base": base})
     apart = [name for name in lora if name not in layers]
     if apart:
         raise ValueError(f"{path}: has {', '.join(apart[:3])}, which do not train here; choose other --lora-targets.")

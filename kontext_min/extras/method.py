@@ -56,7 +56,8 @@ def method_of(settings: Any, weights: Weights) -> Method:
     model = " + ".join(settings.lora) if "objective" in loras else str(base)
     if name != about.get("objective", name):
         raise ValueError(f"--objective {name}: {model} was trained for {about['objective']}; leave the flag out.")
-    note_other_base(model, loras, fingerprint(weights.path("transformer"), "transformer"))
+    here = {part: fingerprint(weights.path(part), part) for part in ("transformer", "vae", "clip", "t5")}
+    note_other_base(model, loras, here | {"base": here["transformer"]})
     tasks = about.get("prompts", [])
     if len(tasks) > 1 and settings.prompt not in tasks:
         used = "the prompt is that of the first" if settings.prompt is None else "the prompt is of none"
@@ -96,7 +97,7 @@ def made_with(settings: Any, weights: Weights, method: Method) -> dict[str, Any]
     base = [fingerprint(weights.path(part), part) for part in ("transformer", "vae")]
     base += prompts.keys([method.prompt], weights, torch.float32).values()  # text encoders and vocabularies
     sheet = settings.compare and settings.reference and str(settings.reference.resolve())
-    how = {name: getattr(settings, name) for name in HOW} | asdict(method)
+    how = asdict(method) | {name: getattr(settings, name) for name in HOW}
     how["operators"] = settings.degrade and str(degrade.parse(settings.degrade))  # a preset's may have changed
     del how["assumed"]  # what was assumed counts
     return how | {"compare": sheet or settings.compare, "lora": contents, "base": base}

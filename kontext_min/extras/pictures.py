@@ -25,7 +25,6 @@ import filecmp
 import io
 import math
 import os
-import re
 import secrets
 import sys
 import tempfile
@@ -40,18 +39,18 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
-from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan
+from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan, srgb_transform
 from kontext_min.extras.inventory import (
     RECORD,
     is_one_color,
     is_result,
     marked,
-    not_read,
     others,
     printable,
     unread,
     unused,
 )
+from kontext_min.extras.not_read import ends, is_deep, not_kept, not_read
 from kontext_min.extras.saving import naming
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
@@ -64,10 +63,9 @@ LARGEST_SEGMENT = 65502 - 64  # bytes of EXIF or XMP in a JPEG; the mark takes s
 KEPT = {269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 18246, 18249, 33723, *range(40091, 40096)}
 # Of the Exif part all is kept but the layout of the old pixels, and an offset into the old file.
 DROPPED = {37121, 37122, ExifTags.IFD.Interop}
-# Texts outside of EXIF: IPTC of a JPEG, comments, and a PNG's entries that describe the photograph.
-WORDS = {"IPTC", "comment", "Comment", "Title", "Author", "Description", "Copyright", "Source"}
 # XMP with one of these describes the old pixels: their size, their layers, raw settings that would be applied twice.
 XMP_OF_PIXELS = (b"tiff:", b"exif:Pixel", b"photoshop:", b"crs:", b"xmpMM:", b"GPano:", b"hdrgm:", b"Container:")
+XMP_OF_PIXELS += (b"xmpNote:",)  # the rest of it, such as a map of depths, is in parts that are not read
 
 
 @dataclass(frozen=True)
@@ -292,9 +290,9 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
     elif reference:
         if path := reference_of(job, reference):
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
-            with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # open_picture says what is wrong
-                notes += [f"{path}: {what}" for what in not_read(image)]
-            clean = open_picture(path, to_srgb=True)
+            with suppress(Exception), open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
+                notes += [f"{path}: {what}" for what in not_read(image, ends(opened))]
+            clean = open_picture(path, to_srgb=True)  # says what is wrong with the file, if anything is
             notes += [f"{path}: nearly one color; look at the file"] * is_one_color(clean)
             if clean.size != job.size:
                 sizes = "the input {}x{}, --reference {} {}x{}".format(*job.size, path, *clean.size)
@@ -352,22 +350,19 @@ def read(path: Path) -> File:
     rgb = open_picture(path)
     try:
         with open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
-            keep, notes, alpha = {}, [], None
-            # The tile of a PPM holds its white.
-            whites = [n for t in image.tile if t[0].startswith("ppm") for n in re.findall(r"\d{3,}", str(t[3]))]
-            deep = bool(re.search("(?<!BGR);16|SGI16", str(image.tile))) or any(int(n) > 255 for n in whites)
-            deep |= image.mode.startswith(("I", "F"))
+            keep, alpha, foreign = {}, None, None
+            both_ends = ends(opened)
+            deep, notes = is_deep(image, both_ends), not_read(image, both_ends)
             # In a PNG, EXIF and text may stand behind the pixels.
             image.load()
             if deep:
                 notes.append("more than 8 bits a channel: restored and written with 8")
-            notes += not_read(image)
             if profile := image.info.get("icc_profile"):
                 if (space := profile[16:20].decode("latin1").strip() or "broken") == "RGB":
                     keep["icc_profile"] = profile
                 else:
                     notes.append(f"its {space} color profile does not fit RGB: converted to sRGB")
-                    rgb = open_picture(path, to_srgb=True)
+                    rgb, foreign = open_picture(path, to_srgb=True), profile
             if min(dpi := image.info.get("dpi", (0, 0))) > 0:
                 keep["dpi"] = tuple(map(float, dpi))
             if xmp := image.info.get("xmp"):
@@ -376,9 +371,7 @@ def read(path: Path) -> File:
                     notes.append("its XMP describes the old pixels: dropped")
                 else:
                     keep["xmp"] = xmp
-            words = {*image.info, *(["IPTC"] * (0x0404 in (image.info.get("photoshop") or {})))} & WORDS
-            if words:
-                notes.append(f"its {', '.join(sorted(words))}: dropped, as only EXIF and XMP are kept")
+            notes += not_kept(image, both_ends)
             try:
                 turn, exif = _exif(image, rgb.size)
             except Exception:  # the picture itself may be fine
@@ -394,7 +387,10 @@ def read(path: Path) -> File:
                     alpha = None
                 else:
                     # The colors themselves, not laid on white: else a half transparent edge would be whitened twice.
-                    rgb.paste(straight.convert("RGB"), mask=alpha.point(lambda a: 255 * (a > 0)))
+                    colors = straight.convert("RGB")
+                    if foreign and (to_srgb := srgb_transform(foreign, "L")):
+                        colors = ImageCms.applyTransform(colors.convert("L"), to_srgb)
+                    rgb.paste(colors, mask=alpha.point(lambda a: 255 * (a > 0)))
                     notes.append("transparency is kept as it is (a JPEG is laid on white)")
     except Exception as error:  # see data._read_header: Pillow's parsers raise anything
         raise UnreadableError(f"{path}: {error}") from error

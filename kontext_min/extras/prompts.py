@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kontext_min.checkpoints import NOUNS, Device, load_clip, load_t5, outline, read_headers, read_json
+from kontext_min.checkpoints import NOUNS, Device, load_clip, load_t5, metadata, outline, read_headers, read_json
 from kontext_min.clip import LENGTH, ClipTokenizer
 from kontext_min.extras.base import Weights
 from kontext_min.extras.fingerprint import fingerprint
-from kontext_min.extras.saving import save_file
+from kontext_min.extras.saving import checksum, save_file
 from kontext_min.flow import Prompt
 from kontext_min.t5 import SENTINELS, T5Tokenizer
 
@@ -82,7 +82,7 @@ def encode(
     """
     names = keys(texts, weights, dtype)
     files = {text: cache / f"{name}.safetensors" for text, name in names.items()} if cache else {}
-    done: Encoded = {text: file for text, file in files.items() if _whole(file)}
+    done: Encoded = {text: file for text, file in files.items() if _is_of(file)}
 
     # Tokenizers first: they fail fast. Then one encoder at a time, one prompt at a time.
     clip_tokenizer = ClipTokenizer(weights.root / "tokenizer")
@@ -117,7 +117,8 @@ def encode(
         if cache:
             cache.mkdir(parents=True, exist_ok=True)
             done[text] = files[text]
-            save_file({"txt": txt, "y": pooled}, files[text])
+            tensors = {"txt": txt, "y": pooled}
+            save_file(tensors, files[text], {"key": names[text], "checksum": checksum(tensors)})
     if blocks:
         print(f"T5 {blocks.report()}")
         del t5, blocks
@@ -142,9 +143,10 @@ def _check_vocabularies(weights: Weights, clip: int, t5: int) -> None:
             print(f"note: {text}; if they are of different models, prompts mean nothing")
 
 
-def _whole(file: Path) -> bool:
+def _is_of(file: Path) -> bool:
+    """Whether a file of the cache is whole, and that of its key."""
     try:
-        return read_headers([file]).keys() == {"txt", "y"}
+        return read_headers([file]).keys() == {"txt", "y"} and metadata(file).get("key") == file.stem
     except (OSError, ValueError):
         return False
 
@@ -152,6 +154,8 @@ def _whole(file: Path) -> bool:
 @lru_cache(maxsize=64)  # files that stay open, mapped into memory: mostly one
 def _read(file: Path) -> tuple[Tensor, Tensor]:
     tensors = load_file(file)
+    if checksum(tensors) != metadata(file).get("checksum"):
+        raise ValueError(f"{file}: its values are not those that were written; delete it.")
     return tensors["txt"], tensors["y"]
 
 

@@ -23,7 +23,9 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -37,8 +39,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kontext_min.checkpoints import metadata, read_json
+from kontext_min.data import THREADS
+from kontext_min.extras.fingerprint import PAGE
 from kontext_min.extras.inventory import marked
-from kontext_min.extras.saving import naming, save_file
+from kontext_min.extras.saving import checksum, naming, save_file
 
 # What a run writes. Nothing else in its folder is replaced or deleted.
 WRITTEN = re.compile(
@@ -278,10 +282,25 @@ def hash_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def sizes_of(*used: Any) -> list[tuple[str, int]]:
-    """(name, bytes) of the pictures in some data.Pairs, or None, and of their degraded partners."""
-    found = (p for pairs in used if pairs for p in (*pairs.pictures, *getattr(pairs, "partners", ())))
-    return [(p.name, p.path.stat().st_size) for p in found]
+def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int]]:
+    """(name, bytes, checksum of its start, middle and end) of each of some data.Picture."""
+
+    def mark(picture: Any) -> tuple[str, int, int]:
+        with picture.path.open("rb", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            crc = 0
+            for place in (0, size // 2, max(0, size - PAGE)):
+                file.seek(place)
+                crc = zlib.crc32(file.read(PAGE), crc)
+        return picture.name, size, crc
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(mark, pictures))
+
+
+def pictures_of(*used: Any) -> list[Any]:
+    """The pictures in some data.Pairs, or None, and their degraded partners."""
+    return [p for pairs in used if pairs for p in (*pairs.pictures, *getattr(pairs, "partners", ()))]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -359,7 +378,7 @@ def save_checkpoint(
         for name, tensors in files.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, aside / f"{name}.safetensors")
         save_result(aside)
-        made_with = {"settings": _result_settings(folder)}
+        made_with = {"settings": _result_settings(folder), "checksums": {k: checksum(v) for k, v in files.items()}}
         (aside / "state.json").write_text(json.dumps(state | made_with, indent=1) + "\n", encoding="utf-8")
         for path in (*aside.rglob("*"), aside):  # the data must be on the disk before the name is
             _flush(path)
@@ -404,12 +423,15 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
         right &= type(state["best_psnr"]) in (float, type(None)) and type(state["unreadable"]) is list
         if not right or not all(type(line) is str for line in state["unreadable"]):
             raise ValueError("state.json is not the state of this step")
+        for name, written_as in state.get("checksums", {}).items():  # older ones have none
+            if name not in files or checksum(files[name]) != written_as:
+                raise ValueError(f"{name}.safetensors is not the one that was written")
         for name, tensors in files.items():
             if not all(x.is_floating_point() and x.isfinite().all() for x in tensors.values()):
                 raise ValueError(f"{name}.safetensors holds values that are no finite numbers")
         return files, state
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        odd = isinstance(error, KeyError | TypeError)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        odd = isinstance(error, KeyError | TypeError | AttributeError)
         reason = "state.json is not the state of this step" if odd else in_words(error)
         raise ValueError(
             f"{checkpoint}: broken ({reason}); delete it to continue from the one before it, if any."

@@ -6,6 +6,7 @@ Sources: the format, https://github.com/huggingface/safetensors#format; diffuser
 import json
 import os
 import platform
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,14 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """8 hex digits, CRC-32, that tell whether the values of a file (*shape) are those that were written."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def split_rows(tensor: Tensor, parts: int, hidden: int) -> tuple[Tensor, ...]:

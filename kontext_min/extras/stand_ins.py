@@ -61,4 +61,4 @@ class StandIns(torch.utils.data.Dataset):
 def is_plain(picture: Tensor) -> bool:
     """Whether a picture (3, H, W) is one color. Latents, which are floats, were looked at as pictures."""
     spans = picture.amax((1, 2)) - picture.amin((1, 2))
-    return not picture.is_floating_point() and bool((spans < ONE_COLOR).all())
+    return not picture.is_floating_point() and bool((spans <= ONE_COLOR).all())

@@ -42,6 +42,7 @@ from kontext_min.checkpoints import (
     Stored,
     fill,
     mapped,
+    metadata,
     outline,
     read_headers,
 )  # fmt: skip
@@ -285,10 +286,10 @@ def load_streamed(
 
 def _quantized(file: Path, linears: dict[str, list[Stored]], kind: str, device: torch.device) -> Headers:
     """Codes and scales of a block's Linears, from the cache, or made on the device if the file there is not whole."""
+    key = f"{file.parent.name}/{file.stem}"
     try:
-        made = read_headers([file])
-        if all(f"{name}.codes" in made for name in linears):
-            return made
+        if metadata(file).get("key") == key:
+            return read_headers([file])
     except (FileNotFoundError, ValueError):
         pass
     tensors = {}
@@ -297,5 +298,5 @@ def _quantized(file: Path, linears: dict[str, list[Stored]], kind: str, device: 
         tensors[f"{name}.codes"] = codes.cpu()
         if scales is not None:
             tensors[f"{name}.scales"] = scales.cpu()
-    save_file(tensors, file)
+    save_file(tensors, file, {"key": key})
     return read_headers([file])

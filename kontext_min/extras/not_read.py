@@ -1,0 +1,82 @@
+"""What of a picture's file is not read, or not kept, in words: one line for each, in training and in restoring.
+
+Pillow gives the pixels. Of some formats it leaves out the color profile, the depth, or entries that describe the
+photograph; a few bytes at either end of the file tell that they are there.
+
+Sources: PNG (3rd edition), chunks cHRM, gAMA, cICP; ISO 15444-1, annexes A and I (boxes colr, resd, uuid, xml; marker
+SIZ); ISO 23000-22 and the AV1 specification for av1C; Windows' BITMAPV5HEADER; Photoshop's image resources.
+"""
+
+import os
+import re
+from typing import BinaryIO
+
+from PIL import Image
+
+END = 1 << 16  # bytes at either end of a file that are searched
+PROFILES = {  # of color, that Pillow does not read
+    "JPEG2000": rb"colr[\x02\x03]",
+    "BMP": rb"^BM.{12}[\x6c-\xff]\x00{3}.{52}(DEBM|KNIL)",  # MBED or LINK, the other way around
+    "GIF": rb"ICCRGBG1",
+}
+# Primaries and transfer, as in ITU-T H.273.
+SPACES = {"PNG": rb"\x00\x00\x00\x04cICP(.)(.)", "AVIF": rb"colrnclx\x00(.)\x00(.)"}
+SRGB = {1, 2}, {1, 2, 6, 13, 14, 15}  # those of sRGB, unknown ones, and some much like them
+PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # of sRGB: x and y of white, red, green, blue
+RESOURCES = {1005: "dpi", 1028: "IPTC", 1058: "EXIF", 1060: "XMP"}  # of a PSD
+BOXES = {rb"resd": "dpi", rb"uuid": "EXIF or XMP", rb"xml ": "XML"}  # of a JPEG 2000
+# Texts that describe the photograph; others tell of programs, or repeat what is kept.
+WORDS = {"comment", "Comment", "Title", "Author", "Description", "Copyright", "Source"}
+WORDS |= {"Creation Time", "Keywords", "Disclaimer", "Warning", "Artist", "Caption", "Label", "Raw profile type iptc"}
+
+
+def ends(file: BinaryIO) -> bytes:
+    """The first and the last bytes of a file, where headers and entries are."""
+    place = file.tell()
+    file.seek(0)
+    first = file.read(END)
+    file.seek(max(0, file.seek(0, os.SEEK_END) - END))
+    last = file.read(END)
+    file.seek(place)
+    return first + last
+
+
+def not_read(image: Image.Image, ends: bytes) -> list[str]:
+    """What changes the look of a picture and is not read, from `ends` of its file.
+
+    The frames of an MPO are versions of one, a PSD's its layers.
+    """
+    frames = 1 if image.format in ("MPO", "PSD") else getattr(image, "n_frames", 1)
+    found = [f"{frames} frames or pages: the first is read"] * (frames > 1)
+    if {"srgb", "icc_profile"} & set(image.info):
+        return found
+    gamma, primaries = image.info.get("gamma", 1 / 2.2), image.info.get("chromaticity", PRIMARIES)
+    found += [f"its gamma of {gamma:g} is not applied"] * (abs(gamma - 1 / 2.2) > 0.01)
+    apart = max(abs(a - b) for a, b in zip(primaries, PRIMARIES, strict=True)) > 0.01
+    space = re.search(SPACES.get(image.format, rb"(?!)"), ends, re.DOTALL)
+    apart |= bool(space) and any(value[0] not in known for value, known in zip(space.groups(), SRGB, strict=True))
+    found += ["its colors are not those of sRGB (cHRM, cICP or nclx), and are not converted"] * apart
+    profile = re.search(PROFILES.get(image.format, rb"(?!)"), ends, re.DOTALL)
+    return found + ["its color profile is not read, so its colors are taken for sRGB"] * bool(profile)
+
+
+def is_deep(image: Image.Image, ends: bytes) -> bool:
+    """Whether a file, opened and not yet loaded, has more than 8 bits a channel."""
+    if image.mode.startswith(("I", "F")) or re.search("(?<!BGR);16|SGI16", str(image.tile)):
+        return True
+    # The tile of a PPM holds its white.
+    whites = [n for t in image.tile if t[0].startswith("ppm") for n in re.findall(r"\d{3,}", str(t[3]))]
+    size = image.format == "JPEG2000" and re.search(rb"\xff\x4f\xff\x51.{38}(.)", ends, re.DOTALL)  # SIZ: bits - 1
+    high = image.format == "AVIF" and re.search(rb"av1C..(.)", ends, re.DOTALL)
+    return any(int(n) > 255 for n in whites) or bool(size and size[1][0] & 127 > 7) or bool(high and high[1][0] & 64)
+
+
+def not_kept(image: Image.Image, ends: bytes) -> list[str]:
+    """The entries that a restored picture does not have, from the loaded picture and both `ends` of its file."""
+    words = {*image.info} & WORDS
+    words |= {"IPTC"} if 0x0404 in (image.info.get("photoshop") or {}) else set()
+    found = [f"its {', '.join(sorted(words))}: dropped, as only EXIF and XMP are kept"] * bool(words)
+    of_psd = {RESOURCES[kind] for kind, *_ in getattr(image, "resources", ()) if kind in RESOURCES}
+    of_jp2 = {name for box, name in BOXES.items() if image.format == "JPEG2000" and box in ends}
+    unread = ", ".join(sorted(of_psd | of_jp2))
+    return found + [f"its {unread}: dropped, as they are not read from a {image.format}"] * bool(unread)
