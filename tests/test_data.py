@@ -1103,6 +1103,10 @@ def test_latents_cut_at_any_byte_are_made_again(tmp_path):
         assert latents.stored(latents.key(0, 0)) is None, cut
     fill(latents, pooled)
     assert file.read_bytes() == content
+    flipped = bytearray(content)
+    flipped[-2] ^= 1
+    file.write_bytes(flipped)
+    assert latents.stored(latents.key(0, 0)) is None
 
 
 @pytest.mark.parametrize("place", [0, 20_000, 95_000])

@@ -448,6 +448,24 @@ def test_the_checkpoint_of_another_run_is_refused(whole, flags, tmp_path, capsys
     assert train.main([str(f) for f in [*flags, "--output-dir", folder]]) == 0
 
 
+@pytest.mark.parametrize("name", ["trained", "ema", "optimizer"])
+def test_a_file_of_another_checkpoint_is_refused(flags, tmp_path, capsys, name):
+    """As is a bit that flipped on the disk, or an average that is gone: the result would be that of no run."""
+    argv = [str(f) for f in [*flags, "--output-dir", tmp_path, "--ema", 0.9, "--checkpoint-every", 2]]
+    assert train.main(argv) == 0
+    last = tmp_path / "checkpoints" / "step-000006" / f"{name}.safetensors"
+    whole, flipped = last.read_bytes(), bytearray(last.read_bytes())
+    flipped[-3] ^= 1
+    for content in ((tmp_path / "checkpoints" / "step-000004" / last.name).read_bytes(), bytes(flipped), None):
+        last.unlink() if content is None else last.write_bytes(content)
+        assert train.main(argv) == 2
+        lost = "or optimizer.safetensors is missing"
+        expected = lost if content is None and name != "ema" else f"{name}.safetensors is not the one that was written"
+        assert expected in capsys.readouterr().err
+        last.write_bytes(whole)
+    assert train.main(argv) == 0
+
+
 def test_photographs_in_a_run_folder_are_not_overwritten(whole, flags, pictures, tmp_path, capsys):
     """--overwrite deletes validation/step-N.png, which may be what is to be trained on."""
     folder = shutil.copytree(whole, tmp_path / "run")

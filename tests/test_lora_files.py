@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from kontext_min import flow
-from kontext_min.checkpoints import flux_modules, load_autoencoder, load_flux
+from kontext_min.checkpoints import flux_modules, load_autoencoder, load_flux, metadata
 from kontext_min.extras import export, lora_files, prompts
 from kontext_min.extras.base import Weights
 from kontext_min.extras.export import FP8, merge, narrow
@@ -1053,6 +1053,27 @@ def test_an_export_that_helps_nobody_says_so(base, tmp_path, capsys):
         export.main(["merge", str(tmp_path / "hub"), "--weights", str(base / "base.safetensors"), "--lora", lora]) == 0
     )
     assert "was trained on another base model" in capsys.readouterr().err
+    path = {"objective": "bridge", "context": True, "start_time": 0.6, "merged": ["z"]}  # as --full writes it
+    save_file(load_file(base / "base.safetensors"), tmp_path / "full.safetensors", {"kontext_min": json.dumps(path)})
+    assert (
+        export.main(
+            ["merge", str(tmp_path / "both"), "--weights", str(tmp_path / "full.safetensors"), "--lora", source]
+        )
+        == 0
+    )
+    about = trained_with(metadata(tmp_path / "both" / "diffusion_pytorch_model.safetensors"), "")
+    assert about == path | {"merged": ["z", "a.safetensors"]}, "sample.py follows the path of the base"
+
+
+def test_each_network_that_is_another_one_is_named(capsys):
+    here = {"base": "a", "vae": "b", "clip": "c", "t5": "d"}
+    lora_files.note_other_base("x", here, here)
+    lora_files.note_other_base("x", {"base": "a"}, here)  # of an older file
+    assert capsys.readouterr().err == ""
+    lora_files.note_other_base("x", {"base": "a", "vae": "?", "clip": "c", "t5": "?"}, here)
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: x: was trained on another {n}" for n in ("autoencoder", "T5")
+    ]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -89,6 +89,15 @@ def test_prompts_are_cached_by_content_and_the_encoders_stay_closed(tmp_path, mo
     assert first == again and not torch.equal(states(again, "b")[0], states(again, PROMPT)[0])
     with pytest.raises(pytest.fail.Exception):
         prompts.encode(["c"], weights, tmp_path, torch.float32, "cpu")
+    a, b = (again[text].read_bytes() for text in (PROMPT, "b"))
+    again[PROMPT].write_bytes(b)  # the file of another prompt
+    with pytest.raises(pytest.fail.Exception):
+        prompts.encode([PROMPT], weights, tmp_path, torch.float32, "cpu")
+    again[PROMPT].write_bytes(a[:-1] + bytes([a[-1] ^ 1]))
+    broken = prompts.encode([PROMPT], weights, tmp_path, torch.float32, "cpu")
+    prompts._read.cache_clear()
+    with pytest.raises(ValueError, match="its values are not those that were written; delete it"):
+        prompts.batch(broken, [PROMPT], 1.0, torch.float32, "cpu")
 
 
 def test_the_cache_knows_its_weights_and_its_dtype(tmp_path):

@@ -1105,7 +1105,7 @@ def test_scores_that_could_not_be_written_are_refused_before_the_work(foreign, s
 
 
 @pytest.mark.parametrize(
-    "what", ["LoRA", "base", "vocabulary", "prompt", "--compare", "--reference", "--quantize", "input"]
+    "what", ["LoRA", "base", "vocabulary", "prompt", "--compare", "--reference", "--quantize", "--resolution", "input"]
 )
 def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, small_bundle, tmp_path, capsys, what):
     """Whatever decides how they look is part of the record, by content: files keep their names when they change."""
@@ -1130,6 +1130,7 @@ def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, 
         assert run(*args, "--compare", "--overwrite") == 0
         shutil.copytree(tmp_path / "in", tmp_path / "clean")
     more = {"--compare": ["--compare"], "--quantize": ["--quantize", "int8"], "prompt": ["--prompt", "x"]}.get(what, [])
+    more += ["--resolution", 24] * (what == "--resolution")
     more += ["--compare", "--reference", tmp_path / "clean"] * (what == "--reference")
     assert run(*args, *more) == 2
     named = {"LoRA": "lora was", "base": "base was", "input": "their inputs have changed since"}

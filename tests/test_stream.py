@@ -222,6 +222,11 @@ def test_cache_of_quantized_blocks(tmp_path):
     save_file({n: t.bfloat16() for n, t in random_flux(seed=1).state_dict().items()}, file)
     load()
     assert len(list(cache.iterdir())) == 2
+    (second,) = set(cache.iterdir()) - {folder}
+    own = {f.name: f.read_bytes() for f in second.iterdir()}
+    shutil.copytree(folder, second, dirs_exist_ok=True)  # those of the other weights
+    load()
+    assert {f.name: f.read_bytes() for f in second.iterdir()} == own
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -222,6 +222,10 @@ def test_a_changed_picture_or_caption_must_be_confirmed(run, tmp_path, capsys):
     assert "pictures were added, removed or changed" in capsys.readouterr().err
     first.write_bytes(before)
     assert run("--hr-root", hr, "--steps", 2) == 0
+    first.write_bytes(before[:-1] + b"x")  # the size stays: of an uncompressed picture it does so often
+    assert run("--hr-root", hr, "--steps", 2) == 2
+    assert "pictures were added, removed or changed" in capsys.readouterr().err
+    first.write_bytes(before)
     second.with_suffix(".txt").write_text("Restore the sky.")
     assert run("--hr-root", hr, "--steps", 2) == 2
     assert "pictures were added, removed or changed" in capsys.readouterr().err
@@ -250,7 +254,11 @@ def test_a_base_that_was_trained_for_another_objective_is_said(pictures, capsys)
 def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tmp_path, capsys):
     assert run("--steps", 1) == 0
     file, about = tmp_path / "lora.safetensors", trained_with(metadata(tmp_path / "run" / "lora.safetensors"), "")
-    other = {"kontext_min": json.dumps(about | {"base": "another", "start_time": 0.001, "source_noise": 0.5})}
+    other = {
+        "kontext_min": json.dumps(
+            about | {"base": "another", "vae": "another", "start_time": 0.001, "source_noise": 0.5}
+        )
+    }
     save_file(load_file(tmp_path / "run" / "lora.safetensors"), file, other)
     capsys.readouterr()
     assert run("--steps", 1, "--objective", "kontext", "--init-lora", file, "--overwrite") == 0

@@ -421,17 +421,15 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
         counts = [state[key] for key in ("step", "skipped", "skipped_in_a_row")] + [state["best_step"] or 0]
         right = all(type(n) is int and 0 <= n <= counts[0] for n in counts) and counts[0] == int(checkpoint.name[5:])
         right &= type(state["best_psnr"]) in (float, type(None)) and type(state["unreadable"]) is list
+        right &= type(state.setdefault("checksums", {})) is dict  # older checkpoints have none
         if not right or not all(type(line) is str for line in state["unreadable"]):
             raise ValueError("state.json is not the state of this step")
-        for name, written_as in state.get("checksums", {}).items():  # older ones have none
-            if name not in files or checksum(files[name]) != written_as:
-                raise ValueError(f"{name}.safetensors is not the one that was written")
         for name, tensors in files.items():
             if not all(x.is_floating_point() and x.isfinite().all() for x in tensors.values()):
                 raise ValueError(f"{name}.safetensors holds values that are no finite numbers")
         return files, state
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        odd = isinstance(error, KeyError | TypeError | AttributeError)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        odd = isinstance(error, KeyError | TypeError)
         reason = "state.json is not the state of this step" if odd else in_words(error)
         raise ValueError(
             f"{checkpoint}: broken ({reason}); delete it to continue from the one before it, if any."
@@ -452,6 +450,9 @@ def restore(
         if ema:
             put_back(dict(zip(trained, ema, strict=True)), files.get("ema", files["trained"]))
         load_optimizer(optimizer, files["optimizer"])
+        for name, value in state["checksums"].items():
+            if name not in files or checksum(files[name]) != value:
+                raise ValueError(f"{name}.safetensors is not the one that was written; delete the checkpoint.")
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
     return state
