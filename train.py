@@ -65,7 +65,7 @@ picture, model, method, training, validating, running, machine = (
 class Settings:
     """Every flag of train.py: name, type, default, help, range."""
 
-    hr_root: Path = picture(..., "folder of clean photos, read recursively", there="folder")
+    hr_root: Path = picture(..., "folder of clean photos, read recursively, without hidden files", there="folder")
     lr_root: Path | None = picture(None, "degraded pictures of the same names, instead of --degrade", there="folder")
     degrade: tuple[str, ...] = picture((), "preset or operators; repeat it for several tasks; default: guide")
     resolution: int | None = picture(None, "side of the square bucket, in pixels; default: 1024 *", least=24, most=4096)

@@ -78,7 +78,7 @@ END_MARKS = {"JPEG": (b"\xff\xd9", 1 << 12), "PNG": (b"IEND", 1 << 17)}
 ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 SMALLEST = 16  # pixels a side
 THREADS = 8  # reading headers is mostly waiting for the disk
-HIDDEN = (".", "$", "#recycle", "@eaDir", "__MACOSX")  # how folders start that systems keep: waste bins, thumbnails
+HIDDEN = {"$recycle.bin", "#recycle", "@eadir", "__macosx"}  # folders that systems keep: waste bins, thumbnails
 
 # Pillow refuses more than twice its limit, so that a small file cannot unpack to more than your memory.
 Image.MAX_IMAGE_PIXELS = 250_000_000  # KONTEXT_MAX_PIXELS in the environment raises it: extras/program.py
@@ -128,7 +128,7 @@ def walk(root: Path, failed: Callable[[OSError], None] | None = None) -> Iterato
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        folders[:] = sorted(name for name in folders if name[0] != "." and name.lower() not in HIDDEN)
         for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
             yield _text(path.relative_to(root).as_posix()), path
 

@@ -120,7 +120,20 @@ def test_scan_takes_every_kind_of_name_and_format(tmp_path):
     for folder in (".hidden", "@eaDir", "$RECYCLE.BIN"):
         (tmp_path / folder).mkdir()
     picture = smooth((40, 30))
-    names = ["x.jpg", "y.JPG", "z.JpEg", "a/p.png", "a/b c/ü.WebP", "a/t.tif", "a/g.gif", "q.bmp", "r.ppm", "s.avif"]
+    (tmp_path / "$old").mkdir()
+    names = [
+        "$old/x.png",
+        "x.jpg",
+        "y.JPG",
+        "z.JpEg",
+        "a/p.png",
+        "a/b c/ü.WebP",
+        "a/t.tif",
+        "a/g.gif",
+        "q.bmp",
+        "r.ppm",
+        "s.avif",
+    ]
     for name in names:
         picture.save(tmp_path / name)
     for name in (".hidden/h.png", "._x.jpg", "@eaDir/thumb.jpg", "$RECYCLE.BIN/r.png"):

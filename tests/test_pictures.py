@@ -188,6 +188,20 @@ def with_exif_behind_the_pixels(path, orientation):
     path.write_bytes(whole[:-12] + chunk + whole[-12:])
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
+def test_the_resolution_of_a_lying_picture_turns_with_it(tmp_path, ending):
+    for way, expected in ((6, (144, 72)), (3, (72, 144))):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation], exif[282], exif[283], exif[296] = way, 72, 144, 2
+        crop(60, 40).save(tmp_path / f"in.{ending}", exif=exif, dpi=(72, 144))
+        file = read(tmp_path / f"in.{ending}")
+        write(tmp_path / f"out.{ending}", file.rgb, file)
+        with Image.open(tmp_path / f"out.{ending}") as made:
+            exif = made.getexif()
+            found = made.info.get("dpi", (exif.get(282), exif.get(283)))
+            assert made.size == ((40, 60) if way == 6 else (60, 40)) and tuple(map(round, found)) == expected
+
+
 def test_orientation_behind_the_pixels(tmp_path):
     with_exif_behind_the_pixels(tmp_path / "in.png", 6)
     with restored(tmp_path / "in.png", tmp_path / "out.png") as made:

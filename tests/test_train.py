@@ -229,6 +229,8 @@ def test_a_changed_picture_or_caption_must_be_confirmed(run, tmp_path, capsys):
     second.with_suffix(".txt").write_text("Restore the sky.")
     assert run("--hr-root", hr, "--steps", 2) == 2
     assert "pictures were added, removed or changed" in capsys.readouterr().err
+    assert run("--hr-root", hr, "--steps", 3, "--accept-changes") == 0
+    assert "pictures to validate on may have been trained on before" in capsys.readouterr().out
 
 
 def test_a_pipe_as_caption_is_not_waited_for_and_an_empty_one_is_named(run, tmp_path, capsys):

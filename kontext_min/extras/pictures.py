@@ -353,8 +353,10 @@ def read(path: Path) -> File:
             keep, alpha, foreign = {}, None, None
             both_ends = ends(opened)
             deep, notes = is_deep(image, both_ends), not_read(image, both_ends)
+            way = _orientation(image) if image.format == "TIFF" else None  # which has it only until Pillow turns it
             # In a PNG, EXIF and text may stand behind the pixels.
             image.load()
+            lying = (way or _orientation(image)) in (5, 6, 7, 8)  # its x is y as seen
             if deep:
                 notes.append("more than 8 bits a channel: restored and written with 8")
             if profile := image.info.get("icc_profile"):
@@ -364,7 +366,7 @@ def read(path: Path) -> File:
                     notes.append(f"its {space} color profile does not fit RGB: converted to sRGB")
                     rgb, foreign = open_picture(path, to_srgb=True), profile
             if min(dpi := image.info.get("dpi", (0, 0))) > 0:
-                keep["dpi"] = tuple(map(float, dpi))
+                keep["dpi"] = tuple(map(float, dpi[::-1] if lying else dpi))
             if xmp := image.info.get("xmp"):
                 xmp = xmp if isinstance(xmp, bytes) else xmp.encode()
                 if any(word in xmp for word in XMP_OF_PIXELS):
@@ -373,7 +375,7 @@ def read(path: Path) -> File:
                     keep["xmp"] = xmp
             notes += not_kept(image, both_ends)
             try:
-                turn, exif = _exif(image, rgb.size)
+                turn, exif = _exif(image, rgb.size, lying)
             except Exception:  # the picture itself may be fine
                 turn, exif = None, None
                 notes.append("its EXIF can't be read: dropped")
@@ -398,11 +400,19 @@ def read(path: Path) -> File:
     return File(rgb, alpha, keep, tuple(notes))
 
 
-def _exif(image: Image.Image, size: Size) -> tuple[Image.Transpose | None, bytes | None]:
+def _orientation(image: Image.Image) -> int | None:
+    with suppress(Exception):  # the picture itself may be fine
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    return None
+
+
+def _exif(image: Image.Image, size: Size, lying: bool) -> tuple[Image.Transpose | None, bytes | None]:
     """How data.open_picture turned the picture, and the EXIF of a picture of this size."""
     old, new = Image.Image.getexif(image), Image.Exif()  # as data.py reads it: see there
     turn = TURNS.get(old.get(ExifTags.Base.Orientation))  # of a TIFF there is none left: Pillow turned it
     new.update(_texts({tag: old[tag] for tag in KEPT & set(old)}))
+    if lying and {282, 283} <= set(new):  # resolution
+        new[282], new[283] = new[283], new[282]
     if photo := {tag: value for tag, value in old.get_ifd(ExifTags.IFD.Exif).items() if tag not in DROPPED}:
         width, height = ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight
         new.get_ifd(ExifTags.IFD.Exif).update(_texts(photo) | {width: size[0], height: size[1]})

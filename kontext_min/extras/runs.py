@@ -115,6 +115,9 @@ def open_run(
     start = settings.get("init_lora")
     if last and before and start and before.get("init_lora") != start:
         raise ValueError(f"--init-lora {start}: {folder} continues from {last.name}; leave the flag out, or {instead}.")
+    others = before and any(before.get(k) != settings[k] for k in ("pictures", "files") if k in settings)
+    if there and accept and write and others:
+        print("note: pictures to validate on may have been trained on before, and score too high then")
     if there and not accept:
         if before is None:
             raise ValueError(
