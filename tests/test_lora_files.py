@@ -442,6 +442,19 @@ def test_alpha_in_a_plain_key_of_the_header(pair, tmp_path, key):
     assert scale_read(pair[0], file) == 0.5  # the tensor is what every program reads
 
 
+def test_alpha_that_should_be_beside_the_file(pair, tmp_path, capsys):
+    """peft keeps it in adapter_config.json; a file that is copied alone, or renamed, has lost it."""
+    ff, line = "base_model.model.transformer_blocks.0.ff.net.2", "no adapter_config.json beside it"
+    tensors = {f"{ff}.lora_A.weight": torch.ones(16, 4 * H), f"{ff}.lora_B.weight": torch.ones(H, 16)}
+    for name, config in (("adapter_model", False), ("mine", True), ("adapter_model", True)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        if config:
+            (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 16, "lora_alpha": 64}))
+        read = name == "adapter_model" and config
+        assert scale_read(pair[0], tmp_path / f"{name}.safetensors") == (4 if read else 1)
+        assert (line in capsys.readouterr().err) != read
+
+
 def test_alpha_beside_the_file(pair, tmp_path):
     ff = "transformer.transformer_blocks.0.ff.net.2"
     tensors = {f"{ff}.lora_A.weight": torch.ones(16, 4 * H), f"{ff}.lora_B.weight": torch.ones(H, 16)}

@@ -273,7 +273,7 @@ def test_bits_that_an_sgi_loses_are_named(tmp_path, width):
 @pytest.mark.parametrize(("kind", "said"), [("TIFF", 1), ("PSD", 0), ("MPO", 0)])
 def test_the_layers_of_a_psd_are_no_frames(kind, said):
     """What is read is the picture of all layers."""
-    file = SimpleNamespace(format=kind, n_frames=2, info={})
+    file = SimpleNamespace(format=kind, mode="RGB", n_frames=2, info={})
     assert not_read.not_read(file, b"") == ["2 frames or pages: the first is read"] * said
 
 
@@ -411,6 +411,18 @@ def test_gray_with_alpha_and_a_profile_is_converted(tmp_path):
     plain, clear = read(tmp_path / "gray.png"), read(tmp_path / "alpha.png")
     assert np.abs(np.asarray(plain.rgb, int) - np.asarray(clear.rgb, int)).max() <= 1
     assert np.asarray(plain.rgb).mean() > np.asarray(gray.convert("L")).mean() + 10
+
+
+def test_colors_that_are_taken_for_srgb_are_named(tmp_path):
+    crop(40, 30).convert("CMYK").save(tmp_path / "in.tif")
+    assert read(tmp_path / "in.tif").notes == ("CMYK without a color profile: its colors are a guess",)
+    exif = Image.Exif()
+    exif.get_ifd(EXIF)[40965] = {1: "R03"}  # as cameras write Adobe RGB
+    for profile in (None, swapped_profile()):
+        crop(40, 30).save(tmp_path / "in.jpg", exif=exif, icc_profile=profile)
+        with Image.open(tmp_path / "in.jpg") as image:
+            assert image.getexif().get_ifd(ExifTags.IFD.Interop)[1] == "R03"
+        assert any("Adobe RGB" in note for note in read(tmp_path / "in.jpg").notes) == (not profile)
 
 
 def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):

@@ -632,6 +632,9 @@ def outside_of_blocks(model: Flux) -> list[str]:
 def factors_for(model: Flux, path: str | Path) -> tuple[dict[str, Factors], dict[str, str]]:
     """The LoRA of a file by module of this model, and the file's metadata; errors as for load_lora."""
     tensors, metadata = read_lora(path)
+    of_peft = next(iter(tensors)).startswith("base_model.model.") and not any("alpha" in name for name in tensors)
+    if of_peft and "lora_adapter_metadata" not in metadata:
+        print(f"note: {path}: no adapter_config.json beside it, so its alpha is taken for its rank", file=sys.stderr)
     sizes = {name.removesuffix(".base"): (m.out_features, m.in_features) for name, m in linears(model).items()}
     return parse(tensors, metadata, flux_modules(model.params), lora_file(path), sizes), metadata
 

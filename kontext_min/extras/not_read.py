@@ -50,6 +50,7 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     found = [f"{frames} frames or pages: the first is read"] * (frames > 1)
     if {"srgb", "icc_profile"} & set(image.info):
         return found
+    found += ["CMYK without a color profile: its colors are a guess"] * (image.mode == "CMYK")
     gamma, primaries = image.info.get("gamma", 1 / 2.2), image.info.get("chromaticity", PRIMARIES)
     found += [f"its gamma of {gamma:g} is not applied"] * (abs(gamma - 1 / 2.2) > 0.01)
     apart = max(abs(a - b) for a, b in zip(primaries, PRIMARIES, strict=True)) > 0.01

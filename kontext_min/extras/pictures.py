@@ -65,7 +65,7 @@ KEPT = {269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 18246, 182
 DROPPED = {37121, 37122, ExifTags.IFD.Interop}
 # XMP with one of these describes the old pixels: their size, their layers, raw settings that would be applied twice.
 XMP_OF_PIXELS = (b"tiff:", b"exif:Pixel", b"photoshop:", b"crs:", b"xmpMM:", b"GPano:", b"hdrgm:", b"Container:")
-XMP_OF_PIXELS += (b"xmpNote:",)  # the rest of it, such as a map of depths, is in parts that are not read
+XMP_OF_PIXELS += (b"xmpNote:", b"xmpGImg:")  # a part of it that is not read, such as depths; small pictures
 
 
 @dataclass(frozen=True)
@@ -381,6 +381,8 @@ def read(path: Path) -> File:
                 notes.append("its EXIF can't be read: dropped")
             if exif:
                 keep["exif"] = exif
+            if "icc_profile" not in image.info and _is_adobe_rgb(image):
+                notes.append("its EXIF says Adobe RGB, but it has no color profile: its colors are taken for sRGB")
             if image.has_transparency_data:
                 straight = image.convert("RGBA")
                 straight = straight.transpose(turn) if turn is not None else straight
@@ -404,6 +406,13 @@ def _orientation(image: Image.Image) -> int | None:
     with suppress(Exception):  # the picture itself may be fine
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     return None
+
+
+def _is_adobe_rgb(image: Image.Image) -> bool:
+    """Whether its EXIF says so, as that of a camera does: index R03 of the interoperability part."""
+    with suppress(Exception):
+        return Image.Image.getexif(image).get_ifd(ExifTags.IFD.Interop).get(1) == "R03"
+    return False
 
 
 def _exif(image: Image.Image, size: Size, lying: bool) -> tuple[Image.Transpose | None, bytes | None]:
