@@ -32,6 +32,7 @@ from kontext_min.checkpoints import find, load_flux
 from kontext_min.extras import base, checks, fidelity, folders, metrics, pictures
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.lora_files import save_lora
+from kontext_min.extras.method import HOW, made_with, method_of
 from kontext_min.extras.progress import Progress
 from kontext_min.extras.scores import Scores
 from kontext_min.lora import add_lora, lora_layers
@@ -1137,6 +1138,22 @@ def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, 
     named |= {"vocabulary": "base was", "prompt": "prompt was", "--reference": "compare was True, is "}
     assert named.get(what, f"{what[2:]} was") in capsys.readouterr().err
     assert run(*args, *more, "--overwrite") == 0
+
+
+def test_every_flag_that_decides_how_a_picture_looks_is_in_the_record(small, small_bundle):
+    """Also where a LoRA has a setting of the same name, as --resolution."""
+    values = {"degrade": "blur=1", "seed": 1, "strength": 0.5, "fidelity": 0.5, "color_fix": "adain", "tile": 64}
+    values |= {"resolution": 48, "quantize": "int8", "prompt": "x", "guidance": 3.0, "steps": 3, "solver": "euler"}
+    flags = ["--input", small, "--output", "o", "--weights", small_bundle, "--lora", small / "lora.safetensors"]
+    plain = sample.parse_flags(sample.Settings, [str(f) for f in flags], "")
+    weights = base.Weights(small_bundle)
+
+    def record(settings):
+        return made_with(settings, weights, method_of(settings, weights))
+
+    assert set(HOW) < set(values)
+    for name, value in values.items():
+        assert record(dataclasses.replace(plain, **{name: value})) != record(plain), name
 
 
 def test_a_sheet_is_made_anew_when_its_clean_picture_is_another(scored, tmp_path, capsys):

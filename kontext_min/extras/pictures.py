@@ -6,8 +6,8 @@
 A restored picture keeps the size, the ICC profile, the resolution (dpi), the transparency and those EXIF and XMP
 entries of its file that describe the photograph. Entries that describe the old pixels go. EXIF orientation is applied
 and its tag set to 1; ProcessingSoftware names kontext_min, so that train.py does not take the picture for a clean one.
-One line says what else is lost: bits beyond 8 per channel, the profile of a gray or CMYK picture (the result is RGB),
-transparency where the format has none. Pictures are compared in sRGB.
+Lines say what else is lost: bits beyond 8 per channel, the profile of a gray or CMYK picture (the result is RGB),
+transparency where the format has none, and what not_read.py lists. Pictures are compared in sRGB.
 
 Restored tiles may drift in color, from each other and from the input. Two color fixes give the restored picture the
 colors of the degraded one. Use neither for faded or dark pictures, whose colors you want to change:
