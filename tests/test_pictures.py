@@ -425,6 +425,16 @@ def test_colors_that_are_taken_for_srgb_are_named(tmp_path):
         assert any("Adobe RGB" in note for note in read(tmp_path / "in.jpg").notes) == (not profile)
 
 
+def test_pixels_that_are_not_square_and_places_on_maps_are_named(tmp_path):
+    crop(40, 30).save(tmp_path / "in.png")
+    png = (tmp_path / "in.png").read_bytes()
+    for x, said in ((1, False), (2, True)):
+        (tmp_path / "in.png").write_bytes(png[:33] + chunk(b"pHYs", struct.pack(">IIB", x, 1, 0)) + png[33:])
+        assert read(tmp_path / "in.png").notes == ("its pixels of 2:1: dropped, and taken for square",) * said
+    crop(40, 30).save(tmp_path / "in.tif", tiffinfo={34735: (1, 1, 0, 0)})
+    assert read(tmp_path / "in.tif").notes == ("its place on a map (GeoTIFF): dropped",)
+
+
 def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):
     """Its white, 4095, is 16 of 255."""
     x = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
