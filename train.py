@@ -166,7 +166,7 @@ def find_pairs(
     settings: Settings, me: parallel.Processes, buckets: list[data.Size]
 ) -> tuple[data.Pairs, data.Pairs | None, list[tuple[str, str]]]:
     """Pairs to train on, a few to validate on, and (name, reason) of unused files. Reads only the files' headers."""
-    pictures, rejected = data.scan(settings.hr_root)
+    pictures, rejected = inventory.scan_whole(settings.hr_root)
     pictures, small = data.usable(pictures, buckets)
     left_out = rejected + small + inventory.unread(settings.hr_root, pictures)
     me.say(inventory.describe(settings.hr_root, pictures, left_out, buckets))

@@ -129,6 +129,7 @@ def walk(root: Path, failed: Callable[[OSError], None] | None = None) -> Iterato
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if name[0] != "." and name.lower() not in HIDDEN)
+        folders.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))  # else a link names what it leads to
         for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
             yield _text(path.relative_to(root).as_posix()), path
 

@@ -14,9 +14,8 @@ import torch
 
 
 def _key(seed: int, purpose: str, place: tuple[int | str, ...]) -> np.random.SeedSequence:
-    return np.random.SeedSequence(
-        [seed, *(zlib.crc32(p.encode()) if isinstance(p, str) else p for p in (purpose, *place))]
-    )
+    numbers = (zlib.crc32(p.encode()) if isinstance(p, str) else p for p in (purpose, *place))
+    return np.random.SeedSequence([seed, *numbers])
 
 
 def torch_generator(seed: int, purpose: str, *place: int | str) -> torch.Generator:

@@ -849,6 +849,13 @@ def test_picture_lost_while_training_is_replaced_and_named(tmp_path):
         stood_in[(0, 0)]
 
 
+def test_a_link_to_a_folder_beside_it_gives_no_names(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    smooth((40, 30)).save(tmp_path / "b" / "x.png")
+    assert [p.name for p in data.scan(tmp_path)[0]] == ["b/x.png"]
+
+
 def test_a_picture_of_one_color_is_left_out(tmp_path, capsys):
     """It shows nothing, or is read wrong: as 16 bits with an unknown white may be."""
     pictures = folder_of(tmp_path, [(64, 64)] * 3)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, TiffTags
 
 from kontext_min import data, degrade
 from kontext_min.extras import inventory, metrics, not_read, pictures
@@ -270,6 +270,14 @@ def test_bits_that_an_sgi_loses_are_named(tmp_path, width):
             read(tmp_path / "dark.rgb")
 
 
+def test_the_second_picture_of_a_stereo_camera_is_named():
+    """An MPO may hold a preview, or what the other lens saw."""
+    for kinds, said in ((["Baseline MP Primary Image", "Undefined"], 0), (["Multi-Frame Image: (Disparity)"] * 2, 1)):
+        entries = [{"Attribute": {"MPType": kind}} for kind in kinds]
+        file = SimpleNamespace(format="MPO", mode="RGB", n_frames=2, info={}, mpinfo={0xB002: entries})
+        assert not_read.not_read(file, b"") == ["2 frames or pages: the first is read"] * said
+
+
 @pytest.mark.parametrize(("kind", "said"), [("TIFF", 1), ("PSD", 0), ("MPO", 0)])
 def test_the_layers_of_a_psd_are_no_frames(kind, said):
     """What is read is the picture of all layers."""
@@ -433,6 +441,38 @@ def test_pixels_that_are_not_square_and_places_on_maps_are_named(tmp_path):
         assert read(tmp_path / "in.png").notes == ("its pixels of 2:1: dropped, and taken for square",) * said
     crop(40, 30).save(tmp_path / "in.tif", tiffinfo={34735: (1, 1, 0, 0)})
     assert read(tmp_path / "in.tif").notes == ("its place on a map (GeoTIFF): dropped",)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "avif"])
+def test_a_file_whose_end_is_zeros_is_cut(tmp_path, ending):
+    """As after a download that stopped, in a file made in its full size: Pillow reads gray or black rows."""
+    file = tmp_path / f"in.{ending}"
+    crop(300, 300).save(file)
+    whole = file.read_bytes()
+    good = tmp_path / f"good.{ending}"
+    good.write_bytes(whole + bytes(100) if ending in ("jpg", "png") else whole)  # a card may add some
+    file.write_bytes(whole[: len(whole) * 2 // 3] + bytes(len(whole) - len(whole) * 2 // 3))
+    with pytest.raises(ValueError, match=rf"in\.{ending}"):
+        read(file)
+    pictures, rejected = inventory.scan_whole(tmp_path)
+    assert [p.name for p in pictures] == [good.name] and [name for name, _ in rejected] == [file.name]
+    assert read(good).rgb.size == (300, 300)
+    assert inventory.zeros_at_end(file) and not inventory.zeros_at_end(good)
+    if ending == "webp":  # Pillow reads it
+        assert rejected == [(file.name, inventory.ZEROS)] and data.scan(tmp_path)[0][1].name == file.name
+
+
+def test_iptc_that_is_stored_as_numbers_is_named(tmp_path):
+    """Pillow reads the first of them only, and would write its digits."""
+    numbers = TiffImagePlugin.ImageFileDirectory_v2()
+    numbers[33723], numbers.tagtype[33723] = (28, 2, 3), TiffTags.LONG
+    for tags, said in ((numbers, True), ({33723: b"\x1c\x02\x05"}, False)):
+        crop(40, 30).save(tmp_path / "in.tif", tiffinfo=tags)
+        file = read(tmp_path / "in.tif")
+        assert file.notes == ("its IPTC: dropped, as only EXIF and XMP are kept",) * said
+        write(tmp_path / "out.tif", file.rgb, file)
+        with Image.open(tmp_path / "out.tif") as made:
+            assert made.tag_v2.get(33723) == (None if said else b"\x1c\x02\x05")
 
 
 def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):

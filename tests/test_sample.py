@@ -1175,6 +1175,15 @@ def test_the_record_is_of_each_picture(identity, small_bundle, tmp_path, capsys,
     assert run(*second) == 2
     assert "holds 3 of these pictures, but seed was 42, is 1; --overwrite" in capsys.readouterr().err
 
+    record = tmp_path / "out" / ".restored-with.jsonl"
+    whole = record.read_bytes()
+    record.write_bytes(whole[:-10])  # a cut line, then others behind it
+    assert run(*second, "--overwrite") == 0
+    assert run(*first) == 2
+    assert "holds 3 of these pictures, but seed was 1, is 42" in capsys.readouterr().err
+    assert run(*first, "--overwrite") == 0
+    record.write_bytes(whole)
+
     write, written = pictures.write, []
 
     def stopped(path, *rest):

@@ -251,6 +251,8 @@ def test_a_base_that_was_trained_for_another_objective_is_said(pictures, capsys)
     for objective in ("bridge", "kontext"):
         checks.check_training(parse_flags(Settings, [*argv, "--objective", objective], ""))
         assert (line in capsys.readouterr().err) == (objective == "kontext")
+    checks.check_training(parse_flags(Settings, [*argv, "--context"], ""))
+    assert "was trained for context False, not for True" in capsys.readouterr().err
 
 
 def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tmp_path, capsys):

@@ -28,7 +28,7 @@ from kontext_min.extras import parallel, runs
 from kontext_min.extras.effect import check_degradation
 from kontext_min.extras.flags import changed, check_values, name_of
 from kontext_min.extras.inventory import RECORD
-from kontext_min.extras.lora_files import trained_with
+from kontext_min.extras.lora_files import note_other_path, trained_with
 from kontext_min.extras.pictures import existing
 from kontext_min.extras.report import is_report
 
@@ -186,9 +186,11 @@ def check_training(s: Any) -> None:
     )
     with suppress(OSError, ValueError):  # what is wrong with it is said where it is loaded
         base = find(s.transformer or s.weights, "transformer")[0]
-        learned = trained_with(metadata(base), base).get("objective", s.objective)
-        if learned != s.objective:
+        about = trained_with(metadata(base), base)
+        if (learned := about.get("objective", s.objective)) != s.objective:
             print(f"note: {base} was trained for {learned}, so {s.objective} starts from far away", file=sys.stderr)
+        else:
+            note_other_path(str(base), about, vars(s))
 
 
 def check_folders(s: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.pictures import Job, reference_of
 from kontext_min.extras.runs import in_words, lock
-from kontext_min.extras.saving import naming
+from kontext_min.extras.saving import append_line
 
 # Every further picture would fail as this one did: a disk that is full, gone, broken or not yours, a limit, a pipe.
 ENDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
@@ -100,9 +100,8 @@ def noted(job: Job, target: Path, how: dict[str, Any], overwrite: bool) -> Itera
 
     def note(size: int | None) -> None:
         if how:
-            with naming(record), record.open("a", encoding="utf-8") as f:
-                line = {"picture": job.name, "input": _state(job, how), "size": size, "how": how}
-                f.write(json.dumps(line) + "\n")
+            line = {"picture": job.name, "input": _state(job, how), "size": size, "how": how}
+            append_line(record, json.dumps(line))
 
     if not replaces:
         note(None)

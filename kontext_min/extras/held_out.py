@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kontext_min import data
-from kontext_min.extras.inventory import describe, unread
+from kontext_min.extras.inventory import describe, scan_whole, unread
 from kontext_min.extras.stand_ins import is_plain
 
 MOST = 8  # pictures; of --hr-root at most one in eight
@@ -34,7 +34,7 @@ def split(
     if settings.validate_every_epochs == 0:
         return list(pictures), [], []
     if settings.val_root:
-        found, rejected = data.scan(settings.val_root)
+        found, rejected = scan_whole(settings.val_root)
         found, small = data.usable(found, buckets)
         unused = rejected + small + unread(settings.val_root, found)
         if not found:

@@ -4,6 +4,7 @@ data.scan ignores files that Pillow does not know as pictures. `unread` names th
 """
 
 import json
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence, Set
@@ -19,6 +20,7 @@ from kontext_min.extras.not_read import ends, not_read
 RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
 MARK = "kontext_min"  # how the software of a restored picture or a sheet starts, in its EXIF
 ONE_COLOR = 16  # of 255: a picture whose channels span no more shows nothing, or is read wrong
+ZEROS = "its end is missing, and zeros stand in its place; copy it again"
 # Pictures that are not read: those that Pillow does not know, and what it knows besides photographs.
 UNREAD = {
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".exr", ".hdr", ".heic", ".heif", ".hif", ".iiq", ".jxl", ".nef",
@@ -27,6 +29,34 @@ UNREAD = {
 } - ENDINGS  # fmt: skip
 # Those that Pillow knows by their first bytes; the others only by their ending.
 SIGNED = sorted(set(Image.OPEN) - {"BUFR", "CUR", "GRIB", "HDF5", "ICO", "MPEG", "PCX", "SGI", "SPIDER", "TGA"})
+
+
+def scan_whole(root: Path) -> tuple[list[Picture], list[tuple[str, str]]]:
+    """As data.scan, without files that `zeros_at_end` knows; those are among the rejected."""
+    pictures, rejected = scan(root)
+    with ThreadPoolExecutor(THREADS) as pool:
+        cut = [
+            p for p, found in zip(pictures, pool.map(zeros_at_end, [p.path for p in pictures]), strict=True) if found
+        ]
+    return [p for p in pictures if p not in cut], sorted(rejected + [(p.name, ZEROS) for p in cut])
+
+
+def zeros_at_end(path: Path) -> bool:
+    """Whether zeros stand in place of a file's end, as after a download that stopped. Pillow reads them as pixels."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
+        if any(file.read()):
+            return False
+        file.seek(0)
+        content = file.read().rstrip(b"\0")
+        if content.startswith(b"\xff\xd8"):  # a JPEG: its end follows the start of its scan, unlike that of a thumbnail
+            return content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda")
+        if content.startswith(b"\x89PNG"):
+            return b"IEND" not in content[-8:]
+        # The EXIF of a WebP may be last, and end in zeros, or the free space of an AVIF.
+        last = {b"RIFF": b"EXIF", b"ftyp": b"free"}.get(content[:4] if content[:4] == b"RIFF" else content[4:8])
+        return last is not None and last not in content
+    return False
 
 
 def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:

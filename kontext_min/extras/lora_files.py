@@ -514,6 +514,17 @@ def note_other_base(whose: str, about: Mapping[str, Any], here: Mapping[str, Any
             print(f"note: {whose}: was trained on another {what}", file=sys.stderr)
 
 
+def note_other_path(whose: str, about: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """A line if a header says that something was trained on another path than that of `settings`."""
+    for key in ("objective", "context", "source_noise", "start_time"):
+        then, now = about.get(key), settings.get(key)
+        if None not in (then, now) and now != "auto" and then != (float(now) if key == "start_time" else now):
+            what = then if key == "objective" else f"{key.replace('_', ' ')} {then}"
+            print(f"note: {whose}: was trained for {what}, not for {now}", file=sys.stderr)
+            if key == "objective":  # the others are parts of a bridge
+                break
+
+
 def purpose(loras: Sequence[str]) -> dict[str, Any]:
     """What several LoRAs (FILE or FILE=STRENGTH) were trained for: each setting from the first that has it.
 
@@ -698,13 +709,7 @@ def init_lora(
     (lora, metadata), layers = factors_for(model, path), lora_layers(model)
     _note_if_idle(path, lora, 1)
     about = trained_with(metadata, path)
-    for key in ("objective", "context", "source_noise", "start_time"):
-        then, now = about.get(key), (settings or {}).get(key)
-        if None not in (then, now) and now != "auto" and then != (float(now) if key == "start_time" else now):
-            what = then if key == "objective" else f"{key.replace('_', ' ')} {then}"
-            print(f"note: --init-lora {path}: was trained for {what}, not for {now}", file=sys.stderr)
-            if key == "objective":  # the others are parts of a bridge
-                break
+    note_other_path(f"--init-lora {path}", about, settings or {})
     note_other_base(f"--init-lora {path}", about, {"base": base})
     apart = [name for name in lora if name not in layers]
     if apart:

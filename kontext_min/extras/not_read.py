@@ -45,13 +45,15 @@ def ends(file: BinaryIO) -> bytes:
 def not_read(image: Image.Image, ends: bytes) -> list[str]:
     """What changes the look of a picture and is not read, from `ends` of its file.
 
-    The frames of an MPO are versions of one, a PSD's its layers.
+    The frames of an MPO are versions of one, unless it says that they are several; those of a PSD are its layers.
     """
-    frames = 1 if image.format in ("MPO", "PSD") else getattr(image, "n_frames", 1)
+    frames = 1 if image.format == "PSD" else getattr(image, "n_frames", 1)
+    if image.format == "MPO":
+        kinds = [entry["Attribute"]["MPType"] for entry in getattr(image, "mpinfo", {}).get(0xB002, ())]
+        frames = sum(kind.startswith("Multi-Frame") for kind in kinds)
     found = [f"{frames} frames or pages: the first is read"] * (frames > 1)
     if {"srgb", "icc_profile"} & set(image.info):
         return found
-    found += ["CMYK without a color profile: its colors are a guess"] * (image.mode == "CMYK")
     gamma, primaries = image.info.get("gamma", 1 / 2.2), image.info.get("chromaticity", PRIMARIES)
     found += [f"its gamma of {gamma:g} is not applied"] * (abs(gamma - 1 / 2.2) > 0.01)
     apart = max(abs(a - b) for a, b in zip(primaries, PRIMARIES, strict=True)) > 0.01
@@ -76,9 +78,14 @@ def is_deep(image: Image.Image, ends: bytes) -> bool:
 def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     """The entries that a restored picture does not have, from the loaded picture and both `ends` of its file."""
     words = {*image.info} & WORDS
-    words |= {"IPTC"} if 0x0404 in (image.info.get("photoshop") or {}) else set()
+    # That of a TIFF may be stored as numbers, of which Pillow gives the first.
+    lost = image.format == "TIFF" and not isinstance(image.tag_v2.get(33723, b""), bytes)
+    words |= {"IPTC"} if lost or 0x0404 in (image.info.get("photoshop") or {}) else set()
     found = [f"its {', '.join(sorted(words))}: dropped, as only EXIF and XMP are kept"] * bool(words)
     info = image.info
+    found += ["CMYK without a color profile: its colors are a guess"] * (
+        image.mode == "CMYK" and "icc_profile" not in info
+    )
     aspect = info.get("aspect") or (info.get("jfif_unit") == 0 and info.get("jfif_density")) or (1, 1)
     found += [f"its pixels of {aspect[0]}:{aspect[1]}: dropped, and taken for square"] * (aspect[0] != aspect[1])
     found += ["its place on a map (GeoTIFF): dropped"] * (GEO in getattr(image, "tag_v2", ()))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kontext_min.data import Pairs, Picture, Size, crop, open_picture, scan, to_tensor
-from kontext_min.extras.inventory import parts_not_read, unread, unused
+from kontext_min.data import Pairs, Picture, Size, crop, open_picture, to_tensor
+from kontext_min.extras.inventory import parts_not_read, scan_whole, unread, unused
 from kontext_min.utils import numpy_generator
 
 SHOWN = 10  # problems
@@ -88,7 +88,7 @@ def match(pictures: Sequence[Picture], root: Path) -> list[Picture]:
     Raises:
         ValueError: some are missing, unreadable, shared, the picture itself, or differ in shape by over one pixel.
     """
-    found, rejected = scan(root)
+    found, rejected = scan_whole(root)
     reasons = {_stem(name): reason for name, reason in rejected + unread(root, [])}
     stems: dict[str, list[Picture]] = {}
     for p in found:

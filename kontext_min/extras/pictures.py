@@ -42,6 +42,7 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan, srgb_transform
 from kontext_min.extras.inventory import (
     RECORD,
+    ZEROS,
     is_one_color,
     is_result,
     marked,
@@ -49,6 +50,7 @@ from kontext_min.extras.inventory import (
     printable,
     unread,
     unused,
+    zeros_at_end,
 )
 from kontext_min.extras.not_read import ends, is_deep, not_kept, not_read
 from kontext_min.extras.saving import naming
@@ -59,8 +61,9 @@ KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif"
 QUALITY = 95  # of JPEG and WebP
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # in pixels, of the formats' encoders
 LARGEST_SEGMENT = 65502 - 64  # bytes of EXIF or XMP in a JPEG; the mark takes some
-# Title, camera, resolution, software, date, artist, computer, copyright, rating, IPTC, Windows' title to subject.
-KEPT = {269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 18246, 18249, 33723, *range(40091, 40096)}
+IPTC = 33723
+# Title, camera, resolution, software, date, artist, computer, copyright, rating, Windows' title to subject.
+KEPT = {IPTC, 269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 18246, 18249, *range(40091, 40096)}
 # Of the Exif part all is kept but the layout of the old pixels, and an offset into the old file.
 DROPPED = {37121, 37122, ExifTags.IFD.Interop}
 # XMP with one of these describes the old pixels: their size, their layers, raw settings that would be applied twice.
@@ -292,6 +295,8 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
             with suppress(Exception), open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
                 notes += [f"{path}: {what}" for what in not_read(image, ends(opened))]
+            if zeros_at_end(path):
+                raise UnreadableError(f"{path}: {ZEROS}.")
             clean = open_picture(path, to_srgb=True)  # says what is wrong with the file, if anything is
             notes += [f"{path}: nearly one color; look at the file"] * is_one_color(clean)
             if clean.size != job.size:
@@ -348,6 +353,8 @@ def _on_white(picture: Image.Image, alpha: Image.Image) -> Image.Image:
 def read(path: Path) -> File:
     """A file with all that can be kept of it. Raises UnreadableError, a ValueError that names the file."""
     rgb = open_picture(path)
+    if zeros_at_end(path):
+        raise UnreadableError(f"{path}: {ZEROS}.")
     try:
         with open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
             keep, alpha, foreign = {}, None, None
@@ -419,7 +426,7 @@ def _exif(image: Image.Image, size: Size, lying: bool) -> tuple[Image.Transpose 
     """How data.open_picture turned the picture, and the EXIF of a picture of this size."""
     old, new = Image.Image.getexif(image), Image.Exif()  # as data.py reads it: see there
     turn = TURNS.get(old.get(ExifTags.Base.Orientation))  # of a TIFF there is none left: Pillow turned it
-    new.update(_texts({tag: old[tag] for tag in KEPT & set(old)}))
+    new.update(_texts({tag: old[tag] for tag in KEPT & set(old) if tag != IPTC or isinstance(old[tag], bytes)}))
     if lying and {282, 283} <= set(new):  # resolution
         new[282], new[283] = new[283], new[282]
     if photo := {tag: value for tag, value in old.get_ifd(ExifTags.IFD.Exif).items() if tag not in DROPPED}:

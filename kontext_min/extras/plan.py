@@ -114,7 +114,9 @@ class Sizes:
             if assumed := [key for key, ours in NOT_IN_SHAPES[part].items() if ours not in known]:
                 what = f"not of FLUX's size, and no config.json beside it gives its {' and '.join(assumed)}"
                 print(f"note: {file}: {what}; as in FLUX is assumed", file=sys.stderr)
-        length = prompts.max_length(weights)
+        length, config = prompts.max_length(weights), weights.root / "tokenizer_2" / "tokenizer_config.json"
+        if not config.is_file():
+            print(f"note: {config}: no such file, which gives the length of prompts; FLUX's {length}", file=sys.stderr)
         return cls(flux.params, autoencoder.params, t5.encoder.params, length, DTYPES[largest.dtype])
 
     @property

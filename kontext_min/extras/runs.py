@@ -42,7 +42,7 @@ from kontext_min.checkpoints import metadata, read_json
 from kontext_min.data import THREADS
 from kontext_min.extras.fingerprint import PAGE
 from kontext_min.extras.inventory import marked
-from kontext_min.extras.saving import checksum, naming, save_file
+from kontext_min.extras.saving import append_line, checksum, naming, save_file
 
 # What a run writes. Nothing else in its folder is replaced or deleted.
 WRITTEN = re.compile(
@@ -520,8 +520,7 @@ def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 def append_metrics(folder: Path, row: Mapping[str, Any], board: Any = None) -> None:
     """Add one line to metrics.jsonl, where a number that is not finite becomes null, and to tensorboard's board."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
-        f.write(json.dumps(finite(row)) + "\n")
+    append_line(folder / "metrics.jsonl", json.dumps(finite(row)))
     if board:
         group = "validation" if row.get("validation") else "train"
         for name, value in row.items():

@@ -28,6 +28,13 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def append_line(path: Path, line: str) -> None:
+    """Write a line at the end of a file, and not behind one that a kill or a full disk has cut."""
+    with naming(path), path.open("a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        file.write(b"\n" * (file.read() not in (b"", b"\n")) + line.encode() + b"\n")
+
+
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file under another name and rename it, so that it is whole or absent.
 

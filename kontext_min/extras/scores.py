@@ -15,6 +15,7 @@ from kontext_min.extras.flags import defaults, to_json
 from kontext_min.extras.inventory import RECORD, printable
 from kontext_min.extras.progress import Progress
 from kontext_min.extras.runs import finite, write_json
+from kontext_min.extras.saving import append_line
 
 LARGE = 4e6  # pixels of a picture whose scores take seconds
 
@@ -61,7 +62,6 @@ class Scores:
         if self.figures:
             lines.append(report.write_restored_report(self.folder, self.figures, restored, mean, self.settings))
             notes.append(self.of_report)
-        if notes and self.record.is_file():
-            with self.record.open("a", encoding="utf-8") as f:
-                f.write("".join(f"{note}\n" for note in notes))
+        for note in notes if self.record.is_file() else ():
+            append_line(self.record, note)
         return lines
