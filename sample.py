@@ -51,7 +51,9 @@ picture, scoring, model, method, machine = (
 class Settings:
     """Every flag of sample.py."""
 
-    input: Path = picture(..., "picture to restore, or a folder of pictures", there="file or folder")
+    input: Path = picture(
+        ..., "picture to restore, or a folder of pictures, without hidden ones", there="file or folder"
+    )
     output: Path = picture(..., "file to write, in the format of its extension, or a folder")
     overwrite: bool = picture(False, "replace files that exist in --output")
     resolution: int | None = picture(None, "work size: side in pixels of an equal-area square", least=16, most=16384)

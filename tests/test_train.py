@@ -206,7 +206,8 @@ def test_a_changed_setting_is_named_and_must_be_confirmed(run, tmp_path, capsys)
     assert run("--resume", "--accept-changes", "--init-lora", shutil.copy(lora, tmp_path / "start.safetensors")) == 2
     assert f"--init-lora {tmp_path / 'start.safetensors'}: {tmp_path / 'run'} continues from" in capsys.readouterr().err
     assert run("--resume", "--lr", 3e-4, "--accept-changes") == 0
-    assert "continuing from" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "continuing from" in said and "lora.safetensors is that of the run before, until this one is done" in said
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000004" / "state.json").read_text())
     assert state["best_step"] == 4  # those of before may have had easier pictures
 
@@ -231,6 +232,19 @@ def test_a_changed_picture_or_caption_must_be_confirmed(run, tmp_path, capsys):
     assert "pictures were added, removed or changed" in capsys.readouterr().err
     assert run("--hr-root", hr, "--steps", 3, "--accept-changes") == 0
     assert "pictures to validate on may have been trained on before" in capsys.readouterr().out
+
+
+def test_a_picture_that_keeps_its_size_when_it_is_edited_is_known_by_its_time(tmp_path):
+    for ending, known in (("bmp", True), ("png", False)):  # of a PNG the time does not count: a copy is as good
+        file = tmp_path / f"a.{ending}"
+        Image.effect_noise((300, 300), 50).convert("RGB").save(file)
+        picture = data.Picture(file, file.name, 300, 300)
+        before = runs.marks([picture])
+        content = bytearray(file.read_bytes())
+        content[len(content) // 4] ^= 1
+        file.write_bytes(content)
+        os.utime(file, (1e9, 1e9))
+        assert (runs.marks([picture]) != before) == known
 
 
 def test_a_pipe_as_caption_is_not_waited_for_and_an_empty_one_is_named(run, tmp_path, capsys):

@@ -52,6 +52,21 @@ WRITTEN = re.compile(
 CHECKPOINT = {"state.json", "trained.safetensors", "optimizer.safetensors", "ema.safetensors"}  # what continues a run
 CHECKPOINT |= {"lora.safetensors", "transformer"}  # what is used
 LEFTOVER = re.compile(r"\.step-\d+(\.\d+)?")  # of a process that was killed while it wrote or deleted a checkpoint
+UNCOMPRESSED = {
+    ".bmp",
+    ".dib",
+    ".pbm",
+    ".pcx",
+    ".pgm",
+    ".pnm",
+    ".ppm",
+    ".rgb",
+    ".rgba",
+    ".sgi",
+    ".tga",
+    ".tif",
+    ".tiff",
+}
 KEEP = 3  # checkpoints besides the best one
 MAY_CHANGE = (  # settings that change no result, apart from rounding
     *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions", "defaults"),
@@ -115,6 +130,8 @@ def open_run(
     start = settings.get("init_lora")
     if last and before and start and before.get("init_lora") != start:
         raise ValueError(f"--init-lora {start}: {folder} continues from {last.name}; leave the flag out, or {instead}.")
+    if results and write:
+        print(f"note: {folder / results[0]} is that of the run before, until this one is done")
     others = before and any(before.get(k) != settings[k] for k in ("pictures", "files") if k in settings)
     if there and accept and write and others:
         print("note: pictures to validate on may have been trained on before, and score too high then")
@@ -285,17 +302,21 @@ def hash_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int]]:
-    """(name, bytes, checksum of its start, middle and end) of each of some data.Picture."""
+def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int, int]]:
+    """(name, bytes, checksum of start, middle and end, time of change where it is needed) of each of some data.Picture.
 
-    def mark(picture: Any) -> tuple[str, int, int]:
+    Without compression an edited picture keeps its size, and most of its bytes. Of others the time does not count, so
+    that a run continues with a copy of its pictures.
+    """
+
+    def mark(picture: Any) -> tuple[str, int, int, int]:
         with picture.path.open("rb", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            crc = 0
-            for place in (0, size // 2, max(0, size - PAGE)):
+            state, crc = os.fstat(file.fileno()), 0
+            for place in (0, state.st_size // 2, max(0, state.st_size - PAGE)):
                 file.seek(place)
                 crc = zlib.crc32(file.read(PAGE), crc)
-        return picture.name, size, crc
+        plain = picture.path.suffix.lower() in UNCOMPRESSED
+        return picture.name, state.st_size, crc, state.st_mtime_ns * plain
 
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(mark, pictures))
