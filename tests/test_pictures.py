@@ -475,6 +475,24 @@ def test_iptc_that_is_stored_as_numbers_is_named(tmp_path):
             assert made.tag_v2.get(33723) == (None if said else b"\x1c\x02\x05")
 
 
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_webp_without_loss_stays_without(tmp_path, lossless):
+    for alpha in (False, True):
+        picture = crop(60, 40)
+        if alpha:
+            picture.putalpha(Image.linear_gradient("L").resize((60, 40)))
+        picture.save(
+            tmp_path / "in.webp", lossless=lossless, exact=True, icc_profile=swapped_profile() if alpha else None
+        )
+        file = read(tmp_path / "in.webp")
+        assert file.keep.get("lossless", False) == lossless
+        noisy = Image.effect_noise((60, 40), 60).convert("RGB")
+        for ending, exact in (("webp", lossless), ("jpg", False), ("png", True)):
+            write(tmp_path / f"out.{ending}", noisy, file)
+            if not alpha:
+                assert (read(tmp_path / f"out.{ending}").rgb.tobytes() == noisy.tobytes()) == exact
+
+
 def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):
     """Its white, 4095, is 16 of 255."""
     x = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)

@@ -372,6 +372,8 @@ def read(path: Path) -> File:
                 else:
                     notes.append(f"its {space} color profile does not fit RGB: converted to sRGB")
                     rgb, foreign = open_picture(path, to_srgb=True), profile
+            if image.format == "WEBP" and b"VP8L" in both_ends and b"VP8 " not in both_ends:
+                keep["lossless"] = True
             if min(dpi := image.info.get("dpi", (0, 0))) > 0:
                 keep["dpi"] = tuple(map(float, dpi[::-1] if lying else dpi))
             if xmp := image.info.get("xmp"):
