@@ -362,7 +362,9 @@ def test_modes_become_rgb(tmp_path):
     frames = [Image.new("RGB", (16, 16), c) for c in ("red", "lime", "blue")]
     for name, options in (("a.gif", {}), ("a.png", {}), ("a.webp", {"lossless": True})):
         assert (opened(frames[0], name, save_all=True, append_images=frames[1:], **options) == (255, 0, 0)).all()
+    Image.open(tmp_path / "white.jpg").save(tmp_path / "z.jpeg")
     said = inventory.describe(tmp_path, *data.scan(tmp_path), SMALL)
+    assert "CMYK6.tif: CMYK without a color profile: its colors are a guess, and 4 more like it" in said
     assert "a.gif: 3 frames or pages: the first is read, and 2 more like it" in said
 
 

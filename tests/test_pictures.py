@@ -462,6 +462,7 @@ def test_a_file_whose_end_is_zeros_is_cut(tmp_path, ending):
         assert rejected == [(file.name, inventory.ZEROS)] and data.scan(tmp_path)[0][1].name == file.name
 
 
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
 def test_iptc_that_is_stored_as_numbers_is_named(tmp_path):
     """Pillow reads the first of them only, and would write its digits."""
     numbers = TiffImagePlugin.ImageFileDirectory_v2()
@@ -491,6 +492,14 @@ def test_a_webp_without_loss_stays_without(tmp_path, lossless):
             write(tmp_path / f"out.{ending}", noisy, file)
             if not alpha:
                 assert (read(tmp_path / f"out.{ending}").rgb.tobytes() == noisy.tobytes()) == exact
+
+
+def test_a_name_that_is_not_utf_8_is_named(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    crop(20, 20).save(tmp_path / "in" / os.fsdecode(b"caf\xe9.png"))
+    jobs, _ = find(tmp_path / "in", tmp_path / "out")
+    assert jobs[0].output.name == "caf\\xe9.png"
+    assert "1 names are not UTF-8, and are written so: caf\\xe9.png" in capsys.readouterr().err
 
 
 def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):

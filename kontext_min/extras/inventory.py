@@ -5,6 +5,7 @@ data.scan ignores files that Pillow does not know as pictures. `unread` names th
 
 import json
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence, Set
@@ -142,16 +143,20 @@ def is_one_color(rgb: Image.Image) -> bool:
 
 
 def parts_not_read(root: Path, pictures: Sequence[Picture]) -> list[str]:
-    """A line about the first of some pictures of which a part is not read, and how many follow."""
-    found = []
-    for p in pictures:
-        # As in data.open_picture, anything is raised. A JPEG has no such parts.
-        with suppress(Exception):
-            if p.path.suffix.lower() not in (".jpg", ".jpeg"):
-                with p.path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-                    found += [f"{p.name}: {what}" for what in not_read(image, ends(file))]
-    more = f", and {len(found) - 1} more like it" * (len(found) > 1)
-    return [f"note: {root}: {printable(found[0])}{more}"] if found else []
+    """A line for each kind of part that is not read: the first of the pictures, and how many follow."""
+
+    def parts(picture: Picture) -> list[str]:
+        with suppress(Exception), picture.path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            return not_read(image, ends(file))
+        return []  # as in data.open_picture, anything is raised
+
+    kinds: dict[str, list[str]] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for p, found in zip(pictures, pool.map(parts, pictures), strict=True):
+            for what in found:
+                kinds.setdefault(re.sub(r"\d", "", what), []).append(f"{p.name}: {what}")
+    more = {kind: f", and {len(found) - 1} more like it" * (len(found) > 1) for kind, found in kinds.items()}
+    return [f"note: {root}: {printable(found[0])}{more[kind]}" for kind, found in kinds.items()]
 
 
 def _is_picture(path: Path) -> bool:

@@ -54,7 +54,9 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     found = [f"{frames} frames or pages: the first is read"] * (frames > 1)
     if {"srgb", "icc_profile"} & set(image.info):
         return found
-    gamma, primaries = image.info.get("gamma", 1 / 2.2), image.info.get("chromaticity", PRIMARIES)
+    found += ["CMYK without a color profile: its colors are a guess"] * (image.mode == "CMYK")
+    linear = image.format == "QOI" and ends[13:14] == b"\1"
+    gamma, primaries = image.info.get("gamma", 1.0 if linear else 1 / 2.2), image.info.get("chromaticity", PRIMARIES)
     found += [f"its gamma of {gamma:g} is not applied"] * (abs(gamma - 1 / 2.2) > 0.01)
     apart = max(abs(a - b) for a, b in zip(primaries, PRIMARIES, strict=True)) > 0.01
     space = re.search(SPACES.get(image.format, rb"(?!)"), ends, re.DOTALL)
@@ -83,9 +85,6 @@ def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     words |= {"IPTC"} if lost or 0x0404 in (image.info.get("photoshop") or {}) else set()
     found = [f"its {', '.join(sorted(words))}: dropped, as only EXIF and XMP are kept"] * bool(words)
     info = image.info
-    found += ["CMYK without a color profile: its colors are a guess"] * (
-        image.mode == "CMYK" and "icc_profile" not in info
-    )
     aspect = info.get("aspect") or (info.get("jfif_unit") == 0 and info.get("jfif_density")) or (1, 1)
     found += [f"its pixels of {aspect[0]}:{aspect[1]}: dropped, and taken for square"] * (aspect[0] != aspect[1])
     found += ["its place on a map (GeoTIFF): dropped"] * (GEO in getattr(image, "tag_v2", ()))
