@@ -1207,6 +1207,22 @@ def test_the_record_is_of_each_picture(identity, small_bundle, tmp_path, capsys,
     assert "out: not as they were written, and kept: b.png; --overwrite restores all" in capsys.readouterr().err
 
 
+def test_a_record_that_has_lost_its_last_lines_does_not_vouch_for_pictures(identity, small_bundle, tmp_path, capsys):
+    """A TIFF keeps its size, so more than that must be known of the file."""
+    (tmp_path / "in").mkdir()
+    crop(32, 32).save(tmp_path / "in" / "a.tif")
+    args = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle]
+    assert run(*args) == 0
+    record, first = tmp_path / "out" / ".restored-with.jsonl", (tmp_path / "out" / "a.tif").stat().st_size
+    lines = record.read_bytes()
+    assert run(*args, "--overwrite", "--degrade", "noise=0.2") == 0 and record.read_bytes().startswith(lines)
+    assert (tmp_path / "out" / "a.tif").stat().st_size == first
+    record.write_bytes(lines + b'{"picture": "a.tif", "inp')
+    capsys.readouterr()
+    assert run(*args) == 0
+    assert "not as they were written, and kept: a.tif" in capsys.readouterr().err
+
+
 def test_a_full_disk_ends_a_folder_and_names_the_file(identity, small_bundle, tmp_path, capsys, monkeypatch):
     (tmp_path / "in").mkdir()
     for name in "abc":

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from kontext_min.extras.fingerprint import size_and_samples
 from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.pictures import Job, reference_of
 from kontext_min.extras.runs import in_words, lock
@@ -53,7 +54,7 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
             f"--output {target}: holds {reasons.total()} of these pictures, but {'; '.join(reasons)}; --overwrite "
             "restores them again, or choose another folder."
         )
-    edited = [j.name for j in there if made[j.name]["size"] not in (None, j.output.stat().st_size)]
+    edited = [j.name for j in there if made[j.name]["file"] not in (None, list(size_and_samples(j.output)))]
     if edited:
         which = f"{', '.join(edited[:3])}{' ...' * (len(edited) > 3)}"
         print(f"note: {target}: not as they were written, and kept: {which}; --overwrite restores all", file=sys.stderr)
@@ -66,7 +67,7 @@ def _read(record: Path) -> dict[str, dict[str, Any]]:
     for text in record.read_text(encoding="utf-8", errors="replace").splitlines() if record.is_file() else []:
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             line = json.loads(text)
-            made[line["picture"]] = {"how": dict(line["how"]), "input": line["input"], "size": line.get("size")}
+            made[line["picture"]] = {"how": dict(line["how"]), "input": line["input"], "file": line.get("file")}
     return made
 
 
@@ -89,7 +90,7 @@ def noted(job: Job, target: Path, how: dict[str, Any], overwrite: bool) -> Itera
     """Say in the record how the picture that the block writes is made; of a single one, nothing.
 
     That is before a new picture is written, but only after an old one is replaced: wherever a kill falls in between,
-    no picture counts as made in a way that it was not. The size of its file is known, and noted, after both.
+    no picture counts as made in a way that it was not. Its file is known, and noted, after both.
 
     Raises:
         ValueError: without `overwrite`, a file of this name has come since the start.
@@ -98,15 +99,15 @@ def noted(job: Job, target: Path, how: dict[str, Any], overwrite: bool) -> Itera
     if replaces and not overwrite:
         raise ValueError(f"{job.output}: has come since the start, and is kept; --overwrite replaces it.")
 
-    def note(size: int | None) -> None:
+    def note(file: tuple[int, int] | None) -> None:
         if how:
-            line = {"picture": job.name, "input": _state(job, how), "size": size, "how": how}
+            line = {"picture": job.name, "input": _state(job, how), "file": file, "how": how}
             append_line(record, json.dumps(line))
 
     if not replaces:
         note(None)
     yield
-    note(job.output.stat().st_size)
+    note(size_and_samples(job.output) if how else None)
 
 
 @contextmanager

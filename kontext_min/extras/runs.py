@@ -23,7 +23,6 @@ import signal
 import sys
 import tempfile
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -40,7 +39,7 @@ from torch import Tensor
 
 from kontext_min.checkpoints import metadata, read_json
 from kontext_min.data import THREADS
-from kontext_min.extras.fingerprint import PAGE
+from kontext_min.extras.fingerprint import size_and_samples
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.saving import append_line, checksum, naming, save_file
 
@@ -310,13 +309,8 @@ def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int, int]]:
     """
 
     def mark(picture: Any) -> tuple[str, int, int, int]:
-        with picture.path.open("rb", buffering=0) as file:
-            state, crc = os.fstat(file.fileno()), 0
-            for place in (0, state.st_size // 2, max(0, state.st_size - PAGE)):
-                file.seek(place)
-                crc = zlib.crc32(file.read(PAGE), crc)
         plain = picture.path.suffix.lower() in UNCOMPRESSED
-        return picture.name, state.st_size, crc, state.st_mtime_ns * plain
+        return picture.name, *size_and_samples(picture.path), picture.path.stat().st_mtime_ns * plain
 
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(mark, pictures))
