@@ -499,7 +499,7 @@ def test_a_name_that_is_not_utf_8_is_named(tmp_path, capsys):
     crop(20, 20).save(tmp_path / "in" / os.fsdecode(b"caf\xe9.png"))
     jobs, _ = find(tmp_path / "in", tmp_path / "out")
     assert jobs[0].output.name == "caf\\xe9.png"
-    assert "1 names are not UTF-8, and are written so: caf\\xe9.png" in capsys.readouterr().err
+    assert "not UTF-8 are 1 of the names; their pictures are written as here: caf\\xe9.png" in capsys.readouterr().err
 
 
 def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):

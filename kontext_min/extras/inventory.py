@@ -36,10 +36,9 @@ def scan_whole(root: Path) -> tuple[list[Picture], list[tuple[str, str]]]:
     """As data.scan, without files that `zeros_at_end` knows; those are among the rejected."""
     pictures, rejected = scan(root)
     with ThreadPoolExecutor(THREADS) as pool:
-        cut = [
-            p for p, found in zip(pictures, pool.map(zeros_at_end, [p.path for p in pictures]), strict=True) if found
-        ]
-    return [p for p in pictures if p not in cut], sorted(rejected + [(p.name, ZEROS) for p in cut])
+        are_cut = list(pool.map(zeros_at_end, [p.path for p in pictures]))
+    rejected += [(p.name, ZEROS) for p, is_cut in zip(pictures, are_cut, strict=True) if is_cut]
+    return [p for p, is_cut in zip(pictures, are_cut, strict=True) if not is_cut], sorted(rejected)
 
 
 def zeros_at_end(path: Path) -> bool:

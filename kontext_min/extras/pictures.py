@@ -181,7 +181,10 @@ def _find_in_folder(source: Path, target: Path, across: int) -> tuple[list[Job],
     rejected += unread(source, [])
     jobs = [Job(p.path, p.name, target / _writable_name(p.name), (p.width, p.height)) for p in pictures]
     if odd := [p.name for p in pictures if p.name != p.path.relative_to(source).as_posix()]:
-        print(f"note: {source}: {len(odd)} names are not UTF-8, and are written so: {odd[0]}", file=sys.stderr)
+        print(
+            f"note: {source}: not UTF-8 are {len(odd)} of the names; their pictures are written as here: {odd[0]}",
+            file=sys.stderr,
+        )
     # The output may lie in the input, and so may that of an earlier call: what is restored is not restored again.
     root, new = source.resolve(), target.resolve()
     made = {folder for folder in (new, *(record.parent for record in root.rglob(RECORD))) if root in folder.parents}
