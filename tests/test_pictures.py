@@ -502,6 +502,38 @@ def test_a_name_that_is_not_utf_8_is_named(tmp_path, capsys):
     assert "not UTF-8 are 1 of the names; their pictures are written as here: caf\\xe9.png" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("order", "code"), [("<", "utf-16-le"), (">", "utf-16-be")])
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_exif_keeps_its_byte_order(tmp_path, order, code, ending):
+    """Comments in UTF-16 and the camera's own notes are bytes, which are read in the order of the whole."""
+    exif = Image.Exif()
+    exif.endian = order
+    comment = b"UNICODE\0" + "größer".encode(code)
+    exif.get_ifd(EXIF).update({37500: b"\0\1\2\3" * 9, 37510: comment})
+    crop(40, 30).save(tmp_path / "in.jpg", exif=exif)
+    file = read(tmp_path / "in.jpg")
+    write(tmp_path / f"out.{ending}", file.rgb, file)
+    with Image.open(tmp_path / f"out.{ending}") as made:
+        found, endian = made.getexif(), made.getexif().endian
+        assert endian == ("<" if ending == "tif" else order)  # Pillow has no choice there
+        assert found.get_ifd(EXIF)[37500] == b"\0\1\2\3" * 9
+        assert found.get_ifd(EXIF)[37510][8:].decode("utf-16-le" if endian == "<" else "utf-16-be") == "größer"
+
+
+def test_a_picture_with_alpha_and_broken_exif_is_upright(tmp_path, monkeypatch):
+    """Its colors are taken from the stored picture, which has to be turned too."""
+    exif, picture = Image.Exif(), crop(40, 30)
+    exif[ExifTags.Base.Orientation] = 6
+    picture.putalpha(128)
+    picture.save(tmp_path / "in.webp", exif=exif, lossless=True, exact=True)
+    good = read(tmp_path / "in.webp")
+    monkeypatch.setattr(pictures, "_exif", lambda *_: 1 / 0)
+    file = read(tmp_path / "in.webp")
+    assert "its EXIF can't be read: dropped" in file.notes
+    assert file.rgb.tobytes() == good.rgb.tobytes() and file.alpha.tobytes() == good.alpha.tobytes()
+    assert file.rgb.size == file.alpha.size == (30, 40)
+
+
 def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):
     """Its white, 4095, is 16 of 255."""
     x = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)

@@ -157,6 +157,18 @@ def test_headline_tells_what_the_base_gains_without_training(tmp_path):
     rows = [validation_row(0, psnr=28.0), *(training_row(s) for s in range(1, 5)), validation_row(4, psnr=29.0)]
     facts = {name: (value, note) for name, value, note in read(make_run(tmp_path / "run", rows))["facts"]}
     assert facts["Before training"] == ("28.00 dB", "the base alone")
+    folder = make_run(tmp_path / "more", rows, {"init_lora": "a.safetensors", "steps": 4})
+    facts = {name: (value, note) for name, value, note in read(folder)["facts"]}
+    assert facts["Before training"] == ("28.00 dB", "the base with --init-lora")
+
+
+def test_validations_of_easier_pictures_are_not_compared(tmp_path):
+    """As after --accept-changes with another --degrade: the degraded pictures have another PSNR."""
+    rows = [validation_row(0, psnr=30.0), validation_row(2, psnr=33.0)]
+    rows += [row | {"psnr_degraded": 11.7} for row in (validation_row(4, psnr=14.0), validation_row(6, psnr=21.7))]
+    facts = {name: (value, note) for name, value, note in read(make_run(tmp_path / "run", rows))["facts"]}
+    assert facts["Gain in PSNR"] == ("+10.00 dB", "11.70 → 21.70 dB")
+    assert facts["Best step"] == ("6", "by PSNR; the last: 21.70 dB") and "Before training" not in facts
 
 
 def test_slider_shows_the_last_validation_and_offers_the_best(run):

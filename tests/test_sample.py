@@ -712,6 +712,13 @@ def test_the_report_of_another_input_is_kept(scored, tmp_path, capsys):
     assert run("--input", other, *scored[2:6], "--report", "--overwrite") == 0 and page.read_bytes() != before
 
 
+def test_a_report_of_an_earlier_call_is_named(scored, tmp_path, capsys):
+    assert run(*scored, "--report") == 0
+    assert "is of an earlier call" not in capsys.readouterr().out
+    assert run(*scored, "--overwrite", "--strength", 0.5) == 0
+    assert "report.html is of an earlier call; --report writes it again" in capsys.readouterr().out
+
+
 def test_report_of_a_folder(scored, tmp_path):
     assert run(*scored, "--report", "--compare") == 0
     data = data_of(tmp_path / "out" / "report.html")

@@ -235,7 +235,11 @@ def test_a_changed_picture_or_caption_must_be_confirmed(run, tmp_path, capsys):
 
 
 def test_a_picture_that_keeps_its_size_when_it_is_edited_is_known_by_its_time(tmp_path):
-    for ending, known in (("bmp", True), ("png", False)):  # of a PNG the time does not count: a copy is as good
+    for ending, known in (
+        ("bmp", True),
+        ("tga", True),
+        ("png", False),
+    ):  # of a PNG the time does not count: a copy is as good
         file = tmp_path / f"a.{ending}"
         Image.effect_noise((300, 300), 50).convert("RGB").save(file)
         picture = data.Picture(file, file.name, 300, 300)

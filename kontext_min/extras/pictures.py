@@ -7,7 +7,8 @@ A restored picture keeps the size, the ICC profile, the resolution (dpi), the tr
 entries of its file that describe the photograph. Entries that describe the old pixels go. EXIF orientation is applied
 and its tag set to 1; ProcessingSoftware names kontext_min, so that train.py does not take the picture for a clean one.
 Lines say what else is lost: bits beyond 8 per channel, the profile of a gray or CMYK picture (the result is RGB),
-transparency where the format has none, and what not_read.py lists. Pictures are compared in sRGB.
+transparency where the format has none, and what not_read.py lists. Pictures are compared in sRGB. The camera's own
+notes (MakerNote) are copied byte by byte: those that name places in the old file, such as Canon's, can't all be read.
 
 Restored tiles may drift in color, from each other and from the input. Two color fixes give the restored picture the
 colors of the degraded one. Use neither for faded or dark pictures, whose colors you want to change:
@@ -61,7 +62,7 @@ KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif"
 QUALITY = 95  # of JPEG and WebP
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # in pixels, of the formats' encoders
 LARGEST_SEGMENT = 65502 - 64  # bytes of EXIF or XMP in a JPEG; the mark takes some
-IPTC = 33723
+IPTC, COMMENT = 33723, ExifTags.Base.UserComment
 # Title, camera, resolution, software, date, artist, computer, copyright, rating, Windows' title to subject.
 KEPT = {IPTC, 269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 18246, 18249, *range(40091, 40096)}
 # Of the Exif part all is kept but the layout of the old pixels, and an offset into the old file.
@@ -391,7 +392,7 @@ def read(path: Path) -> File:
             try:
                 turn, exif = _exif(image, rgb.size, lying)
             except Exception:  # the picture itself may be fine
-                turn, exif = None, None
+                turn, exif = None if way else TURNS.get(_orientation(image)), None
                 notes.append("its EXIF can't be read: dropped")
             if exif:
                 keep["exif"] = exif
@@ -432,6 +433,7 @@ def _is_adobe_rgb(image: Image.Image) -> bool:
 def _exif(image: Image.Image, size: Size, lying: bool) -> tuple[Image.Transpose | None, bytes | None]:
     """How data.open_picture turned the picture, and the EXIF of a picture of this size."""
     old, new = Image.Image.getexif(image), Image.Exif()  # as data.py reads it: see there
+    new.endian = old.endian  # the camera's own notes and comments in UTF-16 depend on it
     turn = TURNS.get(old.get(ExifTags.Base.Orientation))  # of a TIFF there is none left: Pillow turned it
     new.update(_texts({tag: old[tag] for tag in KEPT & set(old) if tag != IPTC or isinstance(old[tag], bytes)}))
     if lying and {282, 283} <= set(new):  # resolution
@@ -528,6 +530,10 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     exif = _loaded(options.get("exif", b""))
     if "xmp" in options and kind == "TIFF":
         exif[700] = options.pop("xmp")
+    if kind == "TIFF" and exif.endian == ">" and ExifTags.IFD.Exif in exif:  # Pillow writes a TIFF in the other order
+        photo = exif.get_ifd(ExifTags.IFD.Exif)
+        if photo.get(COMMENT, b"").startswith(b"UNICODE\0"):
+            photo[COMMENT] = b"UNICODE\0" + photo[COMMENT][8:].decode("utf-16-be", "replace").encode("utf-16-le")
     if "dpi" in options and kind == "WEBP":  # it has no other place for it
         exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = options.pop("dpi")
         exif[ExifTags.Base.ResolutionUnit] = 2  # per inch

@@ -65,12 +65,17 @@ def write_report(folder: Path) -> Path:
     except (OSError, ValueError, RecursionError):
         settings = {}
     settings = settings if isinstance(settings, dict) else {}
+    # With --accept-changes, those before may be of other pictures or degradations.
+    last = next((row["psnr_degraded"] for row in reversed(validations) if is_number(row.get("psnr_degraded"))), None)
+    alike = [row for row in validations if not is_number(y := row.get("psnr_degraded")) or abs(y - last) < 0.01]
     goal, done = settings.get("steps"), training[-1]["step"] if training else 0
     along = evenly([row for row in validations if isinstance(row.get("loss_at"), list)], 5)
     data = {
-        "facts": run_facts(training, validations, goal),
+        "facts": run_facts(
+            training, alike, goal, "the base with --init-lora" if settings.get("init_lora") else "the base alone"
+        ),
         "unfinished": is_step(goal) and done < goal,
-        **sliders(folder, validations),
+        **sliders(folder, alike),
         "training": curves(training),
         "validation": curves(validations),
         "along": [[row["step"], [y if is_number(y) else None for y in row["loss_at"][:LIST]]] for row in along],
@@ -152,14 +157,14 @@ def save_page(folder: Path, data: Row) -> Path:
 # ------------------------------------------------------------------------------------------------ parts of a run's page
 
 
-def run_facts(training: Sequence[Row], validations: Sequence[Row], goal: Any) -> list[list[str]]:
+def run_facts(training: Sequence[Row], validations: Sequence[Row], goal: Any, start: str) -> list[list[str]]:
     """[name, value, note]: what the best validation gained over the degraded pictures, and what it took."""
     facts = []
     if top := best(validations):
         facts += gains(*(top[key] for key in SCORES))
         first, last = (row.get("psnr") for row in (validations[0], validations[-1]))
         if validations[0].get("step") == 0 and is_number(first):
-            facts.append(["Before training", f"{first:.2f} dB", "the base alone"])
+            facts.append(["Before training", f"{first:.2f} dB", start])
         note = f"by PSNR; the last: {last:.2f} dB" if is_number(last) else "by PSNR"
         facts.append(["Best step", f"{top['step']:,}", note])
     if training:

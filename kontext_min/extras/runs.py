@@ -51,20 +51,20 @@ WRITTEN = re.compile(
 CHECKPOINT = {"state.json", "trained.safetensors", "optimizer.safetensors", "ema.safetensors"}  # what continues a run
 CHECKPOINT |= {"lora.safetensors", "transformer"}  # what is used
 LEFTOVER = re.compile(r"\.step-\d+(\.\d+)?")  # of a process that was killed while it wrote or deleted a checkpoint
-UNCOMPRESSED = {
-    ".bmp",
-    ".dib",
-    ".pbm",
-    ".pcx",
-    ".pgm",
-    ".pnm",
-    ".ppm",
-    ".rgb",
-    ".rgba",
-    ".sgi",
-    ".tga",
-    ".tif",
-    ".tiff",
+COMPRESSED = {
+    ".apng",
+    ".avif",
+    ".gif",
+    ".j2k",
+    ".jp2",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".jpx",
+    ".jfif",
+    ".mpo",
+    ".png",
+    ".webp",
 }
 KEEP = 3  # checkpoints besides the best one
 MAY_CHANGE = (  # settings that change no result, apart from rounding
@@ -309,7 +309,7 @@ def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int, int]]:
     """
 
     def mark(picture: Any) -> tuple[str, int, int, int]:
-        plain = picture.path.suffix.lower() in UNCOMPRESSED
+        plain = picture.path.suffix.lower() not in COMPRESSED
         return picture.name, *size_and_samples(picture.path), picture.path.stat().st_mtime_ns * plain
 
     with ThreadPoolExecutor(THREADS) as pool:

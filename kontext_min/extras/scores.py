@@ -62,6 +62,8 @@ class Scores:
         if self.figures:
             lines.append(report.write_restored_report(self.folder, self.figures, restored, mean, self.settings))
             notes.append(self.of_report)
+        elif report.is_report(page := self.record.with_name("report.html")):
+            lines.append(f"note: {page} is of an earlier call; --report writes it again")
         for note in notes if self.record.is_file() else ():
             append_line(self.record, note)
         return lines
