@@ -306,7 +306,7 @@ def train(settings: Settings) -> int:
     if me.first:
         if settings.overwrite:
             runs.delete_run(folder)
-        runs.write_json(folder / "settings.json", written | {"defaults": defaults(typed, written)})
+        runs.write_json(folder / "settings.json", runs.begun(folder, written) | {"defaults": defaults(typed, written)})
         runs.write_text(folder / "left-out.txt", "".join(f"{name}: {reason}\n" for name, reason in left_out))
         runs.rewind_metrics(folder, state["step"] if last else -1)
     board = runs.open_tensorboard(folder, state["step"]) if settings.tensorboard and me.first else None
@@ -341,7 +341,8 @@ def train(settings: Settings) -> int:
         if state["best_psnr"] is None or psnr > state["best_psnr"]:
             state.update(best_psnr=psnr, best_step=state["step"])
         if me.first:
-            runs.append_metrics(folder, {"step": state["step"], "validation": True, **row}, board)
+            how = f"{objective}, guidance {settings.guidance:g}, {settings.validation_prompt}"
+            runs.append_metrics(folder, {"step": state["step"], "validation": True, "how": how, **row}, board)
             runs.save_picture(folder, state["step"], sheet, board)
             write_report(folder)
         progress.say(f"step {state['step']}: {validation.describe(row)}")
@@ -445,8 +446,7 @@ def train(settings: Settings) -> int:
         )
     for line in runs.best_step(folder, state):
         me.say(line)
-    restore = program.restore_command(typed, folder)
-    progress.phase(f"done; curves and pictures: {folder}/report.html; restore with\n    {restore}")
+    progress.phase(program.done(typed, folder))
     return 0
 
 

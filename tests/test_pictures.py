@@ -482,9 +482,8 @@ def test_a_webp_without_loss_stays_without(tmp_path, lossless):
         picture = crop(60, 40)
         if alpha:
             picture.putalpha(Image.linear_gradient("L").resize((60, 40)))
-        picture.save(
-            tmp_path / "in.webp", lossless=lossless, exact=True, icc_profile=swapped_profile() if alpha else None
-        )
+        profile = swapped_profile() + bytes(100_000) if alpha else None  # some are large
+        picture.save(tmp_path / "in.webp", lossless=lossless, exact=True, icc_profile=profile)
         file = read(tmp_path / "in.webp")
         assert file.keep.get("lossless", False) == lossless
         noisy = Image.effect_noise((60, 40), 60).convert("RGB")
@@ -532,6 +531,68 @@ def test_a_picture_with_alpha_and_broken_exif_is_upright(tmp_path, monkeypatch):
     assert "its EXIF can't be read: dropped" in file.notes
     assert file.rgb.tobytes() == good.rgb.tobytes() and file.alpha.tobytes() == good.alpha.tobytes()
     assert file.rgb.size == file.alpha.size == (30, 40)
+
+
+def test_a_gray_profile_takes_no_color_away(tmp_path):
+    picture = crop(40, 30)
+    for alpha in (False, True):
+        if alpha:
+            picture.putalpha(Image.linear_gradient("L").resize((40, 30)))
+        picture.save(tmp_path / "in.png", icc_profile=linear_gray_profile())
+        file = read(tmp_path / "in.png")
+        assert "its GRAY color profile does not fit its pixels: dropped" in file.notes
+        seen = np.asarray(picture.convert("RGBA"))[..., 3] > 0
+        assert (np.asarray(file.rgb)[seen] == np.asarray(picture.convert("RGB"))[seen]).all()
+
+
+@pytest.mark.parametrize(("tags", "said"), [
+    ({330: 8}, "it holds further pictures (SubIFDs), of which it may be a smaller version"),
+    ({34377: b"8BIM\4\4\0\0\0\0\0\0"}, "its IPTC: dropped, as only EXIF and XMP are kept"),
+])  # fmt: skip
+def test_parts_of_a_tiff_that_are_not_read_are_named(tmp_path, tags, said):
+    crop(40, 30).save(tmp_path / "in.tif", tiffinfo=tags)
+    assert read(tmp_path / "in.tif").notes == (said,)
+
+
+def test_further_channels_are_named(tmp_path):
+    """The infrared of a scanner is none of the picture's; a saved selection of a PSD is taken for transparency."""
+    crop(40, 30).convert("RGBX").save(tmp_path / "in.tif")
+    file = read(tmp_path / "in.tif")
+    assert file.rgb.tobytes() == crop(40, 30).tobytes() and "its further channel is not read" in file.notes
+    image = SimpleNamespace(format="PSD", mode="RGBA", info={})
+    assert not_read.not_read(image, b"") == ["its fourth channel is taken for transparency"]
+
+
+def test_places_in_a_lying_picture_do_not_stay(tmp_path):
+    """Of the subject in EXIF, of faces in XMP: they count the pixels as they lay."""
+    for way in (1, 6):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = way
+        exif.get_ifd(EXIF).update({37396: (5, 6), 37386: 50})
+        crop(40, 30).save(tmp_path / "in.jpg", exif=exif, xmp=b"<x mwg-rs:Regions/>")
+        file = read(tmp_path / "in.jpg")
+        assert "its XMP describes the old pixels: dropped" in file.notes
+        write(tmp_path / "out.jpg", file.rgb, file)
+        with Image.open(tmp_path / "out.jpg") as made:
+            assert (37396 in made.getexif().get_ifd(EXIF)) == (way == 1) and 37386 in made.getexif().get_ifd(EXIF)
+
+
+def test_a_tiff_that_tells_no_resolution_gets_none(tmp_path):
+    """Pillow says one pixel an inch of it."""
+    for tags, expected in (({}, None), ({"dpi": (300, 300)}, (300, 300))):
+        crop(40, 30).save(tmp_path / "in.tif", **tags)
+        file = read(tmp_path / "in.tif")
+        assert file.keep.get("dpi") == expected
+
+
+def test_half_transparent_pictures_with_a_profile_are_one_picture(tmp_path):
+    """As input and as reference: laid on white, then converted."""
+    picture = crop(40, 30)
+    picture.putalpha(Image.linear_gradient("L").resize((40, 30)))
+    picture.save(tmp_path / "in.png", icc_profile=swapped_profile())
+    seen = pictures.as_seen((file := read(tmp_path / "in.png")).rgb, file)
+    other = data.open_picture(tmp_path / "in.png", to_srgb=True)
+    assert np.abs(np.asarray(seen, int) - np.asarray(other, int)).max() <= 1
 
 
 def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):

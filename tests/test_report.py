@@ -169,6 +169,9 @@ def test_validations_of_easier_pictures_are_not_compared(tmp_path):
     facts = {name: (value, note) for name, value, note in read(make_run(tmp_path / "run", rows))["facts"]}
     assert facts["Gain in PSNR"] == ("+10.00 dB", "11.70 → 21.70 dB")
     assert facts["Best step"] == ("6", "by PSNR; the last: 21.70 dB") and "Before training" not in facts
+    rows = [validation_row(0, psnr=30.0) | {"how": "one prompt"}, validation_row(2, psnr=20.0) | {"how": "another"}]
+    facts = {name: (value, note) for name, value, note in read(make_run(tmp_path / "other", rows))["facts"]}
+    assert facts["Best step"] == ("2", "by PSNR; the last: 20.00 dB")
 
 
 def test_slider_shows_the_last_validation_and_offers_the_best(run):

@@ -31,7 +31,7 @@ from kontext_min import data, degrade
 from kontext_min.checkpoints import find, load_flux
 from kontext_min.extras import base, checks, fidelity, folders, metrics, pictures
 from kontext_min.extras.inventory import marked
-from kontext_min.extras.lora_files import save_lora
+from kontext_min.extras.lora_files import lora_bytes, save_lora
 from kontext_min.extras.method import HOW, made_with, method_of
 from kontext_min.extras.progress import Progress
 from kontext_min.extras.scores import Scores
@@ -1145,6 +1145,15 @@ def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, 
     named |= {"vocabulary": "base was", "prompt": "prompt was", "--reference": "compare was True, is "}
     assert named.get(what, f"{what[2:]} was") in capsys.readouterr().err
     assert run(*args, *more, "--overwrite") == 0
+
+
+def test_the_settings_beside_a_lora_of_peft_are_in_the_record(tmp_path):
+    lora = tmp_path / "adapter_model.safetensors"
+    lora.write_bytes(b"x")
+    before = lora_bytes(lora)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert lora_bytes(lora) != before
+    assert lora_bytes(Path(shutil.copy(lora, tmp_path / "mine.safetensors"))) == before
 
 
 def test_every_flag_that_decides_how_a_picture_looks_is_in_the_record(small, small_bundle):

@@ -54,6 +54,10 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
             f"--output {target}: holds {reasons.total()} of these pictures, but {'; '.join(reasons)}; --overwrite "
             "restores them again, or choose another folder."
         )
+    unknown = [j.name for j in there if made[j.name]["file"] is None]
+    if unknown:
+        which = f"{', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}"
+        print(f"note: {target}: written as a run was stopped, and kept: {which}; look at them", file=sys.stderr)
     edited = [j.name for j in there if made[j.name]["file"] not in (None, list(size_and_samples(j.output)))]
     if edited:
         which = f"{', '.join(edited[:3])}{' ...' * (len(edited) > 3)}"

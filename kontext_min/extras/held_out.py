@@ -69,16 +69,20 @@ def _by_name(picture: data.Picture) -> bytes:
 
 def load(held: data.Pairs | None, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """(control, target) of the pictures, (1, 3, H, W) in [-1, 1] each; they stay in memory for the whole run."""
-    loaded = []
+    loaded, alike = [], []
     for i, bucket in enumerate(held.bucket_of if held else ()):
         try:
             control, target = held.read(0, i, held.buckets[bucket])
-            if is_plain(target):
-                print(f"note: {held.pictures[i].name}: nearly one color; look at the file")
-            loaded.append((data.to_float(control.to(device))[None], data.to_float(target.to(device))[None]))
         except data.UnreadableError as error:
             print(f"not used for validation: {error}")
-    return loaded
+            continue
+        if is_plain(target):
+            print(f"note: {held.pictures[i].name}: nearly one color; look at the file")
+        pair = data.to_float(control.to(device))[None], data.to_float(target.to(device))[None]
+        (alike if torch.equal(control, target) else loaded).append(pair)
+    if loaded and alike:  # the PSNR of such a one is infinite, and so would be the mean
+        print(f"not used for validation: {len(alike)}, whose degraded picture is the clean one")
+    return loaded or alike
 
 
 def batches_between(settings: Any, batches_per_epoch: int, held: int) -> int:

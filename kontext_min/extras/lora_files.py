@@ -48,7 +48,7 @@ from torch import Tensor
 
 from kontext_min.checkpoints import SWAPPED, flux_modules, read_headers
 from kontext_min.extras.flags import TINY
-from kontext_min.extras.saving import save_file, split_rows
+from kontext_min.extras.saving import checksum, save_file, split_rows
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import LoRALinear, linears, lora_layers
 
@@ -479,10 +479,23 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not any(map(ADAPTER.search, tensors)):
         raise ValueError(f"{path}: it is no LoRA ({_some(tensors)}); a base model belongs to --weights.")
     trained_with(metadata, path)
-    config = path.with_name("adapter_config.json")
-    if path.name in FILES[1:] and config.is_file():
+    if metadata.get("checksum", crc := checksum(tensors)) != crc:
+        raise ValueError(f"{path}: its values are not those that were written; copy it again.")
+    if config := _config(path):
         metadata.setdefault("lora_adapter_metadata", config.read_text(encoding="utf-8", errors="replace"))
     return tensors, metadata
+
+
+def _config(file: Path) -> Path | None:
+    """The settings that peft keeps beside a file of this name."""
+    config = file.with_name("adapter_config.json")
+    return config if file.name in FILES[1:] and config.is_file() else None
+
+
+def lora_bytes(file: Path) -> bytes:
+    """All that decides what a LoRA does."""
+    config = _config(file)
+    return file.read_bytes() + (config.read_bytes() if config else b"")
 
 
 def strength_of(text: str) -> tuple[Path, float]:
@@ -568,6 +581,7 @@ def write_lora(path: str | Path, lora: Mapping[str, Factors], format: str, metad
     kept = {k: v for k, v in metadata.items() if k not in ("lora_adapter_metadata", *HEADER_ALPHAS)}
     shown = _shown(trained_with(metadata, path))
     one |= {k: v for k, v in shown.items() if k == "modelspec.usage_hint"}  # older files of this project have another
+    one["checksum"] = checksum(tensors)
     save_file(tensors, Path(path), {"format": "pt", **shown, **kept, **one})
 
 

@@ -18,7 +18,7 @@ from kontext_min.checkpoints import find, metadata
 from kontext_min.extras import prompts
 from kontext_min.extras.base import Weights
 from kontext_min.extras.fingerprint import fingerprint
-from kontext_min.extras.lora_files import lora_file, note_other_base, purpose, strength_of, trained_with
+from kontext_min.extras.lora_files import lora_bytes, lora_file, note_other_base, purpose, strength_of, trained_with
 from kontext_min.flow import Objective, evaluations
 from kontext_min.restore import STEPS
 
@@ -94,7 +94,7 @@ def _draws(spec: str) -> bool:
 def made_with(settings: Any, weights: Weights, method: Method) -> dict[str, Any]:
     """All that decides what a restored picture looks like besides its input, as plain JSON values."""
     loras = [(lora_file(path), strength) for path, strength in map(strength_of, settings.lora)]
-    contents = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}={x:g}" for file, x in loras]
+    contents = [f"{file.name} {hashlib.sha256(lora_bytes(file)).hexdigest()[:16]}={x:g}" for file, x in loras]
     base = [fingerprint(weights.path(part), part) for part in ("transformer", "vae")]
     base += prompts.keys([method.prompt], weights, torch.float32).values()  # text encoders and vocabularies
     sheet = settings.compare and settings.reference and str(settings.reference.resolve())

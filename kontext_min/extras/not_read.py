@@ -9,11 +9,12 @@ SIZ); ISO 23000-22 and the AV1 specification for av1C; Windows' BITMAPV5HEADER; 
 
 import os
 import re
+from contextlib import suppress
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import ExifTags, Image
 
-END = 1 << 16  # bytes at either end of a file that are searched
+NEAR, FAR = 1 << 16, 1 << 22  # bytes at either end of a file that are searched: of many files, of one
 PROFILES = {  # of color, that Pillow does not read
     "JPEG2000": rb"colr[\x02\x03]",
     "BMP": rb"^BM.{12}[\x6c-\xff]\x00{3}.{52}(DEBM|KNIL)",  # MBED or LINK, the other way around
@@ -26,18 +27,20 @@ PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # of sRGB: x and 
 RESOURCES = {1005: "dpi", 1028: "IPTC", 1058: "EXIF", 1060: "XMP"}  # of a PSD
 GEO = 34735  # the tag of a TIFF that says where it lies
 BOXES = {rb"resd": "dpi", rb"uuid": "EXIF or XMP", rb"xml ": "XML"}  # of a JPEG 2000
-# Texts that describe the photograph; others tell of programs, or repeat what is kept.
-WORDS = {"comment", "Comment", "Title", "Author", "Description", "Copyright", "Source"}
-WORDS |= {"Creation Time", "Keywords", "Disclaimer", "Warning", "Artist", "Caption", "Label", "Raw profile type iptc"}
+# Texts; those of a PNG that tell of programs, or repeat what is kept, do not count.
+WORDS = {"comment", "Comment"}
+TECHNICAL = re.compile(
+    r"XML:com\.adobe\.xmp|Raw profile type exif|Software|(date|png|exif|icc|tiff|Thumb):.*"
+)  # of PNG
 
 
-def ends(file: BinaryIO) -> bytes:
+def ends(file: BinaryIO, most: int = NEAR) -> bytes:
     """The first and the last bytes of a file, where headers and entries are."""
     place = file.tell()
     file.seek(0)
-    first = file.read(END)
-    file.seek(max(0, file.seek(0, os.SEEK_END) - END))
-    last = file.read(END)
+    first = file.read(most)
+    file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+    last = file.read(most)
     file.seek(place)
     return first + last
 
@@ -52,18 +55,35 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
         kinds = [entry["Attribute"]["MPType"] for entry in getattr(image, "mpinfo", {}).get(0xB002, ())]
         frames = sum(kind.startswith("Multi-Frame") for kind in kinds)
     found = [f"{frames} frames or pages: the first is read"] * (frames > 1)
-    if {"srgb", "icc_profile"} & set(image.info):
+    tags = getattr(image, "tag_v2", {})
+    found += ["it holds further pictures (SubIFDs), of which it may be a smaller version"] * (330 in tags)
+    found += ["its further channel is not read"] * (0 in tags.get(338, ()))
+    kind = ends[25:26] if image.format == "PSD" else b""
+    found += ["it is multichannel or duotone, and read as gray"] * (kind in (b"\7", b"\x08"))
+    found += ["its fourth channel is taken for transparency"] * (image.format == "PSD" and image.mode == "RGBA")
+    space = re.search(SPACES.get(image.format, rb"(?!)"), ends, re.DOTALL)
+    apart = bool(space) and any(value[0] not in known for value, known in zip(space.groups(), SRGB, strict=True))
+    if {"srgb", "icc_profile"} & set(image.info) and not (apart and image.format == "PNG"):  # there cICP comes first
         return found
+    found += ["its EXIF says Adobe RGB, but it has no color profile: taken for sRGB"] * _is_adobe_rgb(image)
     found += ["CMYK without a color profile: its colors are a guess"] * (image.mode == "CMYK")
     linear = image.format == "QOI" and ends[13:14] == b"\1"
     gamma, primaries = image.info.get("gamma", 1.0 if linear else 1 / 2.2), image.info.get("chromaticity", PRIMARIES)
     found += [f"its gamma of {gamma:g} is not applied"] * (abs(gamma - 1 / 2.2) > 0.01)
-    apart = max(abs(a - b) for a, b in zip(primaries, PRIMARIES, strict=True)) > 0.01
-    space = re.search(SPACES.get(image.format, rb"(?!)"), ends, re.DOTALL)
-    apart |= bool(space) and any(value[0] not in known for value, known in zip(space.groups(), SRGB, strict=True))
+    if {318, 319} <= set(tags):  # of a TIFF
+        primaries = (*tags[318], *tags[319])
+    apart |= max(abs(a - b) for a, b in zip(primaries, PRIMARIES, strict=True)) > 0.01
     found += ["its colors are not those of sRGB (cHRM, cICP or nclx), and are not converted"] * apart
     profile = re.search(PROFILES.get(image.format, rb"(?!)"), ends, re.DOTALL)
     return found + ["its color profile is not read, so its colors are taken for sRGB"] * bool(profile)
+
+
+def _is_adobe_rgb(image: Image.Image) -> bool:
+    """Whether the EXIF of a JPEG says so, as that of a camera does: index R03 of the interoperability part."""
+    with suppress(Exception):
+        if image.format in ("JPEG", "MPO"):
+            return Image.Image.getexif(image).get_ifd(ExifTags.IFD.Interop).get(1) == "R03"
+    return False
 
 
 def is_deep(image: Image.Image, ends: bytes) -> bool:
@@ -80,14 +100,16 @@ def is_deep(image: Image.Image, ends: bytes) -> bool:
 def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     """The entries that a restored picture does not have, from the loaded picture and both `ends` of its file."""
     words = {*image.info} & WORDS
-    # That of a TIFF may be stored as numbers, of which Pillow gives the first.
-    lost = image.format == "TIFF" and not isinstance(image.tag_v2.get(33723, b""), bytes)
+    words |= {name for name in getattr(image, "text", ()) if not TECHNICAL.fullmatch(name)}
+    # That of a TIFF may be stored as numbers, of which Pillow gives the first, or among Photoshop's parts.
+    tags = getattr(image, "tag_v2", {})
+    lost = not isinstance(tags.get(33723, b""), bytes) or b"8BIM\x04\x04" in bytes(tags.get(34377, b""))
     words |= {"IPTC"} if lost or 0x0404 in (image.info.get("photoshop") or {}) else set()
     found = [f"its {', '.join(sorted(words))}: dropped, as only EXIF and XMP are kept"] * bool(words)
     info = image.info
     aspect = info.get("aspect") or (info.get("jfif_unit") == 0 and info.get("jfif_density")) or (1, 1)
     found += [f"its pixels of {aspect[0]}:{aspect[1]}: dropped, and taken for square"] * (aspect[0] != aspect[1])
-    found += ["its place on a map (GeoTIFF): dropped"] * (GEO in getattr(image, "tag_v2", ()))
+    found += ["its place on a map (GeoTIFF): dropped"] * (GEO in tags)
     of_psd = {RESOURCES[kind] for kind, *_ in getattr(image, "resources", ()) if kind in RESOURCES}
     of_jp2 = {name for box, name in BOXES.items() if image.format == "JPEG2000" and box in ends}
     unread = ", ".join(sorted(of_psd | of_jp2))

@@ -53,7 +53,7 @@ from kontext_min.extras.inventory import (
     unused,
     zeros_at_end,
 )
-from kontext_min.extras.not_read import ends, is_deep, not_kept, not_read
+from kontext_min.extras.not_read import FAR, ends, is_deep, not_kept, not_read
 from kontext_min.extras.saving import naming
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
@@ -67,9 +67,11 @@ IPTC, COMMENT = 33723, ExifTags.Base.UserComment
 KEPT = {IPTC, 269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 18246, 18249, *range(40091, 40096)}
 # Of the Exif part all is kept but the layout of the old pixels, and an offset into the old file.
 DROPPED = {37121, 37122, ExifTags.IFD.Interop}
+PLACES = {37396, 41492}  # of the subject, in the pixels before the picture is turned
 # XMP with one of these describes the old pixels: their size, their layers, raw settings that would be applied twice.
 XMP_OF_PIXELS = (b"tiff:", b"exif:Pixel", b"photoshop:", b"crs:", b"xmpMM:", b"GPano:", b"hdrgm:", b"Container:")
-XMP_OF_PIXELS += (b"xmpNote:", b"xmpGImg:")  # a part of it that is not read, such as depths; small pictures
+# Depths and the like in parts that are not read; small pictures; films; faces by their place.
+XMP_OF_PIXELS += (b"xmpNote:", b"xmpGImg:", b"GCamera:", b"mwg-rs:", b"MP:RegionInfo")
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def find(
                 f"--output {target}: unknown picture format; use .png, .jpg, .webp or .tif, or an existing folder."
             )
         jobs, rejected = [Job(source, source.name, target, open_picture(source).size)], []
+        if source.with_suffix(".txt").is_file():
+            print(f"note: {source.with_suffix('.txt')}: a caption for training, not read here", file=sys.stderr)
         if reason := _unwritable(jobs[0], across):
             raise OSError(f"--output {reason}")
     taken = {_identity(job.path): f"the input {job.path}" for job in jobs}
@@ -300,7 +304,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
         if path := reference_of(job, reference):
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
             with suppress(Exception), open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
-                notes += [f"{path}: {what}" for what in not_read(image, ends(opened))]
+                notes += [f"{path}: {what}" for what in not_read(image, ends(opened, FAR))]
             if zeros_at_end(path):
                 raise UnreadableError(f"{path}: {ZEROS}.")
             clean = open_picture(path, to_srgb=True)  # says what is wrong with the file, if anything is
@@ -343,13 +347,14 @@ def as_seen(picture: Image.Image, file: File) -> Image.Image:
 
     It counts as sRGB if the profile is missing or broken.
     """
+    picture = _on_white(picture, file.alpha) if file.alpha else picture
     if profile := file.keep.get("icc_profile"):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             picture = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"))
         except (OSError, ImageCms.PyCMSError):
             pass
-    return _on_white(picture, file.alpha) if file.alpha else picture
+    return picture
 
 
 def _on_white(picture: Image.Image, alpha: Image.Image) -> Image.Image:
@@ -364,7 +369,7 @@ def read(path: Path) -> File:
     try:
         with open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
             keep, alpha, foreign = {}, None, None
-            both_ends = ends(opened)
+            both_ends = ends(opened, FAR)
             deep, notes = is_deep(image, both_ends), not_read(image, both_ends)
             way = _orientation(image) if image.format == "TIFF" else None  # which has it only until Pillow turns it
             # In a PNG, EXIF and text may stand behind the pixels.
@@ -373,14 +378,20 @@ def read(path: Path) -> File:
             if deep:
                 notes.append("more than 8 bits a channel: restored and written with 8")
             if profile := image.info.get("icc_profile"):
-                if (space := profile[16:20].decode("latin1").strip() or "broken") == "RGB":
+                space = profile[16:20].decode("latin1").strip() or "broken"
+                as_in_data = {"CMYK": "CMYK", "P": "RGB"}
+                kind = as_in_data.get(image.mode) or Image.getmodebase(image.mode)
+                if space == kind == "RGB":
                     keep["icc_profile"] = profile
-                else:
+                elif foreign := srgb_transform(profile, kind):
                     notes.append(f"its {space} color profile does not fit RGB: converted to sRGB")
-                    rgb, foreign = open_picture(path, to_srgb=True), profile
+                    rgb = open_picture(path, to_srgb=True)
+                else:
+                    notes.append(f"its {space} color profile does not fit its pixels: dropped")
             if image.format == "WEBP" and b"VP8L" in both_ends and b"VP8 " not in both_ends:
                 keep["lossless"] = True
-            if min(dpi := image.info.get("dpi", (0, 0))) > 0:
+            untold = image.format == "TIFF" and 282 not in image.tag_v2  # Pillow says 1 then
+            if min(dpi := image.info.get("dpi", (0, 0))) > 0 and not untold:
                 keep["dpi"] = tuple(map(float, dpi[::-1] if lying else dpi))
             if xmp := image.info.get("xmp"):
                 xmp = xmp if isinstance(xmp, bytes) else xmp.encode()
@@ -396,8 +407,6 @@ def read(path: Path) -> File:
                 notes.append("its EXIF can't be read: dropped")
             if exif:
                 keep["exif"] = exif
-            if "icc_profile" not in image.info and _is_adobe_rgb(image):
-                notes.append("its EXIF says Adobe RGB, but it has no color profile: its colors are taken for sRGB")
             if image.has_transparency_data:
                 straight = image.convert("RGBA")
                 straight = straight.transpose(turn) if turn is not None else straight
@@ -407,8 +416,8 @@ def read(path: Path) -> File:
                 else:
                     # The colors themselves, not laid on white: else a half transparent edge would be whitened twice.
                     colors = straight.convert("RGB")
-                    if foreign and (to_srgb := srgb_transform(foreign, "L")):
-                        colors = ImageCms.applyTransform(colors.convert("L"), to_srgb)
+                    if foreign:
+                        colors = ImageCms.applyTransform(colors.convert(kind), foreign)
                     rgb.paste(colors, mask=alpha.point(lambda a: 255 * (a > 0)))
                     notes.append("transparency is kept as it is (a JPEG is laid on white)")
     except Exception as error:  # see data._read_header: Pillow's parsers raise anything
@@ -423,13 +432,6 @@ def _orientation(image: Image.Image) -> int | None:
     return None
 
 
-def _is_adobe_rgb(image: Image.Image) -> bool:
-    """Whether its EXIF says so, as that of a camera does: index R03 of the interoperability part."""
-    with suppress(Exception):
-        return Image.Image.getexif(image).get_ifd(ExifTags.IFD.Interop).get(1) == "R03"
-    return False
-
-
 def _exif(image: Image.Image, size: Size, lying: bool) -> tuple[Image.Transpose | None, bytes | None]:
     """How data.open_picture turned the picture, and the EXIF of a picture of this size."""
     old, new = Image.Image.getexif(image), Image.Exif()  # as data.py reads it: see there
@@ -438,7 +440,8 @@ def _exif(image: Image.Image, size: Size, lying: bool) -> tuple[Image.Transpose 
     new.update(_texts({tag: old[tag] for tag in KEPT & set(old) if tag != IPTC or isinstance(old[tag], bytes)}))
     if lying and {282, 283} <= set(new):  # resolution
         new[282], new[283] = new[283], new[282]
-    if photo := {tag: value for tag, value in old.get_ifd(ExifTags.IFD.Exif).items() if tag not in DROPPED}:
+    dropped = DROPPED | PLACES if turn is not None or lying else DROPPED
+    if photo := {tag: value for tag, value in old.get_ifd(ExifTags.IFD.Exif).items() if tag not in dropped}:
         width, height = ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight
         new.get_ifd(ExifTags.IFD.Exif).update(_texts(photo) | {width: size[0], height: size[1]})
     if place := old.get_ifd(ExifTags.IFD.GPSInfo):

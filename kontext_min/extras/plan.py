@@ -496,7 +496,7 @@ def for_sampling(
         cuda=device.type == "cuda",
         picture=picture,
         passes=flow.evaluations(method.steps, method.solver) * tiles(h, w, side, OVERLAP),
-    ), (min(size[0], 512), min(size[1], 512))
+    ), (min(w * sizes.factor, 512), min(h * sizes.factor, 512))
 
 
 def coded_here(asked: Setting, sizes: Sizes, device: torch.device) -> Setting:
@@ -543,6 +543,9 @@ def choices(asked: Setting, small: tuple[int, int]) -> dict[str, Setting]:
         found["--gradient-checkpointing half"] = replace(plain, checkpointing="half")
         flag, plain = " --gradient-checkpointing all", replace(plain, checkpointing="all")
         found[flag.strip()] = plain
+    if asked.full:  # the others do not go with it
+        smaller = {"--gradient-checkpointing all --resolution 512": replace(plain, size=small)}
+        return found | smaller
     for kind in ("int8", "nf4"):
         found[f"--quantize {kind}{flag}"] = replace(plain, kind=kind)
     smaller = f"{'--resolution' if asked.train else '--tile'} 512"

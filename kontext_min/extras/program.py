@@ -33,6 +33,11 @@ def beside_the_programs(path: str) -> Path:
     return Path(path) if Path(path).exists() else Path(__file__).parents[2] / path
 
 
+def done(settings: Any, folder: Path) -> str:
+    """What the end of a run of train.py says: where to look, and how to restore with it."""
+    return f"done; curves and pictures: {folder}/report.html; restore with\n    {restore_command(settings, folder)}"
+
+
 def restore_command(settings: Any, folder: Path) -> str:
     """The command that restores a picture with what train.py has trained, for the shell of this system.
 

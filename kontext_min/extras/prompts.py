@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from kontext_min.flow import Prompt
 from kontext_min.t5 import SENTINELS, T5Tokenizer
 
 Encoded = dict[str, tuple[Tensor, Tensor] | Path]  # text -> ((L_txt, context_in_dim), (vec_in_dim,)) or their file
+MANY = 100  # prompts that are read at the start
 VOCABULARIES = (("tokenizer", ("vocab.json", "merges.txt")), ("tokenizer_2", ("spiece.model",)))
 
 
@@ -82,7 +84,7 @@ def encode(
     """
     names = keys(texts, weights, dtype)
     files = {text: cache / f"{name}.safetensors" for text, name in names.items()} if cache else {}
-    done: Encoded = {text: file for text, file in files.items() if _is_of(file)}
+    done: Encoded = {text: file for text, file in files.items() if _is_of(file, len(files) <= MANY)}
 
     # Tokenizers first: they fail fast. Then one encoder at a time, one prompt at a time.
     clip_tokenizer = ClipTokenizer(weights.root / "tokenizer")
@@ -143,11 +145,16 @@ def _check_vocabularies(weights: Weights, clip: int, t5: int) -> None:
             print(f"note: {text}; if they are of different models, prompts mean nothing")
 
 
-def _is_of(file: Path) -> bool:
-    """Whether a file of the cache is whole, and that of its key."""
+def _is_of(file: Path, read: bool) -> bool:
+    """Whether a file of the cache is whole, and that of its key; if it is `read`, whether its values are those written.
+
+    Not all of ten thousand captions are read at the start.
+    """
     try:
+        if read:
+            _read(file)
         return read_headers([file]).keys() == {"txt", "y"} and metadata(file).get("key") == file.stem
-    except (OSError, ValueError):
+    except (OSError, ValueError, SafetensorError):
         return False
 
 
@@ -155,7 +162,7 @@ def _is_of(file: Path) -> bool:
 def _read(file: Path) -> tuple[Tensor, Tensor]:
     tensors = load_file(file)
     if checksum(tensors) != metadata(file).get("checksum"):
-        raise ValueError(f"{file}: its values are not those that were written; delete it.")
+        raise OSError(f"{file}: its values are not those that were written; delete it.")
     return tensors["txt"], tensors["y"]
 
 

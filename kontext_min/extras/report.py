@@ -65,15 +65,15 @@ def write_report(folder: Path) -> Path:
     except (OSError, ValueError, RecursionError):
         settings = {}
     settings = settings if isinstance(settings, dict) else {}
-    # With --accept-changes, those before may be of other pictures or degradations.
+    # With --accept-changes, those before may be of other pictures, degradations, paths or prompts.
     last = next((row["psnr_degraded"] for row in reversed(validations) if is_number(row.get("psnr_degraded"))), None)
     alike = [row for row in validations if not is_number(y := row.get("psnr_degraded")) or abs(y - last) < 0.01]
+    alike = [row for row in alike if row.get("how") == validations[-1].get("how")]
+    start = "the base with --init-lora" if settings.get("init_lora") else "the base alone" if settings else "at step 0"
     goal, done = settings.get("steps"), training[-1]["step"] if training else 0
     along = evenly([row for row in validations if isinstance(row.get("loss_at"), list)], 5)
     data = {
-        "facts": run_facts(
-            training, alike, goal, "the base with --init-lora" if settings.get("init_lora") else "the base alone"
-        ),
+        "facts": run_facts(training, alike, goal, start),
         "unfinished": is_step(goal) and done < goal,
         **sliders(folder, alike),
         "training": curves(training),
@@ -217,6 +217,8 @@ def curves(rows: Sequence[Row]) -> dict[str, dict[str, Points]]:
     points: dict[str, Points] = {}
     for row in rows:
         for key, value in row.items():
+            if isinstance(value, str):
+                continue
             parts = enumerate(value[:LIST]) if isinstance(value, list) else [("", value)]
             for k, y in parts:
                 line = points.setdefault(f"{key}{k}", [])  # an interval without a picture has an empty one

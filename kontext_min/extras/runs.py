@@ -131,33 +131,39 @@ def open_run(
         raise ValueError(f"--init-lora {start}: {folder} continues from {last.name}; leave the flag out, or {instead}.")
     if results and write:
         print(f"note: {folder / results[0]} is that of the run before, until this one is done")
-    others = before and any(before.get(k) != settings[k] for k in ("pictures", "files") if k in settings)
-    if there and accept and write and others:
-        print("note: pictures to validate on may have been trained on before, and score too high then")
+    lines = _changes(before, settings) if before else []
+    if there and accept and write and lines:
+        print(f"note: {folder}: settings changed: {'; '.join(lines)}")
+        if any(before.get(k) != settings[k] for k in ("pictures", "files") if k in settings):
+            print("note: pictures to validate on may have been trained on before, and score too high then")
     if there and not accept:
         if before is None:
             raise ValueError(
                 f"{folder}/settings.json: missing or broken, so changed settings can't be seen; continue with "
                 f"--accept-changes, or {instead}."
             )
-        changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
-        words = {"pictures": "pictures were added, removed or changed, or their captions were"}
-        if before.get("validate_every_epochs") != settings.get("validate_every_epochs"):
-            words["pictures"] += ", or --validate-every-epochs holds out others"
-        words["files"] = "degraded pictures or those to validate on were added, removed or changed"
-        words["operators"] = "the operators of --degrade changed"
-        if "degrade" in changed:
-            changed.pop("operators", None)
-        if "prompt" in changed:  # one of the pictures' prompts, which the hash of the pictures holds too
-            changed.pop("pictures", None)
-        if "pictures" in changed:
-            changed.pop("files", None)
-        lines = [words.get(k, f"{k} was {v}, is {settings[k]}") for k, v in changed.items() if k not in MAY_CHANGE]
         if lines:
             raise ValueError(f"{folder}: settings changed: {'; '.join(lines)}. Give --accept-changes, or {instead}.")
         if last and (made_with := _read_state(last).get("settings")) and made_with != _result_settings(folder):
             raise ValueError(f"{last}: is of a run with other settings than settings.json; delete it, or {instead}.")
     return last
+
+
+def _changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Settings that change the result and are not those of before, in words."""
+    changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
+    words = {"pictures": "pictures were added, removed or changed, or their captions were"}
+    if before.get("validate_every_epochs") != settings.get("validate_every_epochs"):
+        words["pictures"] += ", or --validate-every-epochs holds out others"
+    words["files"] = "degraded pictures or those to validate on were added, removed or changed"
+    words["operators"] = "the operators of --degrade changed"
+    if "degrade" in changed:
+        changed.pop("operators", None)
+    if "prompt" in changed:  # one of the pictures' prompts, which the hash of the pictures holds too
+        changed.pop("pictures", None)
+    if "pictures" in changed:
+        changed.pop("files", None)
+    return [words.get(k, f"{k} was {v}, is {settings[k]}") for k, v in changed.items() if k not in MAY_CHANGE]
 
 
 def lock(flag: str, folder: Path, *inside: Path) -> None:
@@ -301,6 +307,12 @@ def hash_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
+def begun(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings to write; a run that continues keeps the --init-lora that it began with, and need not be given it."""
+    began = (_settings_of_a_run(folder) or {}).get("init_lora") if latest_checkpoint(folder) else None
+    return {**settings, "init_lora": settings.get("init_lora") or began}
+
+
 def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int, int]]:
     """(name, bytes, checksum of start, middle and end, time of change where it is needed) of each of some data.Picture.
 
@@ -347,7 +359,8 @@ def best_step(folder: Path, state: dict[str, Any]) -> list[str]:
     kept = folder / "checkpoints" / f"step-{step:06d}"
     if step and kept.exists():
         try:
-            for file in (*kept.glob("lora.safetensors"), *kept.glob("transformer/*.safetensors")):
+            files = [*kept.glob("lora.safetensors"), *kept.glob("transformer/*.safetensors")]
+            for file in files or [kept / "lora.safetensors"]:
                 metadata(file)
         except (OSError, ValueError) as error:
             return [f"note: step {step} has the best PSNR, {psnr:.2f} dB, but its result is broken: {error}"]

@@ -55,6 +55,8 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
             f.write(len(text).to_bytes(8, "little") + text)
             for name in order:
                 f.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            f.flush()
+            os.fsync(f.fileno())  # else a power loss may leave a file of zeros under the name
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

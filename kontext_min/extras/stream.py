@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kontext_min.checkpoints import (
@@ -48,7 +49,7 @@ from kontext_min.checkpoints import (
 )  # fmt: skip
 from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.quantize import QUANTIZED, QuantizedLinear, narrow, scales_of, storage
-from kontext_min.extras.saving import save_file
+from kontext_min.extras.saving import checksum, save_file
 
 ALIGN = 64  # codes start at multiples of so many bytes in a slot
 
@@ -288,7 +289,8 @@ def _quantized(file: Path, linears: dict[str, list[Stored]], kind: str, device: 
     """Codes and scales of a block's Linears, from the cache, or made on the device if the file there is not whole."""
     key = f"{file.parent.name}/{file.stem}"
     try:
-        if metadata(file).get("key") == key:
+        about = metadata(file)
+        if about.get("key") == key and about.get("checksum") == checksum(load_file(file)):
             return read_headers([file])
     except (FileNotFoundError, ValueError):
         pass
@@ -298,5 +300,5 @@ def _quantized(file: Path, linears: dict[str, list[Stored]], kind: str, device: 
         tensors[f"{name}.codes"] = codes.cpu()
         if scales is not None:
             tensors[f"{name}.scales"] = scales.cpu()
-    save_file(tensors, file, {"key": key})
+    save_file(tensors, file, {"key": key, "checksum": checksum(tensors)})
     return read_headers([file])
