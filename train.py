@@ -245,7 +245,7 @@ def train(settings: Settings) -> int:
     folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     written = to_json(settings) | {
         "versions": {"kontext_min": __version__, "torch": torch.__version__, "device": str(me.device)},
-        "fingerprint": {part: fingerprint(weights.path(part), part) for part in ("transformer", "vae", "clip", "t5")},
+        "fingerprint": prompts.fingerprints(weights),
         "pictures": runs.hash_of([*runs.marks(pairs.pictures), *pairs.prompts]),
         "files": runs.hash_of(runs.marks(runs.pictures_of(pairs, held))),
         "operators": runs.hash_of([str(degrade.parse(text)) for text in settings.degrade]),

@@ -595,6 +595,17 @@ def test_half_transparent_pictures_with_a_profile_are_one_picture(tmp_path):
     assert np.abs(np.asarray(seen, int) - np.asarray(other, int)).max() <= 1
 
 
+@pytest.mark.parametrize(("ending", "kept"), [("png", False), ("jpg", True)])
+def test_xmp_that_is_not_utf_8_is_not_damaged(tmp_path, ending, kept):
+    (tmp_path / "in").mkdir()
+    crop(40, 30).save(tmp_path / "in" / "a.jpg", xmp="<x>größer</x>".encode("latin-1"))
+    jobs, _ = find(tmp_path / "in" / "a.jpg", tmp_path / f"out.{ending}")
+    photo = load(jobs[0], None, None, 0)
+    write(jobs[0].output, photo.degraded, photo.file)
+    with Image.open(jobs[0].output) as made:
+        assert made.info.get("xmp") == ("<x>größer</x>".encode("latin-1") if kept else None)
+
+
 def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):
     """Its white, 4095, is 16 of 255."""
     x = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)

@@ -1,5 +1,6 @@
 """A whole Kontext edit on weights/tiny, from prompt and picture to picture: ours and diffusers' FluxKontextPipeline."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,12 @@ def test_the_cache_knows_its_weights_and_its_dtype(tmp_path):
         save_file(tensors, file)
 
     before = [x.clone() for x in encode()]
+    marks = prompts.fingerprints(weights, ("clip", "t5", "words"))
+    config = folder / "tokenizer_2" / "tokenizer_config.json"
+    known = config.read_text()
+    config.write_text(json.dumps(json.loads(known) | {"model_max_length": 16}))
+    assert {k for k, v in prompts.fingerprints(weights, ("clip", "t5", "words")).items() if v != marks[k]} == {"words"}
+    config.write_text(known)
     narrow = encode(torch.bfloat16)
     assert [x.dtype for x in narrow] == [torch.bfloat16] * 2 and [x.dtype for x in encode()] == [torch.float32] * 2
     spoil("text_encoder_2")

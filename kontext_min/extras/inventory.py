@@ -68,7 +68,7 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     Raises:
         ValueError: some of the pictures were made by sample.py or train.py, so they are not clean.
     """
-    _refuse_results(root.resolve(), [p.name for p in pictures])
+    _refuse_results(root.resolve(), pictures)
     files, left_out = dict(walk(root)), []
     for name, path in files.items():
         ending = path.suffix.lower()
@@ -93,16 +93,16 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     return left_out
 
 
-def _refuse_results(root: Path, names: Sequence[str]) -> None:
+def _refuse_results(root: Path, pictures: Sequence[Picture]) -> None:
     """Raises ValueError if a picture is one that sample.py has restored, or a sheet, such as train.py writes."""
-    records = {folder / RECORD for name in names for folder in (root / name).parents if (folder / RECORD).is_file()}
+    paths = [root / p.name for p in pictures]
+    records = {folder / RECORD for path in paths for folder in path.parents if (folder / RECORD).is_file()}
     restored = {record.parent / name for record in records for name in _recorded(record)}
-    with ThreadPoolExecutor(THREADS) as pool:
-        paths = [root / name for name in names]
-        restored |= {path for path, marked in zip(paths, pool.map(is_result, paths), strict=True) if marked}
-    for path in paths:
+    with ThreadPoolExecutor(THREADS) as pool:  # a name that is not UTF-8 is another in p.path
+        marked = list(pool.map(is_result, [p.path for p in pictures]))
+    for path, is_marked in zip(paths, marked, strict=True):
         sheet = path.parent.name == "validation" and (path.parent.parent / "left-out.txt").exists()
-        if path in restored or sheet:
+        if path in restored or is_marked or sheet:
             raise ValueError(f"{path}: a result of this program, and {root} should hold clean pictures; move it.")
 
 

@@ -522,7 +522,13 @@ def strength_of(text: str) -> tuple[Path, float]:
 
 def note_other_base(whose: str, about: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """A line for each network that is not the one that a header names; `here` has the fingerprints of those in use."""
-    for key, what in (("base", "base model"), ("vae", "autoencoder"), ("clip", "CLIP"), ("t5", "T5")):
+    for key, what in (
+        ("base", "base model"),
+        ("vae", "autoencoder"),
+        ("clip", "CLIP"),
+        ("t5", "T5"),
+        ("words", "vocabulary"),
+    ):
         if here.get(key) and about.get(key) not in (None, here[key]):
             print(f"note: {whose}: was trained on another {what}", file=sys.stderr)
 

@@ -56,9 +56,11 @@ def method_of(settings: Any, weights: Weights) -> Method:
     model = " + ".join(settings.lora) if "objective" in loras else str(base)
     if name != about.get("objective", name):
         raise ValueError(f"--objective {name}: {model} was trained for {about['objective']}; leave the flag out.")
-    parts = {"base": "transformer", "vae": "vae", "clip": "clip", "t5": "t5"}  # as a LoRA's header names them
-    here = {key: fingerprint(weights.path(part), part) for key, part in parts.items() if key in loras}
-    note_other_base(model, loras, here)
+    trained = {k: v for k, v in about.items() if k != "base"} | {"base": loras.get("base")}  # --full was trained too
+    here = prompts.fingerprints(weights, [part for part in ("vae", "clip", "t5", "words") if part in trained])
+    if loras.get("base"):
+        here["base"] = fingerprint(weights.path("transformer"), "transformer")
+    note_other_base(model, trained, here)
     tasks = about.get("prompts", [])
     if len(tasks) > 1 and settings.prompt not in tasks:
         used = "the prompt is that of the first" if settings.prompt is None else "the prompt is of none"

@@ -475,6 +475,12 @@ def _loaded(exif: bytes) -> Image.Exif:
 def _fit(keep: dict[str, Any], kind: str) -> list[str]:
     """Take from `keep` what can't be written in a format, such as 4 billion dpi; returns what, in words."""
     left_out = _fit_into_jpeg(keep) if kind == "JPEG" else []
+    if kind == "PNG" and "xmp" in keep:
+        try:
+            keep["xmp"].decode()
+        except UnicodeDecodeError:
+            del keep["xmp"]
+            left_out.append("its XMP: left out, a PNG takes only UTF-8")
     for name in tuple(keep):
         try:
             Image.new("RGB", (1, 1)).save(io.BytesIO(), kind, **{name: keep[name]})

@@ -40,15 +40,13 @@ def max_length(weights: Weights) -> int:
     return length if type(length) is int and 2 <= length <= 512 else 512  # 1e30 stands for "not set"
 
 
-def keys(texts: Iterable[str], weights: Weights, dtype: torch.dtype) -> dict[str, str]:
-    """Each text once, and the name of its file: a hash of all that its encoding depends on.
+def vocabularies(weights: Weights) -> str:
+    """16 hex digits that name both vocabularies, and how many tokens are read.
 
     Raises:
         FileNotFoundError: a vocabulary is missing.
     """
-    common = hashlib.sha256()
-    for part in ("clip", "t5"):
-        common.update(fingerprint(weights.path(part), part).encode())
+    common = hashlib.sha256(str(max_length(weights)).encode())
     for folder, names in VOCABULARIES:
         for name in names:
             file = weights.root / folder / name
@@ -58,7 +56,19 @@ def keys(texts: Iterable[str], weights: Weights, dtype: torch.dtype) -> dict[str
                     "with tokenizer/ and tokenizer_2/. See weights/README.md."
                 )
             common.update(file.read_bytes())
-    rest = [max_length(weights), str(dtype), common.hexdigest()]
+    return common.hexdigest()[:16]
+
+
+def fingerprints(
+    weights: Weights, parts: Iterable[str] = ("transformer", "vae", "clip", "t5", "words")
+) -> dict[str, str]:
+    """What names the networks of a base, and as `words` its vocabularies; settings and LoRA files hold it."""
+    return {p: vocabularies(weights) if p == "words" else fingerprint(weights.path(p), p) for p in parts}
+
+
+def keys(texts: Iterable[str], weights: Weights, dtype: torch.dtype) -> dict[str, str]:
+    """Each text once, and the name of its file: a hash of all that its encoding depends on."""
+    rest = [str(dtype), fingerprints(weights, ("clip", "t5", "words"))]
     return {text: hashlib.sha256(json.dumps([text, *rest]).encode()).hexdigest()[:32] for text in sorted(set(texts))}
 
 
