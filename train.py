@@ -454,7 +454,7 @@ def settled(settings: Settings, sizes: plan.Sizes) -> Settings:
     """Fill in the defaults that depend on the base model or on other settings."""
     suited = checks.suited(settings.weights / "defaults.json", GUIDE)  # to this base; the official folder has none
     filled = {name: suited[name] for name in GUIDE if getattr(settings, name) is None}
-    settings = replace(settings, **filled, degrade=settings.degrade or ("guide",))
+    settings = replace(settings, **filled, degrade=tuple(map(str.strip, settings.degrade)) or ("guide",))
     prompt = settings.prompt or tuple(degrade.PROMPTS.get(d, degrade.PROMPTS["guide"]) for d in settings.degrade)
     checks.check_lengths(settings)
     alike = len({" ".join(text.split()) for text in prompt}) < len(prompt)

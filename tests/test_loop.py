@@ -243,7 +243,8 @@ def test_overwriting_deletes_the_run_and_nothing_else(flags, tmp_path):
                "checkpoints/.step-000001/state.json", "transformer/config.json",
                "transformer/diffusion_pytorch_model-00001-of-00002.safetensors")  # fmt: skip
     mine = ("mine/photo.jpg", "notes.txt", "checkpoints/step-000002-good/state.json", "checkpoints/hr/photo.jpg",
-            "checkpoints/.git/x.y", "validation/photo.png", "transformer/notes.txt")  # fmt: skip
+            "checkpoints/.git/x.y", "validation/photo.png", "transformer/notes.txt", "tensorboard/events.mine",
+            "transformer/diffusion_pytorch_model-good.safetensors")  # fmt: skip
     for name in (*written, *mine):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"versions": {"kontext_min": "1"}}))

@@ -638,6 +638,17 @@ def test_your_files_in_a_checkpoint_stay(run, tmp_path, capsys):
     assert "checkpoints/step-000002/test.png, which no run wrote; move it" in capsys.readouterr().err
 
 
+def test_your_copies_of_a_whole_model_in_a_checkpoint_stay(tmp_path):
+    for k in range(1, 7):
+        for name in ("config.json", "diffusion_pytorch_model.safetensors", *["mine.safetensors"] * (k == 2)):
+            (tmp_path / "checkpoints" / f"step-{k:06d}" / "transformer").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "checkpoints" / f"step-{k:06d}" / "transformer" / name).touch()
+        (tmp_path / "checkpoints" / f"step-{k:06d}" / "state.json").write_text("{}")
+    runs.save_checkpoint(tmp_path, {}, {"step": 7, "best_step": None}, lambda path: None)
+    left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert left == [f"step-{k:06d}" for k in (2, 5, 6, 7)]
+
+
 def test_the_best_step_is_kept_when_changed_settings_are_accepted(run, tmp_path):
     """What follows is not compared with it, and its checkpoint is deleted in time."""
     assert run("--steps", 2, "--validate-every-epochs", 0) == 0

@@ -46,26 +46,13 @@ from kontext_min.extras.saving import append_line, checksum, naming, save_file
 # What a run writes. Nothing else in its folder is replaced or deleted.
 WRITTEN = re.compile(
     r"settings\.json|left-out\.txt|metrics\.jsonl|report\.html|lora\.safetensors|checkpoints/step-\d+"
-    r"|validation/step-\d+\.png|tensorboard/events\.[^/]*|transformer/(config\.json|diffusion_pytorch_model[^/]*)"
+    r"|validation/step-\d+\.png|tensorboard/events\.out\.tfevents\.[^/]*|transformer/(config\.json"
+    r"|diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors)"
 )
 CHECKPOINT = {"state.json", "trained.safetensors", "optimizer.safetensors", "ema.safetensors"}  # what continues a run
 CHECKPOINT |= {"lora.safetensors", "transformer"}  # what is used
 LEFTOVER = re.compile(r"\.step-\d+(\.\d+)?")  # of a process that was killed while it wrote or deleted a checkpoint
-COMPRESSED = {
-    ".apng",
-    ".avif",
-    ".gif",
-    ".j2k",
-    ".jp2",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".jpx",
-    ".jfif",
-    ".mpo",
-    ".png",
-    ".webp",
-}
+COMPRESSED = re.compile(r"\.(a?png|avif|gif|j2k|jp2|jpx|jpe?g|jpe|jfif|mpo|webp)", re.IGNORECASE)  # endings
 KEEP = 3  # checkpoints besides the best one
 MAY_CHANGE = (  # settings that change no result, apart from rounding
     *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions", "defaults"),
@@ -236,7 +223,9 @@ def _of_this_project(file: Path, broken: bool = False) -> bool:
 
 def _foreign(checkpoint: Path) -> list[Path]:
     """The files in a checkpoint that no run wrote."""
-    return [p for p in checkpoint.glob("*") if p.name not in CHECKPOINT and p.name[0] != "."]
+    found = [p for p in checkpoint.glob("*") if p.name not in CHECKPOINT and p.name[0] != "."]
+    inside = (p for p in checkpoint.glob("transformer/*") if p.name[0] != ".")
+    return found + [p for p in inside if not WRITTEN.fullmatch(f"transformer/{p.name}")]
 
 
 def written(folder: Path) -> list[Path]:
@@ -321,7 +310,7 @@ def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int, int]]:
     """
 
     def mark(picture: Any) -> tuple[str, int, int, int]:
-        plain = picture.path.suffix.lower() not in COMPRESSED
+        plain = not COMPRESSED.fullmatch(picture.path.suffix)
         return picture.name, *size_and_samples(picture.path), picture.path.stat().st_mtime_ns * plain
 
     with ThreadPoolExecutor(THREADS) as pool:
