@@ -142,7 +142,7 @@ def sample(settings: Settings) -> int:
         velocity = pulled(settings.fidelity)
 
     # ---- picture after picture
-    tick = Ticker(progress, [at[job.size] for job in todo])
+    tick = Ticker(progress, [at[job.size] for job in todo], bool(settings.resolution))
     apply = Tiles(settings.tile, autoencoder, tick, plan.room(autoencoder.params, device), method.resolution)
     degradation, restored = settings.degrade and degrade.parse(settings.degrade), 0
     for job in jobs:

@@ -71,6 +71,8 @@ def test_the_time_left_of_a_folder_follows_the_area(time, capsys):
         "picture 3 of 3, c.jpg: decoding, 33 %  left 10s",
     ]
     assert tick.pace() == "24s, 20 s a megapixel"
+    tick.of = "of the work size"  # with --resolution
+    assert tick.pace() == "24s, 20 s a megapixel of the work size"
 
 
 def test_clock():

@@ -98,7 +98,8 @@ class Ticker:
         left = seconds per pixel of the pictures done * pixels left - seconds of this picture
     """
 
-    def __init__(self, progress: Progress, sizes: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, progress: Progress, sizes: Sequence[tuple[int, int]], resized: bool = False) -> None:
+        self.of = "of the work size" if resized else ""
         self.progress, self.pictures, self.left = progress, len(sizes), sum(map(math.prod, sizes))
         self.number = self.pixels = self.done_pixels = self.done = 0
         self.name, self.passes, self.seconds, self.began = "", 1, 0.0, 0.0
@@ -124,5 +125,9 @@ class Ticker:
 
     def pace(self) -> str:
         """What all of it took, and a megapixel."""
-        pace = f", {1e6 * self.seconds / self.done_pixels:.3g} s a megapixel" if self.done_pixels else ""
+        pace = (
+            f", {1e6 * self.seconds / self.done_pixels:.3g} s a megapixel {self.of}".rstrip()
+            if self.done_pixels
+            else ""
+        )
         return clock(time.monotonic() - self.progress.began) + pace
