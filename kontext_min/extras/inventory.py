@@ -146,7 +146,7 @@ def parts_not_read(root: Path, pictures: Sequence[Picture]) -> list[str]:
 
     def parts(picture: Picture) -> list[str]:
         with suppress(Exception), picture.path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-            return not_read(image, ends(file))
+            return not_read(image, b"" if image.format == "JPEG" else ends(file))
         return []  # as in data.open_picture, anything is raised
 
     kinds: dict[str, list[str]] = {}
