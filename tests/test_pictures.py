@@ -585,6 +585,20 @@ def test_a_tiff_that_tells_no_resolution_gets_none(tmp_path):
         assert file.keep.get("dpi") == expected
 
 
+def test_the_resolution_in_photoshops_part_of_a_jpeg_is_kept(tmp_path):
+    """And that EXIF tells none is not 72 dpi, as Pillow says."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a camera"
+    crop(40, 30).save(tmp_path / "in.jpg", exif=exif)
+    plain = (tmp_path / "in.jpg").read_bytes()
+    with Image.open(tmp_path / "in.jpg") as image:
+        assert image.info["dpi"] == (72, 72) and "dpi" not in read(tmp_path / "in.jpg").keep
+    block = struct.pack(">IHHIHH", 300 << 16, 1, 1, 200 << 16, 1, 1)
+    part = b"Photoshop 3.0\0" + b"8BIM\x03\xed\0\0" + struct.pack(">I", len(block)) + block
+    (tmp_path / "in.jpg").write_bytes(plain[:2] + b"\xff\xed" + struct.pack(">H", 2 + len(part)) + part + plain[2:])
+    assert read(tmp_path / "in.jpg").keep["dpi"] == (300, 200)
+
+
 def test_half_transparent_pictures_with_a_profile_are_one_picture(tmp_path):
     """As input and as reference: laid on white, then converted."""
     picture = crop(40, 30)

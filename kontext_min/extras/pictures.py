@@ -390,8 +390,7 @@ def read(path: Path) -> File:
                     notes.append(f"its {space} color profile does not fit its pixels: dropped")
             if image.format == "WEBP" and b"VP8L" in both_ends and b"VP8 " not in both_ends:
                 keep["lossless"] = True
-            untold = image.format == "TIFF" and 282 not in image.tag_v2  # Pillow says 1 then
-            if min(dpi := image.info.get("dpi", (0, 0))) > 0 and not untold:
+            if min(dpi := _dpi(image)) > 0:
                 keep["dpi"] = tuple(map(float, dpi[::-1] if lying else dpi))
             if xmp := image.info.get("xmp"):
                 xmp = xmp if isinstance(xmp, bytes) else xmp.encode()
@@ -424,6 +423,17 @@ def read(path: Path) -> File:
         raise UnreadableError(f"{path}: {error}") from error
     notes += ["nearly one color; look at the file"] * is_one_color(rgb)
     return File(rgb, alpha, keep, tuple(notes))
+
+
+def _dpi(image: Image.Image) -> tuple[float, float]:
+    """Zeros if the file tells none: Pillow then says 1 of a TIFF, and 72 of a JPEG with EXIF."""
+    info, has = image.info, image.format not in ("JPEG", "MPO", "TIFF") or image.info.get("jfif_unit")
+    with suppress(Exception):  # the picture itself may be fine
+        has = has or 282 in (image.tag_v2 if image.format == "TIFF" else Image.Image.getexif(image))
+    if has:
+        return info.get("dpi", (0, 0))
+    block = (info.get("photoshop") or {}).get(0x03ED)  # Photoshop's own, of a JPEG
+    return (block["XResolution"], block["YResolution"]) if isinstance(block, dict) else (0, 0)
 
 
 def _orientation(image: Image.Image) -> int | None:
