@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, TiffTags
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, TiffTags
 
 from kontext_min import data, degrade
 from kontext_min.extras import inventory, metrics, not_read, pictures
@@ -597,6 +597,43 @@ def test_the_resolution_in_photoshops_part_of_a_jpeg_is_kept(tmp_path):
     part = b"Photoshop 3.0\0" + b"8BIM\x03\xed\0\0" + struct.pack(">I", len(block)) + block
     (tmp_path / "in.jpg").write_bytes(plain[:2] + b"\xff\xed" + struct.pack(">H", 2 + len(part)) + part + plain[2:])
     assert read(tmp_path / "in.jpg").keep["dpi"] == (300, 200)
+
+
+def test_what_imagemagick_and_gif_and_xmp_say_is_named(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("tiff:artist", "me")
+    info.add_text("date:create", "today")
+    for exif, said in ((None, True), (Image.Exif(), False)):
+        if exif is not None:
+            exif[ExifTags.Base.Artist] = "me"
+        crop(40, 30).save(tmp_path / "in.png", pnginfo=info, exif=exif)
+        assert read(tmp_path / "in.png").notes == ("its tiff:artist: dropped, as only EXIF and XMP are kept",) * said
+    crop(40, 30).save(tmp_path / "in.gif")
+    gif = (tmp_path / "in.gif").read_bytes()
+    (tmp_path / "in.gif").write_bytes(gif[:-1] + b"!\xff\x0bXMP DataXMP\x01x\0" + gif[-1:])
+    assert read(tmp_path / "in.gif").notes == ("its XMP: dropped, as they are not read from a GIF",)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    crop(40, 30).save(tmp_path / "in.jpg", xmp=xmp)
+    file = read(tmp_path / "in.jpg")
+    assert file.rgb.size == (30, 40) and "turned as its XMP says; some viewers show it as it lies" in file.notes
+
+
+def test_tags_of_a_tiff_are_kept_or_named(tmp_path):
+    """The page, and as some cameras write them date and exposure; what else is there is named."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[285], tags[36867], tags[50735], tags[42112] = "page 3", "2020:01:02 03:04:05", "A17", "<GDAL/>"
+    crop(40, 30).save(tmp_path / "in.tif", tiffinfo=tags)
+    file = read(tmp_path / "in.tif")
+    assert file.notes == ("its tags 42112: dropped",)
+    for ending in ("jpg", "tif"):
+        write(tmp_path / f"out.{ending}", file.rgb, file)
+        with Image.open(tmp_path / f"out.{ending}") as made:
+            exif = made.getexif()
+            assert [str(exif[tag]).strip("()',") for tag in (285, 36867, 50735)] == [
+                "page 3",
+                "2020:01:02 03:04:05",
+                "A17",
+            ]
 
 
 def test_half_transparent_pictures_with_a_profile_are_one_picture(tmp_path):

@@ -29,9 +29,8 @@ GEO = 34735  # the tag of a TIFF that says where it lies
 BOXES = {rb"resd": "dpi", rb"uuid": "EXIF or XMP", rb"xml ": "XML"}  # of a JPEG 2000
 # Texts; those of a PNG that tell of programs, or repeat what is kept, do not count.
 WORDS = {"comment", "Comment"}
-TECHNICAL = re.compile(
-    r"XML:com\.adobe\.xmp|Raw profile type exif|Software|(date|png|exif|icc|tiff|Thumb):.*"
-)  # of PNG
+TECHNICAL = re.compile(r"XML:com\.adobe\.xmp|Raw profile type exif|Software|(date|png|icc|Thumb):.*")  # of PNG
+REPEATED = re.compile(r"(exif|tiff):.*")  # what ImageMagick writes besides EXIF, or instead of it
 
 
 def ends(file: BinaryIO, most: int = NEAR) -> bytes:
@@ -60,10 +59,16 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     found += ["its further channel is not read"] * (0 in tags.get(338, ()))
     kind = ends[25:26] if image.format == "PSD" else b""
     found += ["it is multichannel or duotone, and read as gray"] * (kind in (b"\7", b"\x08"))
+    more = image.format == "PSD" and int.from_bytes(ends[12:14], "big") > Image.getmodebands(image.mode)
+    found += ["its further channels are not read"] * more
     found += ["its fourth channel is taken for transparency"] * (image.format == "PSD" and image.mode == "RGBA")
     space = re.search(SPACES.get(image.format, rb"(?!)"), ends, re.DOTALL)
     apart = bool(space) and any(value[0] not in known for value, known in zip(space.groups(), SRGB, strict=True))
-    if {"srgb", "icc_profile"} & set(image.info) and not (apart and image.format == "PNG"):  # there cICP comes first
+    broken = image.info.get("icc_profile", b"") is None
+    found += ["its color profile can't be read: dropped"] * broken
+    if ("srgb" in image.info or image.info.get("icc_profile")) and not (
+        apart and image.format == "PNG"
+    ):  # there cICP comes first
         return found
     found += ["its EXIF says Adobe RGB, but it has no color profile: taken for sRGB"] * _is_adobe_rgb(image)
     found += ["CMYK without a color profile: its colors are a guess"] * (image.mode == "CMYK")
@@ -79,9 +84,9 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
 
 
 def _is_adobe_rgb(image: Image.Image) -> bool:
-    """Whether the EXIF of a JPEG says so, as that of a camera does: index R03 of the interoperability part."""
+    """Whether the EXIF of a JPEG or WebP says so, as that of a camera does: index R03 of the interoperability part."""
     with suppress(Exception):
-        if image.format in ("JPEG", "MPO"):
+        if image.format in ("JPEG", "MPO", "WEBP"):
             return Image.Image.getexif(image).get_ifd(ExifTags.IFD.Interop).get(1) == "R03"
     return False
 
@@ -100,7 +105,10 @@ def is_deep(image: Image.Image, ends: bytes) -> bool:
 def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     """The entries that a restored picture does not have, from the loaded picture and both `ends` of its file."""
     words = {*image.info} & WORDS
-    words |= {name for name in getattr(image, "text", ()) if not TECHNICAL.fullmatch(name)}
+    texts = {name for name in getattr(image, "text", ()) if not TECHNICAL.fullmatch(name)}
+    words |= {
+        name for name in texts if not (REPEATED.fullmatch(name) and {"exif", "Raw profile type exif"} & {*image.info})
+    }
     # That of a TIFF may be stored as numbers, of which Pillow gives the first, or among Photoshop's parts.
     tags = getattr(image, "tag_v2", {})
     lost = not isinstance(tags.get(33723, b""), bytes) or b"8BIM\x04\x04" in bytes(tags.get(34377, b""))
@@ -112,5 +120,6 @@ def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     found += ["its place on a map (GeoTIFF): dropped"] * (GEO in tags)
     of_psd = {RESOURCES[kind] for kind, *_ in getattr(image, "resources", ()) if kind in RESOURCES}
     of_jp2 = {name for box, name in BOXES.items() if image.format == "JPEG2000" and box in ends}
-    unread = ", ".join(sorted(of_psd | of_jp2))
+    of_gif = {"XMP"} if image.format == "GIF" and b"XMP DataXMP" in ends and "xmp" not in info else set()
+    unread = ", ".join(sorted(of_psd | of_jp2 | of_gif))
     return found + [f"its {unread}: dropped, as they are not read from a {image.format}"] * bool(unread)

@@ -65,6 +65,11 @@ LARGEST_SEGMENT = 65502 - 64  # bytes of EXIF or XMP in a JPEG; the mark takes s
 IPTC, COMMENT = 33723, ExifTags.Base.UserComment
 # Title, camera, resolution, software, date, artist, computer, copyright, rating, Windows' title to subject.
 KEPT = {IPTC, 269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 18246, 18249, *range(40091, 40096)}
+KEPT |= {285, 33434, 33437, 34855, 36867, 36868, 37386, 50735}  # page; exposure, date, lens and body, of some TIFFs
+# Of the pixels, or handled elsewhere: IPTC, Photoshop, ICC, XMP, parts of EXIF, places on maps, padding.
+LAYOUT = {*range(254, 269), *range(273, 282), *range(284, 294), 297, 301, *range(317, 348), *range(512, 533), 700, 11}
+LAYOUT |= {4096, 4097, 32995, 32996, 32997, 32998, 33421, 33422, 33550, IPTC, 33922, 34264, *range(34735, 34738), 34377}
+LAYOUT |= {34665, 34675, 34853, 37439, 37724, 40965, 50341, 59932, 59933}
 # Of the Exif part all is kept but the layout of the old pixels, and an offset into the old file.
 DROPPED = {37121, 37122, ExifTags.IFD.Interop}
 PLACES = {37396, 41492}  # of the subject, in the pixels before the picture is turned
@@ -406,6 +411,10 @@ def read(path: Path) -> File:
                 notes.append("its EXIF can't be read: dropped")
             if exif:
                 keep["exif"] = exif
+            if others := _tags_dropped(image):
+                notes.append(f"its tags {', '.join(others[:5])}{' ...' * (len(others) > 5)}: dropped")
+            if turn is not None and b"tiff:Orientation" in (xmp or b"") and not _has_own_orientation(image):
+                notes.append("turned as its XMP says; some viewers show it as it lies")
             if image.has_transparency_data:
                 straight = image.convert("RGBA")
                 straight = straight.transpose(turn) if turn is not None else straight
@@ -440,6 +449,22 @@ def _orientation(image: Image.Image) -> int | None:
     with suppress(Exception):  # the picture itself may be fine
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     return None
+
+
+def _has_own_orientation(image: Image.Image) -> bool:
+    """Whether it stands in EXIF: Pillow takes it from XMP otherwise."""
+    exif = Image.Exif()
+    with suppress(Exception):
+        exif.load(image.info.get("exif") or b"")
+    return ExifTags.Base.Orientation in exif
+
+
+def _tags_dropped(image: Image.Image) -> list[str]:
+    """Names of the tags of the main part of EXIF, or of a TIFF, that are not kept and do not describe the pixels."""
+    with suppress(Exception):
+        tags = set(Image.Image.getexif(image)) - KEPT - LAYOUT
+        return [str(ExifTags.TAGS.get(tag, tag)) for tag in sorted(tags) if not 0x5000 <= tag < 0x6000]
+    return []
 
 
 def _exif(image: Image.Image, size: Size, lying: bool) -> tuple[Image.Transpose | None, bytes | None]:

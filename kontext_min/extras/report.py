@@ -73,7 +73,7 @@ def write_report(folder: Path) -> Path:
     goal, done = settings.get("steps"), training[-1]["step"] if training else 0
     along = evenly([row for row in validations if isinstance(row.get("loss_at"), list)], 5)
     data = {
-        "facts": run_facts(training, alike, goal, start),
+        "facts": run_facts(training, validations, alike, goal, start),
         "unfinished": is_step(goal) and done < goal,
         **sliders(folder, alike),
         "training": curves(training),
@@ -157,13 +157,23 @@ def save_page(folder: Path, data: Row) -> Path:
 # ------------------------------------------------------------------------------------------------ parts of a run's page
 
 
-def run_facts(training: Sequence[Row], validations: Sequence[Row], goal: Any, start: str) -> list[list[str]]:
-    """[name, value, note]: what the best validation gained over the degraded pictures, and what it took."""
+def run_facts(
+    training: Sequence[Row], validations: Sequence[Row], alike: Sequence[Row], goal: Any, start: str
+) -> list[list[str]]:
+    """[name, value, note]: what the best of the comparable validations gained over the degraded pictures, and the cost.
+
+    Args:
+        training: rows of steps.
+        validations: all of them, for the time.
+        alike: those that can be compared with the last one.
+        goal: steps of the whole run.
+        start: what was validated at step 0, in words.
+    """
     facts = []
-    if top := best(validations):
+    if top := best(alike):
         facts += gains(*(top[key] for key in SCORES))
-        first, last = (row.get("psnr") for row in (validations[0], validations[-1]))
-        if validations[0].get("step") == 0 and is_number(first):
+        first, last = (row.get("psnr") for row in (alike[0], alike[-1]))
+        if alike[0].get("step") == 0 and is_number(first):
             facts.append(["Before training", f"{first:.2f} dB", start])
         note = f"by PSNR; the last: {last:.2f} dB" if is_number(last) else "by PSNR"
         facts.append(["Best step", f"{top['step']:,}", note])
