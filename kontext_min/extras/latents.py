@@ -60,7 +60,10 @@ class CachedPairs(Pairs):
         own = self.buckets[self.bucket_of[i]] == bucket  # else i stands in for a picture of another shape
         latents = self.stored(self.key(variant, i)) if own else None
         if latents is None:
-            raise UnreadableError(f"{self.pictures[i].name}: its latents of variant {variant} are not cached.")
+            if own:  # what `fill` took for whole may have a bit that flipped
+                self.file(self.key(variant, i)).unlink(missing_ok=True)
+            what = f"its latents of variant {variant} are not cached; the next start makes them"
+            raise UnreadableError(f"{self.pictures[i].name}: {what}.")
         return latents
 
     def key(self, variant: int, i: int) -> str:

@@ -1,6 +1,6 @@
 """Validate the model, every time with the same pictures, degradations, noise and points on the path.
 
-loss at sigma 0.1 ... 0.9      error of the velocity, comparable between runs
+loss at sigma 0.1 ... 0.9      error of the velocity, comparable between runs of one --seed
 loss of no change              the same for a network that predicts the velocity 0: what a flat curve is compared with
 PSNR, SSIM                     of the restored picture, beside those of the degraded one
 shift                          of the restored picture against the clean one, in pixels: 0 unless the model reframes
