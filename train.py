@@ -247,7 +247,7 @@ def train(settings: Settings) -> int:
         "versions": {"kontext_min": __version__, "torch": torch.__version__, "device": str(me.device)},
         "fingerprint": prompts.fingerprints(weights),
         "pictures": runs.hash_of([*runs.marks(pairs.pictures), *pairs.prompts]),
-        "files": runs.hash_of(runs.marks(runs.pictures_of(pairs, held))),
+        "files": runs.hash_of(runs.marks(runs.others_of(pairs, held))),
         "operators": runs.hash_of([str(degrade.parse(text)) for text in settings.degrade]),
         "pictures_a_batch": settings.batch_size * me.world,
     }

@@ -661,7 +661,7 @@ def outside_of_blocks(model: Flux) -> list[str]:
 def factors_for(model: Flux, path: str | Path) -> tuple[dict[str, Factors], dict[str, str]]:
     """The LoRA of a file by module of this model, and the file's metadata; errors as for load_lora."""
     tensors, metadata = read_lora(path)
-    if metadata.get("checksum", crc := checksum(tensors)) != crc:
+    if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
         print(f"note: {path}: its values are not those that train.py wrote", file=sys.stderr)
     of_peft = next(iter(tensors)).startswith("base_model.model.") and not any("alpha" in name for name in tensors)
     if of_peft and "lora_adapter_metadata" not in metadata:

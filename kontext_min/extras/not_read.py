@@ -66,9 +66,8 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     apart = bool(space) and any(value[0] not in known for value, known in zip(space.groups(), SRGB, strict=True))
     broken = image.info.get("icc_profile", b"") is None
     found += ["its color profile can't be read: dropped"] * broken
-    if ("srgb" in image.info or image.info.get("icc_profile")) and not (
-        apart and image.format == "PNG"
-    ):  # there cICP comes first
+    told = "srgb" in image.info or image.info.get("icc_profile")
+    if told and not (apart and image.format == "PNG"):  # there cICP comes first
         return found
     found += ["its EXIF says Adobe RGB, but it has no color profile: taken for sRGB"] * _is_adobe_rgb(image)
     found += ["CMYK without a color profile: its colors are a guess"] * (image.mode == "CMYK")

@@ -317,9 +317,10 @@ def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int, int]]:
         return list(pool.map(mark, pictures))
 
 
-def pictures_of(*used: Any) -> list[Any]:
-    """The pictures in some data.Pairs, or None, and their degraded partners."""
-    return [p for pairs in used if pairs for p in (*pairs.pictures, *getattr(pairs, "partners", ()))]
+def others_of(pairs: Any, held: Any) -> list[Any]:
+    """The pictures of a run besides those of `pairs`: the ones to validate on, or none, and degraded partners."""
+    partners = [p for some in (pairs, held) for p in getattr(some, "partners", ())]
+    return [*(held.pictures if held else ()), *partners]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
