@@ -134,6 +134,13 @@ def test_the_longest_names_can_be_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_link_as_output_stays_a_link(tmp_path):
+    (tmp_path / "there.png").touch()
+    (tmp_path / "link.png").symlink_to("there.png")
+    write(tmp_path / "link.png", crop(20, 20))
+    assert (tmp_path / "link.png").is_symlink() and Image.open(tmp_path / "there.png").size == (20, 20)
+
+
 # -------------------------------------------------------------------------------------------------------- what is kept
 
 

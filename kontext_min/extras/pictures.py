@@ -583,6 +583,7 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
         exif[ExifTags.Base.ResolutionUnit] = 2  # per inch
     options["exif"] = marked(exif)
     path.parent.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()  # a link stays one
     # A short name: one made of path.name could be longer than file systems take.
     aside = path.with_name(f".{secrets.token_hex(4)}.tmp")
     try:
