@@ -146,7 +146,7 @@ def sample(settings: Settings) -> int:
     apply = Tiles(settings.tile, autoencoder, tick, plan.room(autoencoder.params, device), method.resolution)
     degradation, restored = settings.degrade and degrade.parse(settings.degrade), 0
     for job in jobs:
-        with folders.spared(job, jobs, failed, not how, settings.overwrite):
+        with folders.spared(job, jobs, failed, how, settings.overwrite) as state:
             if job not in todo and not scores.wanted:
                 continue
             photo = pictures.load(job, degradation, settings.reference, settings.seed)
@@ -163,7 +163,7 @@ def sample(settings: Settings) -> int:
                 result = result.resize(job.size, Image.Resampling.LANCZOS)
                 shown = [pictures.as_seen(picture, photo.file) for picture in (photo.degraded, result)]
                 sheet = validation.grid([shown + [photo.clean] * bool(photo.clean)])
-                with folders.noted(job, settings.output, how, settings.overwrite):
+                with folders.noted(job, settings.output, how, state, settings.overwrite):
                     pictures.write(job.output, *((sheet,) if settings.compare else (result, photo.file)))
                 restored += 1
                 tick.end()

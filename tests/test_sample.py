@@ -1172,6 +1172,33 @@ def test_every_flag_that_decides_how_a_picture_looks_is_in_the_record(small, sma
         assert record(dataclasses.replace(plain, **{name: value})) != record(plain), name
 
 
+@pytest.mark.parametrize("when", ["while it is restored", "with its time kept"])
+def test_a_picture_that_is_replaced_is_restored_again(identity, small_bundle, tmp_path, capsys, monkeypatch, when):
+    """While it is restored, or by another of the same size and time, such as one that a tool has turned."""
+    (tmp_path / "in").mkdir()
+    old, new = tmp_path / "in" / "a.bmp", tmp_path / "new.bmp"
+    crop(32, 32).save(old)
+    crop(32, 32).rotate(90).save(new)
+    args = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle]
+
+    def replace(job, *rest, load=pictures.load):
+        photo = load(job, *rest)
+        shutil.copyfile(new, old)
+        return photo
+
+    with monkeypatch.context() as patch:
+        if when == "while it is restored":
+            patch.setattr(pictures, "load", replace)
+        assert run(*args) == 0
+    if when == "with its time kept":
+        time = old.stat().st_mtime_ns
+        shutil.copyfile(new, old)
+        os.utime(old, ns=(time, time))
+    capsys.readouterr()
+    assert run(*args) == 2
+    assert "holds 1 of these pictures, but their inputs have changed since" in capsys.readouterr().err
+
+
 def test_a_sheet_is_made_anew_when_its_clean_picture_is_another(scored, tmp_path, capsys):
     assert run(*scored, "--compare") == 0
     os.utime(tmp_path / "clean" / "sub" / "b.bmp", (1e9, 1e9))
@@ -1266,9 +1293,10 @@ ENDS = ["EPIPE", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "EACCES", "EPERM",
 def test_an_error_that_every_picture_would_meet_ends_the_folder(name, tmp_path):
     """A closed pipe, a disk that is full or gone, a limit; others are the picture's own."""
     job, failed = pictures.Job(tmp_path / "a.png", "a.png", tmp_path / "b.png", (1, 1)), []
+    job.path.touch()
     with (
         pytest.raises(OSError) if name in ENDS else contextlib.nullcontext(),
-        folders.spared(job, [job], failed, stop=False),
+        folders.spared(job, [job], failed, {"compare": False}),
     ):
         raise OSError(getattr(errno, name), "")
     assert bool(failed) == (name not in ENDS)

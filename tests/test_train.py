@@ -264,7 +264,7 @@ def test_a_pipe_as_caption_is_not_waited_for_and_an_empty_one_is_named(run, tmp_
         assert f"{name}.txt: {reason}" in printed
 
 
-def test_a_run_that_continues_keeps_its_start_in_settings_json(run, tmp_path):
+def test_a_run_that_continues_keeps_its_start_in_settings_json(run, tmp_path, capsys):
     assert run("--steps", 1, "--output-dir", tmp_path / "first") == 0
     assert run("--steps", 2, "--checkpoint-every", 1, "--init-lora", tmp_path / "first") == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000002")
@@ -272,6 +272,11 @@ def test_a_run_that_continues_keeps_its_start_in_settings_json(run, tmp_path):
     assert run("--steps", 2, "--checkpoint-every", 1) == 0
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["init_lora"] == str(tmp_path / "first")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "lora.safetensors").unlink()
+    assert run("--steps", 2) == 2  # it would begin without it
+    assert f"init_lora was {tmp_path / 'first'}, is None. Give --accept-changes" in capsys.readouterr().err
+    assert run("--steps", 2, "--init-lora", tmp_path / "first") == 0
 
 
 def test_a_base_that_was_trained_for_another_objective_is_said(pictures, capsys):

@@ -80,18 +80,21 @@ def _difference(line: dict[str, Any] | None, job: Job, how: dict[str, Any]) -> s
     if line is None:
         return f"no {RECORD} says how they were made"
     changed = [f"{k} was {line['how'].get(k)}, is {how[k]}" for k in how if line["how"].get(k) != how[k]]
-    return "; ".join(changed) or "their inputs have changed since" * (line["input"] != _state(job, how))
+    state = _state(job, how)
+    without_samples = [n for k, n in enumerate(state) if k % 3 != 2]  # of older records
+    return "; ".join(changed) or "their inputs have changed since" * (line["input"] not in (state, without_samples))
 
 
 def _state(job: Job, how: dict[str, Any]) -> list[int]:
     """What changes when the input is replaced, or the clean picture beside it on a sheet of --compare."""
     clean = reference_of(job, Path(how["compare"])) if isinstance(how["compare"], str) else None
-    return [n for file in (job.path, clean) if file for n in (file.stat().st_size, file.stat().st_mtime_ns)]
+    files = [file for file in (job.path, clean) if file]
+    return [n for f in files for n in (f.stat().st_size, f.stat().st_mtime_ns, size_and_samples(f)[1])]
 
 
 @contextmanager
-def noted(job: Job, target: Path, how: dict[str, Any], overwrite: bool) -> Iterator[None]:
-    """Say in the record how the picture that the block writes is made; of a single one, nothing.
+def noted(job: Job, target: Path, how: dict[str, Any], state: list[int], overwrite: bool) -> Iterator[None]:
+    """Say in the record how the picture that the block writes is made, and from what; of a single one, nothing.
 
     That is before a new picture is written, but only after an old one is replaced: wherever a kill falls in between,
     no picture counts as made in a way that it was not. Its file is known, and noted, after both.
@@ -105,7 +108,7 @@ def noted(job: Job, target: Path, how: dict[str, Any], overwrite: bool) -> Itera
 
     def note(file: tuple[int, int] | None) -> None:
         if how:
-            line = {"picture": job.name, "input": _state(job, how), "file": file, "how": how}
+            line = {"picture": job.name, "input": state, "file": file, "how": how}
             append_line(record, json.dumps(line))
 
     if not replaces:
@@ -116,18 +119,18 @@ def noted(job: Job, target: Path, how: dict[str, Any], overwrite: bool) -> Itera
 
 @contextmanager
 def spared(
-    job: Job, jobs: Sequence[Job], failed: list[tuple[str, str]], stop: bool, overwrite: bool = False
-) -> Iterator[None]:
-    """A picture that fails is named and added to `failed`, and the folder goes on.
+    job: Job, jobs: Sequence[Job], failed: list[tuple[str, str]], how: dict[str, Any], overwrite: bool = False
+) -> Iterator[list[int]]:
+    """A picture that fails is named and added to `failed`, and the folder goes on. Yields the state of its files.
 
     Raises:
-        ValueError, OSError: with `stop`, that of the picture.
+        ValueError, OSError: of a single picture, whose `how` is empty.
         OSError, KeyboardInterrupt: the disk takes no more pictures, or you stop it; a note says how many are there.
     """
     try:
-        yield
+        yield _state(job, how) if how else []  # before it is read: it may be replaced while it is restored
     except (ValueError, OSError, KeyboardInterrupt) as error:
-        if stop:
+        if not how:
             if isinstance(error, ValueError) and job.name not in str(error):
                 raise ValueError(f"{job.name}: {error}") from None
             raise

@@ -119,6 +119,8 @@ def open_run(
     if results and write:
         print(f"note: {folder / results[0]} is that of the run before, until this one is done")
     lines = _changes(before, settings) if before else []
+    if before and not last and not start and before.get("init_lora"):  # it begins again, and not from there
+        lines.append(f"init_lora was {before['init_lora']}, is None")
     if there and accept and write and lines:
         print(f"note: {folder}: settings changed: {'; '.join(lines)}")
         if any(before.get(k) != settings[k] for k in ("pictures", "files") if k in settings):
