@@ -1115,6 +1115,17 @@ def test_broken_latents_are_made_again_and_lost_ones_replaced(tmp_path):
         assert len(list((tmp_path / "latents").rglob("*.safetensors"))) == stored + (again is latents)
 
 
+def test_a_blank_page_that_nothing_can_stand_in_for_is_named_before_the_run(tmp_path):
+    pictures = folder_of(tmp_path, [(100, 100)] * 2 + [(300, 100)])
+    Image.new("RGB", (300, 100), "white").save(tmp_path / "002.png")
+    latents = CachedPairs(Pairs(pictures, SMALL, noisy, 1, "restore"), tmp_path / "latents", "base", 1)
+    with pytest.raises(
+        ValueError, match=r"^--cache-latents: 002\.png: nearly one color.*no other picture has its shape"
+    ):
+        fill(latents, pooled)
+    assert StandIns(latents)[(0, 0)]["name"] == "000.png"
+
+
 def test_latents_cut_at_any_byte_are_made_again(tmp_path):
     latents = CachedPairs(Pairs(folder_of(tmp_path, [(64, 64)]), SMALL, noisy, 1, "restore"), tmp_path / "l", "base", 1)
     fill(latents, pooled)

@@ -138,15 +138,20 @@ def fill(
 
     Returns:
         A line for each variant of a picture that cannot be read.
+
+    Raises:
+        ValueError: a picture that cannot be read is the only one of its shape, so that no other has latents to replace
+            its own.
     """
     # Shared out by picture, because what is missing changes while the other processes write.
     places = [(variant, i) for i in range(rank, len(cached), world) for variant in range(cached.variants)]
     missing = [place for place in places if cached.stored(cached.key(*place), header_only=True) is None]
     loader = load(StandIns(cached.pairs), [[place] for place in missing], workers)  # one by one: they have many shapes
-    unreadable = []
+    unreadable, failed = [], {}
     for done, (place, batch) in enumerate(zip(missing, loader, strict=True), 1):
         if lines := batch["unreadable"][0]:  # another picture stands in, which must not be kept under this one's name
             unreadable.append(lines[0])
+            failed[place[1]] = lines[0]
         else:
             control, target = encode(batch["control"])[0], encode(batch["target"])[0]
             key = cached.key(*place)
@@ -154,4 +159,9 @@ def fill(
             latents = {"control": control.cpu().contiguous(), "target": target.cpu().contiguous()}
             save_file(latents, cached.file(key), {"key": key, "checksum": checksum(latents)})
         report(done, len(missing))
+    for i, line in failed.items():
+        if {j for j, bucket in enumerate(cached.bucket_of) if bucket == cached.bucket_of[i]} <= failed.keys():
+            raise ValueError(
+                f"--cache-latents: {line}: no other picture has its shape; remove it, or leave the flag out."
+            )
     return unreadable
