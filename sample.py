@@ -30,8 +30,8 @@ from kontext_min.data import to_tensor
 from kontext_min.extras import checks, folders, parallel, pictures, plan, program, prompts, validation
 from kontext_min.extras.base import Weights, load_base
 from kontext_min.extras.flags import flag, parse_flags
-from kontext_min.extras.lora_files import load_lora, lora_file, strength_of
-from kontext_min.extras.method import made_with, method_of
+from kontext_min.extras.lora_files import lora_file, strength_of
+from kontext_min.extras.method import load_loras, made_with, method_of
 from kontext_min.extras.parallel import compute_dtype
 from kontext_min.extras.progress import Progress, Ticker
 from kontext_min.extras.scores import Scores
@@ -132,8 +132,7 @@ def sample(settings: Settings) -> int:
     flux, stream = load_base(settings, weights.path("transformer"), dtype, device, cache)
     if stream:
         stream.wrap()
-    for lora in settings.lora:
-        load_lora(flux, *strength_of(lora))
+    load_loras(flux, settings.lora, method)
 
     velocity = flow.velocity
     if settings.fidelity:  # pull each step towards the input

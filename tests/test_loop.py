@@ -144,7 +144,7 @@ def test_the_end_names_the_best_step_if_it_is_not_the_last(flags, tmp_path, monk
 
     def wrapped(*args):
         row, sheet = validate(*args)
-        return row | {"psnr": next(psnrs)}, sheet
+        return row | {"psnr": next(psnrs), "ssim": 0.5}, sheet
 
     monkeypatch.setattr(validation, "validate", wrapped)
     more = ["--output-dir", tmp_path / "run", "--workers", 0, "--steps", 3, "--accumulate", 1]
@@ -159,7 +159,10 @@ def test_the_end_names_the_best_step_if_it_is_not_the_last(flags, tmp_path, monk
     assert train.main([str(x) for x in [*flags, *more, "--overwrite", "--steps", 1, "--warmup", 0]]) == 0
     assert "note: step 0 has the best PSNR, 26.00 dB: the steps after it did not help" in capsys.readouterr().out
     assert train.main([str(x) for x in [*flags, *more, "--overwrite", "--steps", 2, "--warmup", 0]]) == 0
-    assert "note: training has not changed the PSNR, 20.00 dB; raise --lr or --steps\n" in capsys.readouterr().out
+    assert (
+        "note: training has not changed the PSNR, 20.00 dB, SSIM 0.500; raise --lr or --steps\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_the_program_was_started_to_ignore_stays_ignored(outside, whole, tmp_path):

@@ -143,6 +143,15 @@ def test_a_shift_is_said_below_the_table():
     assert mean_row(rows)["shift"] == 5
 
 
+def test_inputs_that_are_clean_are_no_part_of_the_mean():
+    """As --degrade noise=0.1@0.5 leaves them: the mean would be infinite."""
+    a, b = pair()
+    rows = [row("a.png", a, a, b), row("b.png", b, a, b)]
+    assert mean_row(rows)["input"] == rows[0]["input"] and mean_row(rows)["restored"] == rows[0]["restored"]
+    assert table([*rows, mean_row(rows)]).endswith("\nthe mean leaves out 1: its input equals the clean picture")
+    assert "leaves out" not in table([rows[1], mean_row(rows[1:])])
+
+
 def test_shapes_that_do_not_match():
     a = np.zeros((16, 16, 3))
     for metric in (psnr, ssim, texture, shift):

@@ -357,6 +357,11 @@ def test_a_sheet_cut_short_is_left_out(run):
     sheet.write_bytes(sheet.read_bytes()[:60])
     assert read(run)["steps"] == ["50, best"]
     assert "Not shown, as they can't be read: validation/step-000100.png." in read(run)["note"]
+    (run / "validation" / "step-000050.png").unlink()
+    assert not (data := read(run))["figures"]  # the note stands outside of their section, which is hidden
+    assert data["note"].startswith("Not shown, as they can't be read: validation/step-000100.png, ")
+    page = (run / "report.html").read_text()
+    assert page.index('id="pictures"') < page.index("</section>") < page.index('id="note"')
 
 
 def test_pictures_that_changed_during_the_run(run):

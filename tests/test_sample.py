@@ -1147,6 +1147,28 @@ def test_pictures_made_in_another_way_do_not_count_as_restored(identity, small, 
     assert run(*args, *more, "--overwrite") == 0
 
 
+@pytest.mark.parametrize("source", ["in", "in/a.png"])
+def test_a_lora_that_is_replaced_while_the_networks_load_restores_nothing(
+    small, small_bundle, tmp_path, capsys, monkeypatch, source
+):
+    """As a run that ends does it. The record, and the settings of the LoRA, would be those of the old file."""
+    lora = Path(shutil.copy(small / "lora.safetensors", tmp_path))
+    (tmp_path / "in").mkdir()
+    crop(32, 32).save(tmp_path / "in" / "a.png")
+
+    def late(*args, load=sample.load_base):
+        with safe_open(lora, "pt") as f:
+            tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118
+        save_file({name: 2 * x for name, x in tensors.items()}, lora, metadata=about)
+        return load(*args)
+
+    monkeypatch.setattr(sample, "load_base", late)
+    output = tmp_path / ("out" if source == "in" else "out.png")
+    assert run("--input", tmp_path / source, "--output", output, "--weights", small_bundle, "--lora", lora) == 2
+    assert "--lora: a file was replaced while the networks were loaded; start again." in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out.png").exists()
+
+
 def test_the_settings_beside_a_lora_of_peft_are_in_the_record(tmp_path):
     lora = tmp_path / "adapter_model.safetensors"
     lora.write_bytes(b"x")

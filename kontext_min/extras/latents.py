@@ -62,7 +62,7 @@ class CachedPairs(Pairs):
         if latents is None:
             if own:  # what `fill` took for whole may have a bit that flipped
                 self.file(self.key(variant, i)).unlink(missing_ok=True)
-            what = f"its latents of variant {variant} are not cached; the next start makes them"
+            what = f"its latents of variant {variant} are not cached; the next start makes them, if it can"
             raise UnreadableError(f"{self.pictures[i].name}: {what}.")
         return latents
 

@@ -649,7 +649,7 @@ def save_lora(
     for name, layer in layers.items():
         down, up = values[f"{name}.lora_A"], values[f"{name}.lora_B"]
         lora[name] = Factors(down, up, layer.scale * down.shape[0])
-    _note_if_idle(path, lora, 1)
+    _note_if_idle(Path(path).name, lora, 1)  # its folder may be a checkpoint's, which is renamed
     write_lora(path, lora, format or ("peft" if outside_of_blocks(model) else "kohya"), metadata or {})
 
 

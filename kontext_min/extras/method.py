@@ -6,6 +6,7 @@ prompt, start time, source noise, resolution. train.py --full writes the same in
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,8 +19,17 @@ from kontext_min.checkpoints import find, metadata
 from kontext_min.extras import prompts
 from kontext_min.extras.base import Weights
 from kontext_min.extras.fingerprint import fingerprint
-from kontext_min.extras.lora_files import lora_bytes, lora_file, note_other_base, purpose, strength_of, trained_with
+from kontext_min.extras.lora_files import (
+    load_lora,
+    lora_bytes,
+    lora_file,
+    note_other_base,
+    purpose,
+    strength_of,
+    trained_with,
+)
 from kontext_min.flow import Objective, evaluations
+from kontext_min.flux import Flux
 from kontext_min.restore import STEPS
 
 HOW = ("degrade", "seed", "strength", "fidelity", "color_fix", "tile", "resolution", "quantize")
@@ -35,6 +45,7 @@ class Method:
     steps: int  # network evaluations
     solver: str  # of flow.SOLVERS
     resolution: int | None  # that the LoRA was trained at, in pixels
+    lora: tuple[str, ...]  # of each LoRA: its name, a hash of what it holds, its strength
     assumed: bool  # neither a flag nor the LoRA nor the base says which objective
 
     def __str__(self) -> str:
@@ -81,6 +92,7 @@ def method_of(settings: Any, weights: Weights) -> Method:
         steps=steps,
         solver=solver,
         resolution=about.get("resolution"),
+        lora=_contents(settings.lora),
         assumed=not settings.objective and "objective" not in about,
     )
 
@@ -93,14 +105,29 @@ def _draws(spec: str) -> bool:
     return rng.bit_generator.state != before
 
 
+def _contents(loras: Sequence[str]) -> tuple[str, ...]:
+    files = [(lora_file(path), strength) for path, strength in map(strength_of, loras)]
+    return tuple(f"{file.name} {hashlib.sha256(lora_bytes(file)).hexdigest()[:16]}={x:g}" for file, x in files)
+
+
+def load_loras(flux: Flux, loras: Sequence[str], method: Method) -> None:
+    """Put the LoRAs of --lora on a model.
+
+    Raises:
+        ValueError: one does not fit, or was replaced since `method_of` read it, as by a run that has ended.
+    """
+    for lora in loras:
+        load_lora(flux, *strength_of(lora))
+    if _contents(loras) != method.lora:
+        raise ValueError("--lora: a file was replaced while the networks were loaded; start again.")
+
+
 def made_with(settings: Any, weights: Weights, method: Method) -> dict[str, Any]:
     """All that decides what a restored picture looks like besides its input, as plain JSON values."""
-    loras = [(lora_file(path), strength) for path, strength in map(strength_of, settings.lora)]
-    contents = [f"{file.name} {hashlib.sha256(lora_bytes(file)).hexdigest()[:16]}={x:g}" for file, x in loras]
     base = [fingerprint(weights.path(part), part) for part in ("transformer", "vae")]
     base += prompts.keys([method.prompt], weights, torch.float32).values()  # text encoders and vocabularies
     sheet = settings.compare and settings.reference and str(settings.reference.resolve())
     how = asdict(method) | {name: getattr(settings, name) for name in HOW}
     how["operators"] = settings.degrade and str(degrade.parse(settings.degrade))  # a preset's may have changed
     del how["assumed"]  # what was assumed counts
-    return how | {"compare": sheet or settings.compare, "lora": contents, "base": base}
+    return how | {"compare": sheet or settings.compare, "lora": list(method.lora), "base": base}

@@ -107,11 +107,19 @@ def row(name: str, degraded: Picture, restored: Picture, clean: Picture) -> Row:
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-    """The mean of the scores of some pictures, and the largest of their shifts."""
+    """The mean of the scores of some pictures, and the largest of their shifts.
+
+    Inputs that equal their clean picture do not count, unless all do: their PSNR is infinite.
+    """
     row: Row = {"name": "mean", "shift": max(r["shift"] for r in rows)}
+    rows = [r for r in rows if not _is_clean(r)] or rows
     for part in ("input", "restored"):
         row[part] = {key: sum(r[part][key] for r in rows) / len(rows) for key in SCORES}
     return row
+
+
+def _is_clean(row: Row) -> bool:
+    return bool(np.isinf(row["input"]["psnr"]))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -124,6 +132,8 @@ def table(rows: Sequence[Row]) -> str:
     lines += [
         f"{row['name']}: shifted by {row['shift']} pixels" for row in rows if row["shift"] and row["name"] != "mean"
     ]
+    if rows[-1]["name"] == "mean" and not _is_clean(rows[-1]) and (clean := sum(map(_is_clean, rows))):
+        lines.append(f"the mean leaves out {clean}: its input equals the clean picture")
     return "\n".join(lines)
 
 

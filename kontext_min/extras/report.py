@@ -216,9 +216,9 @@ def sliders(folder: Path, validations: Sequence[Row]) -> Row:
             continue
         steps.insert(0, f"{step:,}" + (", best" if top and step == top["step"] else ""))
     note = (
-        f"PSNR from degraded to restored. Pictures above {SIDE} pixels are shrunk here; the links lead to the sheets."
+        f"PSNR from degraded to restored. Pictures above {SIDE} pixels are shrunk here; the links lead to the sheets. "
     )
-    note += f" Not shown, as they can't be read: {', '.join(lost)}." * bool(lost)
+    note = note * bool(figures) + f"Not shown, as they can't be read: {', '.join(lost)}." * bool(lost)
     return {"figures": figures, "steps": steps, "note": note}
 
 

@@ -342,9 +342,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def best_step(folder: Path, state: dict[str, Any]) -> list[str]:
     """A line if training changed nothing, or if another step than the last one has the best PSNR: where it is kept."""
-    scores = [f"{row['psnr']:.2f}" for row in read_metrics(folder) if row.get("validation") and row.get("psnr")]
-    if len(scores) > len(set(scores)) == 1:
-        return [f"note: training has not changed the PSNR, {scores[-1]} dB; raise --lr or --steps"]
+    rows = [row for row in read_metrics(folder) if row.get("validation") and row.get("psnr")]
+    scores = {f"{row['psnr']:.2f} dB, SSIM {row.get('ssim') or 0:.3f}" for row in rows}
+    if len(rows) > len(scores) == 1:
+        return [f"note: training has not changed the PSNR, {scores.pop()}; raise --lr or --steps"]
     step, psnr = state["best_step"], state["best_psnr"]
     if step in (None, state["step"]):
         return []
