@@ -91,8 +91,7 @@ class AttnBlock(nn.Module):
 
 def downsample(c: int) -> nn.Sequential:
     """Half the side, (B, C, H, W) -> (B, C, H // 2, W // 2), an odd one floored: a 3x3 convolution of stride 2."""
-    # Zeros at the right and the bottom ONLY: position i sees 2i, 2i + 1, 2i + 2. torch's padding=1 would see 2i - 1 to
-    # 2i + 1, and the latent would be shifted.
+    # Zeros at the right and the bottom ONLY: i sees 2i to 2i + 2. padding=1, 2i - 1 to 2i + 1, would shift the latent.
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
 
 

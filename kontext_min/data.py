@@ -240,7 +240,8 @@ def _to_rgb(image: Image.Image, to_srgb: bool, tile: str) -> Image.Image:
     deep, tags = image.mode[0] in "IF" or bool(re.search("[;I]16", tile)), getattr(image, "tag_v2", {})
     wrong = image.format == "PSD" and image.mode == "1"  # read as its negative
     wrong |= "transparency" in image.info and bool(re.search("[LIB];(2|4|16)", tile))  # its bits, compared with 8
-    wrong |= tags.get(284) == 2 and max(tags.get(258, (8,))) > 8 and not deep  # planes of 16 bits, read as 8
+    # A byte with a sign, read without; planes of 16 bits, read as 8.
+    wrong |= not deep and (2 in tags.get(339, ()) or (tags.get(284) == 2 and max(tags.get(258, (8,))) > 8))
     if wrong:
         raise ValueError("stored in a way that Pillow reads wrong; convert it to gray or RGB of 8 bits")
     if image.mode == "F" or image.mode.startswith("I"):  # float, 16 and 32 bits: convert() would clip them at 255

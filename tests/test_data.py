@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -302,6 +303,8 @@ def test_modes_become_rgb(tmp_path):
     for name, tags in (("white-is-0", {262: 0}), ("signed", {339: 2})):
         with pytest.raises(ValueError, match=rf"{name}\.tif: its white is not 65535"):
             opened(Image.fromarray(ramp * 127), f"{name}.tif", tiffinfo=tags)
+    with pytest.raises(ValueError, match=r"signed8\.tif: stored in a way that Pillow reads wrong"):
+        opened(Image.fromarray(ramp.astype(np.uint8)), "signed8.tif", tiffinfo={339: 2})
     (tmp_path / "12bit.tif").write_bytes(_tiff_of_12_bits())
     with pytest.raises(ValueError, match=r"12bit.tif: its white is not 65535"):
         data.open_picture(tmp_path / "12bit.tif")
@@ -874,6 +877,20 @@ def test_a_picture_of_one_color_is_left_out(tmp_path, capsys):
     assert capsys.readouterr().out.count("nearly one color; look at the file") == 3
 
 
+def test_a_partner_of_one_color_is_left_out(tmp_path, capsys):
+    for name in ("hr", "lr"):
+        (tmp_path / name).mkdir()
+    pictures, partners = (folder_of(tmp_path / name, [(64, 64)] * 3) for name in ("hr", "lr"))
+    for p in partners:
+        p.path.write_bytes(p.path.read_bytes() + b"\0")  # no copies
+    Image.new("RGB", (64, 64)).save(partners[0].path)
+    pairs = paired(pictures, tmp_path / "lr")
+    item, line = StandIns(pairs)[(0, 0)], f"{partners[0].path}: nearly one color; look at the file"
+    assert item["name"] != "000.png" and item["unreadable"] == [line]
+    held_out.load(pairs, torch.device("cpu"))
+    assert capsys.readouterr().out.count(line) == 1
+
+
 def test_a_failing_degradation_is_no_unreadable_picture(tmp_path):
     def fails(image, rng):
         raise ValueError("a bug")
@@ -1124,6 +1141,15 @@ def test_a_blank_page_that_nothing_can_stand_in_for_is_named_before_the_run(tmp_
     ):
         fill(latents, pooled)
     assert StandIns(latents)[(0, 0)]["name"] == "000.png"
+
+
+def test_a_picture_that_changes_while_latents_are_made_is_not_kept_under_the_old_ones_key(tmp_path):
+    (tmp_path / "photos").mkdir()
+    pictures = folder_of(tmp_path / "photos", [(100, 100)] * 3)
+    latents = CachedPairs(Pairs(pictures, SMALL, noisy, 1, "restore"), tmp_path / "latents", "base", 1)
+    shutil.copyfile(pictures[1].path, pictures[2].path)
+    assert fill(latents, pooled) == ["002.png: was changed since the start"]
+    assert [latents.file(latents.key(0, i)).exists() for i in range(3)] == [True, True, False]
 
 
 def test_latents_cut_at_any_byte_are_made_again(tmp_path):

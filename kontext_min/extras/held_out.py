@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kontext_min import data
 from kontext_min.extras.inventory import describe, scan_whole, unread
-from kontext_min.extras.stand_ins import is_plain
+from kontext_min.extras.stand_ins import shows_nothing
 
 MOST = 8  # pictures; of --hr-root at most one in eight
 EPOCHS = 5  # between validations, unless they would cost too much
@@ -76,8 +76,8 @@ def load(held: data.Pairs | None, device: torch.device) -> list[tuple[Tensor, Te
         except data.UnreadableError as error:
             print(f"not used for validation: {error}")
             continue
-        if is_plain(target):
-            print(f"note: {held.pictures[i].name}: nearly one color; look at the file")
+        if line := shows_nothing(held, i, control, target):
+            print(f"note: {line}")
         pair = data.to_float(control.to(device))[None], data.to_float(target.to(device))[None]
         (alike if torch.equal(control, target) else loaded).append(pair)
     if loaded and alike:  # the PSNR of such a one is infinite, and so would be the mean

@@ -50,9 +50,7 @@ class CachedPairs(Pairs):
         vars(self).update(vars(pairs))  # the same pictures, buckets, prompts, seed
         self.pairs, self.folder, self.base, self.variants = pairs, Path(folder), base, variants
         with ThreadPoolExecutor(THREADS) as pool:
-            self.marks = list(pool.map(content_mark, [p.path for p in pairs.pictures]))
-            partners = pairs.partners if isinstance(pairs, PairedFolders) else []
-            self.partner_marks = list(pool.map(content_mark, [p.path for p in partners]))
+            self.marks = list(pool.map(self.mark, range(len(pairs))))
 
     def read(self, epoch: int, i: int, bucket: Size) -> tuple[Tensor, Tensor]:
         """(control, target), each (C, h, w). Raises UnreadableError if the cache does not have them."""
@@ -66,10 +64,16 @@ class CachedPairs(Pairs):
             raise UnreadableError(f"{self.pictures[i].name}: {what}.")
         return latents
 
+    def mark(self, i: int) -> list[str]:
+        """Changes with the content of a picture, or with that of its partner."""
+        files = [self.pictures[i], *(self.partners[i : i + 1] if isinstance(self.pairs, PairedFolders) else ())]
+        return [content_mark(file.path) for file in files]
+
     def key(self, variant: int, i: int) -> str:
         """64 hex digits that name the content of a variant of a picture."""
-        content = [VERSION, self.base, self.pictures[i].name, self.marks[i], self.buckets[self.bucket_of[i]]]
-        content += [self.partner_marks[i] if self.partner_marks else None, variant, self.seed, self.train]
+        own, *partner = self.marks[i]
+        content = [VERSION, self.base, self.pictures[i].name, own, self.buckets[self.bucket_of[i]]]
+        content += [partner[0] if partner else None, variant, self.seed, self.train]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def file(self, key: str) -> Path:
@@ -149,9 +153,12 @@ def fill(
     loader = load(StandIns(cached.pairs), [[place] for place in missing], workers)  # one by one: they have many shapes
     unreadable, failed = [], {}
     for done, (place, batch) in enumerate(zip(missing, loader, strict=True), 1):
-        if lines := batch["unreadable"][0]:  # another picture stands in, which must not be kept under this one's name
+        i, lines = place[1], batch["unreadable"][0]
+        if cached.mark(i) != cached.marks[i]:  # what was read may not be what the key says
+            lines = [f"{cached.pictures[i].name}: was changed since the start", *lines]
+        if lines:  # another picture stands in, which must not be kept under this one's name
             unreadable.append(lines[0])
-            failed[place[1]] = lines[0]
+            failed[i] = lines[0]
         else:
             control, target = encode(batch["control"])[0], encode(batch["target"])[0]
             key = cached.key(*place)

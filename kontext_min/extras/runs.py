@@ -319,6 +319,19 @@ def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int, int]]:
         return list(pool.map(mark, pictures))
 
 
+def hash_of_pictures(pairs: Any) -> str:
+    """Of the pictures to train on, and their prompts."""
+    return hash_of([*marks(pairs.pictures), *pairs.prompts])
+
+
+def changed_since(begun: str, pairs: Any) -> list[str]:
+    """A line if pictures to train on are no longer those with this hash."""
+    with suppress(OSError):  # one is gone
+        if hash_of_pictures(pairs) == begun:
+            return []
+    return ["note: pictures were changed or removed while the run went on"]
+
+
 def others_of(pairs: Any, held: Any) -> list[Any]:
     """The pictures of a run besides those of `pairs`: the ones to validate on, or none, and degraded partners."""
     partners = [p for some in (pairs, held) for p in getattr(some, "partners", ())]

@@ -40,9 +40,9 @@ class StandIns(torch.utils.data.Dataset):
             except UnreadableError as error:
                 lines.append(str(error))
                 continue
-            if not is_plain(item["target"]):
+            if not (line := shows_nothing(self.pairs, i, item["control"], item["target"])):
                 return item | {"unreadable": lines}
-            lines.append(f"{item['name']}: nearly one color; look at the file")
+            lines.append(line)
             plain = plain or item
         if plain:  # as all of the others are
             return plain | {"unreadable": []}
@@ -56,6 +56,16 @@ class StandIns(torch.utils.data.Dataset):
         numpy_generator(self.pairs.seed, "stand-in", epoch, pictures[index].name).shuffle(others)
         same_first = np.argsort(bucket_of[others] != bucket_of[index], kind="stable")
         yield from others[same_first][:MOST].tolist()
+
+
+def shows_nothing(pairs: Pairs, i: int, control: Tensor, target: Tensor) -> str:
+    """A line if a picture (3, H, W), or its degraded partner from a file, is one color; else an empty one."""
+    partners = getattr(pairs, "partners", None)
+    if is_plain(target):
+        return f"{pairs.pictures[i].name}: nearly one color; look at the file"
+    if partners and is_plain(control):
+        return f"{partners[i].path}: nearly one color; look at the file"
+    return ""
 
 
 def is_plain(picture: Tensor) -> bool:
