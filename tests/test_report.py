@@ -336,10 +336,11 @@ def test_bytes_that_are_no_text(tmp_path):
 @pytest.mark.parametrize(
     "settings", ["", "[]", "17", '{"steps": "x", "versions": 3, "defaults": []}', '{"steps": NaN}', DEEP]
 )
-def test_odd_settings(run, settings):
+def test_odd_settings(run, settings, capsys):
     (run / "settings.json").write_text(settings)
     data = read(run)
     assert len(data["figures"]) == 2 and data["unfinished"] is False
+    assert ("settings.json is missing or broken" in capsys.readouterr().out) == (settings[:1] != "{")
 
 
 @pytest.mark.parametrize("width", [0, -3, 10**9, 2.5e9, "48", None, [48]])

@@ -63,8 +63,10 @@ def write_report(folder: Path) -> Path:
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        print(f"note: {folder / 'settings.json'} is missing or broken; the page has no settings, nor the steps to come")
         settings = {}
-    settings = settings if isinstance(settings, dict) else {}
     # With --accept-changes, those before may be of other pictures, degradations, paths or prompts.
     last = next((row["psnr_degraded"] for row in reversed(validations) if is_number(row.get("psnr_degraded"))), None)
     alike = [row for row in validations if not is_number(y := row.get("psnr_degraded")) or abs(y - last) < 0.01]
