@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from kontext_min import checkpoints
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
-from kontext_min.checkpoints import Stored, load_autoencoder, load_clip, load_flux, load_t5, outline
+from kontext_min.checkpoints import Stored, find, load_autoencoder, load_clip, load_flux, load_t5, outline
 from kontext_min.clip import ClipParams, ClipTextEncoder
-from kontext_min.extras.fingerprint import fingerprint
+from kontext_min.extras.fingerprint import fingerprint, note_zeros
 from kontext_min.extras.lora_files import read_lora
 from kontext_min.extras.quantize import load_quantized
 from kontext_min.extras.saving import save_flux
@@ -137,6 +137,7 @@ def _fields(cls: type, config: dict) -> dict:
     return {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
 
 
+BUNDLE = Path(__file__).parent.parent / "weights" / "tiny"
 TINY = FluxParams(
     in_channels=16, out_channels=16, vec_in_dim=12, context_in_dim=20, hidden_size=48, num_heads=2, depth=1,
     depth_single_blocks=2, axes_dim=(4, 10, 10), mlp_ratio=2.0,
@@ -447,6 +448,22 @@ def test_fingerprint_samples_every_tensor(tmp_path):
             seen.add(fingerprint(tmp_path, "transformer"))
     places = sum(len({0, s.nbytes // 2, s.nbytes - 1}) for s in headers.values())
     assert len(seen) == 1 + places
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "clip", "t5"])
+def test_weights_of_zeros_are_named(part, tmp_path, capsys):
+    """As the end of a download that was cut, in a file of full size."""
+    file = Path(shutil.copy(find(BUNDLE, part)[0], tmp_path))
+    note_zeros(file, part)
+    assert capsys.readouterr().err == ""
+    with file.open("r+b") as f:
+        size = file.stat().st_size
+        f.seek(size - size // 3)
+        f.write(bytes(size // 3))
+    note_zeros(file, part)
+    assert re.fullmatch(
+        r"note: .*weight and \d+ more: all zeros; was the download or the copy cut\?\n", capsys.readouterr().err
+    )
 
 
 def test_fingerprint_follows_the_config(tmp_path):

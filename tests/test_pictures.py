@@ -160,6 +160,7 @@ def test_photoshop_tiffs_lose_their_layers_and_keep_the_photograph(tmp_path):
     exif.get_ifd(EXIF).update({ExifTags.Base.DateTimeOriginal: "1999:12:31 23:59:59", 40962: 600, 40963: 400})
     exif.get_ifd(GPS)[1] = "N"
     crop(60, 40).save(tmp_path / "in.tif", exif=exif.tobytes(), dpi=(300, 300))
+    assert "its Photoshop layers: dropped" in read(tmp_path / "in.tif").notes
     with restored(tmp_path / "in.tif", tmp_path / "out.tif") as made:
         tags = dict(made.tag_v2)
         assert not {37724, 34377, 700, 50341} & set(tags)
@@ -675,6 +676,11 @@ def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):
 def test_texts_outside_of_exif_are_named(tmp_path):
     crop(40, 30).save(tmp_path / "in.jpg", comment=b"a wedding")
     assert read(tmp_path / "in.jpg").notes == ("its comment: dropped, as only EXIF and XMP are kept",)
+    content = (tmp_path / "in.jpg").read_bytes()  # with content credentials in an APP11 of 40 bytes, behind the SOI
+    (tmp_path / "in.jpg").write_bytes(
+        content[:2] + b"\xff\xeb\0\x28JP\0\1\0\0\0\1" + b"jumdc2pa".ljust(28) + content[2:]
+    )
+    assert any("(C2PA): dropped" in line for line in read(tmp_path / "in.jpg").notes)
 
 
 @pytest.fixture

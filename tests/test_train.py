@@ -272,6 +272,10 @@ def test_a_run_that_continues_keeps_its_start_in_settings_json(run, tmp_path, ca
     assert run("--steps", 2, "--checkpoint-every", 1) == 0
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["init_lora"] == str(tmp_path / "first")
+    shutil.copy(tmp_path / "run" / "lora.safetensors", tmp_path / "first")  # another LoRA of the same name
+    assert run("--steps", 2) == 0
+    assert run("--steps", 2, "--init-lora", tmp_path / "first") == 2
+    assert "continues from step-000002; leave the flag out" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "lora.safetensors").unlink()
     assert run("--steps", 2) == 2  # it would begin without it

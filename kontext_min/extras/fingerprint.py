@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from kontext_min.checkpoints import find, read_headers, told
+from kontext_min.checkpoints import Stored, find, read_headers, told
 
 PAGE = 4096  # what a disk reads at least
 
@@ -23,11 +26,33 @@ def fingerprint(path: str | Path, part: str) -> str:
         with file.open("rb", buffering=0) as f:
             digest.update(f.read(min((s.offset for s in tensors), default=8)))
             for stored in tensors:
-                last = max(stored.nbytes - PAGE, 0)
-                for place in sorted({0, last // 2, last}):
-                    f.seek(stored.offset + place)
-                    digest.update(f.read(min(PAGE, stored.nbytes)))
+                for page in _samples(f, stored):
+                    digest.update(page)
     return digest.hexdigest()[:16]
+
+
+def _samples(file: BinaryIO, stored: Stored) -> Iterator[bytes]:
+    """The start, the middle and the end of a tensor in an open file."""
+    last = max(stored.nbytes - PAGE, 0)
+    for place in sorted({0, last // 2, last}):
+        file.seek(stored.offset + place)
+        yield file.read(min(PAGE, stored.nbytes))
+
+
+def note_zeros(path: str | Path, part: str) -> None:
+    """A line if whole weights are zero, as a download that was cut leaves them in a file of full size.
+
+    An autoencoder can have convolutions of zeros, as that of weights/tiny has; its norms can't.
+    """
+    found = []
+    for file in find(path, part):
+        tensors = [s for s in read_headers([file]).values() if s.name.endswith("weight")]
+        tensors = [s for s in tensors if ("norm" in s.name if part == "vae" else len(s.shape) > 1)]
+        with file.open("rb", buffering=0) as f:
+            found += [f"{file}: {s.name}" for s in tensors if not any(map(any, _samples(f, s)))]
+    if found:
+        more = f" and {len(found) - 1} more" * (len(found) > 1)
+        print(f"note: {found[0]}{more}: all zeros; was the download or the copy cut?", file=sys.stderr)
 
 
 def size_and_samples(path: Path) -> tuple[int, int]:

@@ -25,7 +25,7 @@ SPACES = {"PNG": rb"\x00\x00\x00\x04cICP(.)(.)", "AVIF": rb"colrnclx\x00(.)\x00(
 SRGB = {1, 2}, {1, 2, 6, 13, 14, 15}  # those of sRGB, unknown ones, and some much like them
 PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # of sRGB: x and y of white, red, green, blue
 RESOURCES = {1005: "dpi", 1028: "IPTC", 1058: "EXIF", 1060: "XMP"}  # of a PSD
-GEO = 34735  # the tag of a TIFF that says where it lies
+GEO, LAYERS = 34735, 37724  # tags of a TIFF: where it lies, what Photoshop shows
 BOXES = {rb"resd": "dpi", rb"uuid": "EXIF or XMP", rb"xml ": "XML"}  # of a JPEG 2000
 # Texts; those of a PNG that tell of programs, or repeat what is kept, do not count.
 WORDS = {"comment", "Comment"}
@@ -117,6 +117,8 @@ def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     aspect = info.get("aspect") or (info.get("jfif_unit") == 0 and info.get("jfif_density")) or (1, 1)
     found += [f"its pixels of {aspect[0]}:{aspect[1]}: dropped, and taken for square"] * (aspect[0] != aspect[1])
     found += ["its place on a map (GeoTIFF): dropped"] * (GEO in tags)
+    found += ["its Photoshop layers: dropped"] * (LAYERS in tags)
+    found += ["its content credentials (C2PA): dropped, as they hold for the old pixels"] * (b"jumdc2pa" in ends)
     of_psd = {RESOURCES[kind] for kind, *_ in getattr(image, "resources", ()) if kind in RESOURCES}
     of_jp2 = {name for box, name in BOXES.items() if image.format == "JPEG2000" and box in ends}
     of_gif = {"XMP"} if image.format == "GIF" and b"XMP DataXMP" in ends and "xmp" not in info else set()

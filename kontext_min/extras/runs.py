@@ -41,6 +41,7 @@ from kontext_min.checkpoints import metadata, read_json
 from kontext_min.data import THREADS
 from kontext_min.extras.fingerprint import size_and_samples
 from kontext_min.extras.inventory import marked
+from kontext_min.extras.lora_files import lora_file
 from kontext_min.extras.saving import append_line, checksum, naming, save_file
 
 # What a run writes. Nothing else in its folder is replaced or deleted.
@@ -58,7 +59,16 @@ MAY_CHANGE = (  # settings that change no result, apart from rounding
     *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions", "defaults"),
     *("checkpoint_every", "tensorboard", "validate_every_epochs", "device", "shard", "stream"),
     *("gradient_checkpointing", "compile", "plan"),
-    *("init_lora", "hr_root", "weights", "transformer", "vae", "clip", "t5"),  # what is in them is compared
+    *(
+        "init_lora",
+        "init_lora_holds",
+        "hr_root",
+        "weights",
+        "transformer",
+        "vae",
+        "clip",
+        "t5",
+    ),  # what is in them is compared
     "batch_size",  # its product with the number of processes counts: pictures_a_batch
 )
 
@@ -114,7 +124,8 @@ def open_run(
     if yours:
         raise ValueError(f"{folder}: holds {yours[0]}, which no run wrote or which is cut; move it.")
     start = settings.get("init_lora")
-    if last and before and start and before.get("init_lora") != start:
+    began = before and (before.get("init_lora"), before.get("init_lora_holds", _holds(start)))
+    if last and before and start and began != (start, _holds(start)):
         raise ValueError(f"--init-lora {start}: {folder} continues from {last.name}; leave the flag out, or {instead}.")
     if results and write:
         print(f"note: {folder / results[0]} is that of the run before, until this one is done")
@@ -300,8 +311,14 @@ def hash_of(values: Any) -> str:
 
 def begun(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings to write; a run that continues keeps the --init-lora that it began with, and need not be given it."""
-    began = (_settings_of_a_run(folder) or {}).get("init_lora") if latest_checkpoint(folder) else None
-    return {**settings, "init_lora": settings.get("init_lora") or began}
+    before = (_settings_of_a_run(folder) if latest_checkpoint(folder) else None) or {}
+    start = settings.get("init_lora") or before.get("init_lora")
+    return {**settings, "init_lora": start, "init_lora_holds": before.get("init_lora_holds") or _holds(start)}
+
+
+def _holds(lora: str | None) -> list[int] | None:
+    """What tells the LoRA of --init-lora from another one of its name."""
+    return list(size_and_samples(lora_file(lora))) if lora and Path(lora).exists() else None
 
 
 def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int, int]]:
