@@ -152,7 +152,7 @@ def open_run(
 def _changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Settings that change the result and are not those of before, in words."""
     changed = {k: before[k] for k in settings if k in before and before[k] != settings[k]}
-    words = {"pictures": "pictures were added, removed or changed, or their captions were"}
+    words = {"pictures": "pictures were added, removed or changed (TIFFs and BMPs: or copied), or their captions were"}
     if before.get("validate_every_epochs") != settings.get("validate_every_epochs"):
         words["pictures"] += ", or --validate-every-epochs holds out others"
     words["files"] = "degraded pictures or those to validate on were added, removed or changed"
