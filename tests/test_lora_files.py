@@ -296,6 +296,30 @@ PEFT = {  # different ranks of q, k and v; of k in one stream alone; alpha by pa
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_lora_that_changed_its_base_is_refused_until_it_is_converted(pair, tmp_path, init):
+    """peft takes the start of B A from the base when it makes such a LoRA, and the file does not say by how much."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=PEFT_TARGETS, init_lora_weights=init)
+    model = get_peft_model(copy.deepcopy(pair[1]), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.add_(0.01 * torch.randn_like(p))
+    model.save_pretrained(tmp_path / "as it is")
+    with pytest.raises(ValueError, match=f"was trained with init_lora_weights {init}, which changes the base too"):
+        load_lora(copy.deepcopy(pair[0]), tmp_path / "as it is" / "adapter_model.safetensors")
+    expected = theirs_of(model.base_model.model)
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    flux = copy.deepcopy(pair[0])
+    load_lora(flux, tmp_path / "plain" / "adapter_model.safetensors")
+    close(ours_of(flux), expected)
+
+
 @pytest.mark.parametrize("case", PEFT)
 @pytest.mark.parametrize("writer", ["pipeline", "model", "peft", "alpha tensors"])
 def test_files_of_diffusers_and_peft(pair, tmp_path, case, writer):

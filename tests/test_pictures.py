@@ -286,6 +286,21 @@ def test_the_second_picture_of_a_stereo_camera_is_named():
         assert not_read.not_read(file, b"") == ["2 frames or pages: the first is read"] * said
 
 
+def test_a_gain_map_and_a_film_are_named(tmp_path):
+    """What phones put beside a JPEG, and behind its end."""
+    crop(40, 30).save(tmp_path / "in.mpo", "MPO", save_all=True, append_images=[crop(20, 15)])
+    assert read(tmp_path / "in.mpo").notes == ("its second picture, such as a gain map (HDR): dropped",)
+    crop(40, 30).save(tmp_path / "in.jpg")
+    assert read(tmp_path / "in.jpg").notes == ()
+    for more in (
+        b"\0\0\0\x18ftypmp42" + bytes(9000),
+        b"RIFF\1\2\3\4WAVEfmt ",
+        b"\0\0\x30\x0a\x10\0\0\0MotionPhoto_Data",
+    ):
+        (tmp_path / "more.jpg").write_bytes((tmp_path / "in.jpg").read_bytes() + more)
+        assert read(tmp_path / "more.jpg").notes == ("its film or sound (a motion photo): dropped",)
+
+
 @pytest.mark.parametrize(("kind", "said"), [("TIFF", 1), ("PSD", 0), ("MPO", 0)])
 def test_the_layers_of_a_psd_are_no_frames(kind, said):
     """What is read is the picture of all layers."""

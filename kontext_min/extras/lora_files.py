@@ -117,6 +117,8 @@ KINDS = (  # adapters that are refused, by a pattern of their tensors' names
     (r"\.lora_B\.bias$|\.(diff|diff_b|set_weight|reshape_weight)$", "differences of whole weights or biases"),
     (r"^lora_te|^text_encoder|\.text_model\.|^text_model\.", "a LoRA on a text encoder"),
 )
+# peft's init_lora_weights of these takes the start of B A from the base, which the file does not hold.
+OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 OTHERS = (  # LoRAs of other models
     (r"\.lora_[AB]$", "part of a checkpoint; lora.safetensors lies beside it"),
     (r"norm_(q|k|added_q|added_k)\.weight$|(query|key)_norm\.scale$", "a control LoRA, which has norms of its own"),
@@ -231,6 +233,11 @@ def _header_alpha(metadata: Mapping[str, str], where: object) -> AlphaOf:
             f"{where}: lora_adapter_metadata is not that of peft, in its header or in adapter_config.json beside it; "
             "write it again."
         ) from None
+    if (init := str(config.get("init_lora_weights")).lower()).startswith(OTHER_BASES):
+        raise ValueError(
+            f"{where}: was trained with init_lora_weights {init}, which changes the base too; convert it by peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
     plain = {key: metadata[key] for key in HEADER_ALPHAS if key in metadata}
     try:
         values = {float(text) for text in plain.values()}

@@ -27,6 +27,8 @@ PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # of sRGB: x and 
 RESOURCES = {1005: "dpi", 1028: "IPTC", 1058: "EXIF", 1060: "XMP"}  # of a PSD
 GEO, LAYERS = 34735, 37724  # tags of a TIFF: where it lies, what Photoshop shows
 BOXES = {rb"resd": "dpi", rb"uuid": "EXIF or XMP", rb"xml ": "XML"}  # of a JPEG 2000
+# Behind or beside a JPEG: MP4 and the like, WAV; what phones write of it into XMP or a trailer.
+MEDIA = rb"ftyp(mp4|isom|qt  |avc|3gp|MSNV)|RIFF.{4}WAVE|MotionPhoto|MicroVideo"
 # Texts; those of a PNG that tell of programs, or repeat what is kept, do not count.
 WORDS = {"comment", "Comment"}
 TECHNICAL = re.compile(r"XML:com\.adobe\.xmp|Raw profile type exif|Software|(date|png|icc|Thumb):.*")  # of PNG
@@ -51,8 +53,7 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     """
     frames = 1 if image.format == "PSD" else getattr(image, "n_frames", 1)
     if image.format == "MPO":
-        kinds = [entry["Attribute"]["MPType"] for entry in getattr(image, "mpinfo", {}).get(0xB002, ())]
-        frames = sum(kind.startswith("Multi-Frame") for kind in kinds)
+        frames = sum(kind.startswith("Multi-Frame") for kind in _mpo_kinds(image))
     found = [f"{frames} frames or pages: the first is read"] * (frames > 1)
     tags = getattr(image, "tag_v2", {})
     found += ["it holds further pictures (SubIFDs), of which it may be a smaller version"] * (330 in tags)
@@ -80,6 +81,11 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     found += ["its colors are not those of sRGB (cHRM, cICP or nclx), and are not converted"] * apart
     profile = re.search(PROFILES.get(image.format, rb"(?!)"), ends, re.DOTALL)
     return found + ["its color profile is not read, so its colors are taken for sRGB"] * bool(profile)
+
+
+def _mpo_kinds(image: Image.Image) -> list[str]:
+    """Of the pictures of an MPO, in words."""
+    return [entry["Attribute"]["MPType"] for entry in getattr(image, "mpinfo", {}).get(0xB002, ())]
 
 
 def _is_adobe_rgb(image: Image.Image) -> bool:
@@ -118,6 +124,9 @@ def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     found += [f"its pixels of {aspect[0]}:{aspect[1]}: dropped, and taken for square"] * (aspect[0] != aspect[1])
     found += ["its place on a map (GeoTIFF): dropped"] * (GEO in tags)
     found += ["its Photoshop layers: dropped"] * (LAYERS in tags)
+    media = image.format in ("JPEG", "MPO") and re.search(MEDIA, ends, re.DOTALL)
+    found += ["its film or sound (a motion photo): dropped"] * bool(media)
+    found += ["its second picture, such as a gain map (HDR): dropped"] * ("Undefined" in _mpo_kinds(image)[1:])
     found += ["its content credentials (C2PA): dropped, as they hold for the old pixels"] * (b"jumdc2pa" in ends)
     of_psd = {RESOURCES[kind] for kind, *_ in getattr(image, "resources", ()) if kind in RESOURCES}
     of_jp2 = {name for box, name in BOXES.items() if image.format == "JPEG2000" and box in ends}
