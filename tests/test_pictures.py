@@ -698,6 +698,36 @@ def test_texts_outside_of_exif_are_named(tmp_path):
     assert any("(C2PA): dropped" in line for line in read(tmp_path / "in.jpg").notes)
 
 
+def test_parts_of_a_jpeg_that_are_not_kept_are_named(tmp_path):
+    crop(40, 30).save(tmp_path / "in.jpg")
+    content = (tmp_path / "in.jpg").read_bytes()
+
+    def notes(kind, data):
+        part = b"\xff" + bytes([0xE0 + kind]) + (len(data) + 2).to_bytes(2, "big") + data
+        (tmp_path / "more.jpg").write_bytes(content[:2] + part + content[2:])
+        return read(tmp_path / "more.jpg").notes
+
+    assert notes(12, b"[picture info]\r\nType=C-2020Z") == ("its parts APP12 [picture info]: dropped",)
+    assert notes(1, b"FLIR\0\1") == ("its parts APP1 FLIR: dropped",)
+    assert notes(12, b"Ducky\0\1") == ()
+    for number, word in ((1035, "URL"), (2000, "paths"), (2999, "paths")):
+        data = b"Photoshop 3.0\0" + b"8BIM" + number.to_bytes(2, "big") + b"\0\0" + b"\0\0\0\2ab"
+        assert notes(13, data) == (f"its {word}: dropped, as only EXIF and XMP are kept",)
+
+
+def test_bytes_of_exif_keep_their_type(tmp_path):
+    """UNDEFINED, as EXIF wants it; of the GPS part too."""
+    exif = Image.Exif()
+    exif.get_ifd(EXIF).update({37510: b"ASCII\0\0\0mine", 41728: b"\3", 41729: b"\1"})
+    exif.get_ifd(GPS)[27] = b"ASCII\0\0\0GPS"
+    crop(40, 30).save(tmp_path / "in.jpg", exif=exif)
+    with restored(tmp_path / "in.jpg", tmp_path / "out.jpg") as made:
+        content = made.info["exif"]
+    for tag, size in ((37510, 12), (41728, 1), (41729, 1), (27, 11)):
+        head = tag.to_bytes(2, "little"), size.to_bytes(4, "little")
+        assert head[0] + b"\7\0" + head[1] in content or tag.to_bytes(2, "big") + b"\0\7" in content, tag
+
+
 @pytest.fixture
 def scene(tmp_path):
     """One scene as sRGB and under another profile."""

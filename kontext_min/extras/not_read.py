@@ -25,8 +25,12 @@ SPACES = {"PNG": rb"\x00\x00\x00\x04cICP(.)(.)", "AVIF": rb"colrnclx\x00(.)\x00(
 SRGB = {1, 2}, {1, 2, 6, 13, 14, 15}  # those of sRGB, unknown ones, and some much like them
 PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # of sRGB: x and y of white, red, green, blue
 RESOURCES = {1005: "dpi", 1028: "IPTC", 1058: "EXIF", 1060: "XMP"}  # of a PSD
+PATHS = range(2000, 3000)  # the resources for outlines that somebody drew
 GEO, LAYERS = 34735, 37724  # tags of a TIFF: where it lies, what Photoshop shows
 BOXES = {rb"resd": "dpi", rb"uuid": "EXIF or XMP", rb"xml ": "XML"}  # of a JPEG 2000
+# Parts of a JPEG that are kept, named by another line, or technical.
+SEGMENTS = (b"Exif", b"http://ns.adobe.com/x", b"ICC_PROFILE", b"MPF", b"Photoshop", b"Adobe", b"JP")
+SEGMENTS += (b"Ducky", b"AROT", b"FPXR", b"urn:iso:std:iso:ts:21496")
 # Behind or beside a JPEG: MP4 and the like, WAV; what phones write of it into XMP or a trailer.
 MEDIA = rb"ftyp(mp4|isom|qt  |avc|3gp|MSNV)|RIFF.{4}WAVE|MotionPhoto|MicroVideo"
 # Texts; those of a PNG that tell of programs, or repeat what is kept, do not count.
@@ -83,6 +87,13 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     return found + ["its color profile is not read, so its colors are taken for sRGB"] * bool(profile)
 
 
+def _segments(image: Image.Image) -> list[str]:
+    """Parts of a JPEG that are neither kept nor named elsewhere, such as `APP1 FLIR`."""
+    parts = {(name, data[:20]) for name, data in getattr(image, "applist", ()) if name not in ("APP0", "COM")}
+    parts = {(name, re.match(rb"[ -~]*", data)[0].decode()) for name, data in parts if not data.startswith(SEGMENTS)}
+    return sorted(" ".join(part).strip() for part in parts)
+
+
 def _mpo_kinds(image: Image.Image) -> list[str]:
     """Of the pictures of an MPO, in words."""
     return [entry["Attribute"]["MPType"] for entry in getattr(image, "mpinfo", {}).get(0xB002, ())]
@@ -116,8 +127,11 @@ def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     }
     # That of a TIFF may be stored as numbers, of which Pillow gives the first, or among Photoshop's parts.
     tags = getattr(image, "tag_v2", {})
-    lost = not isinstance(tags.get(33723, b""), bytes) or b"8BIM\x04\x04" in bytes(tags.get(34377, b""))
-    words |= {"IPTC"} if lost or 0x0404 in (image.info.get("photoshop") or {}) else set()
+    resources = re.findall(rb"8BIM(..)", bytes(tags.get(34377, b"")), re.DOTALL)
+    resources = {int.from_bytes(number, "big") for number in resources} | {*(image.info.get("photoshop") or ())}
+    words |= {"IPTC"} if 1028 in resources or not isinstance(tags.get(33723, b""), bytes) else set()
+    words |= {"URL"} if 1035 in resources else set()
+    words |= {"paths"} if not resources.isdisjoint(PATHS) else set()
     found = [f"its {', '.join(sorted(words))}: dropped, as only EXIF and XMP are kept"] * bool(words)
     info = image.info
     aspect = info.get("aspect") or (info.get("jfif_unit") == 0 and info.get("jfif_density")) or (1, 1)
@@ -129,6 +143,8 @@ def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     found += ["its second picture, such as a gain map (HDR): dropped"] * ("Undefined" in _mpo_kinds(image)[1:])
     found += ["its content credentials (C2PA): dropped, as they hold for the old pixels"] * (b"jumdc2pa" in ends)
     of_psd = {RESOURCES[kind] for kind, *_ in getattr(image, "resources", ()) if kind in RESOURCES}
+    parts = _segments(image)
+    found += [f"its parts {', '.join(parts)}: dropped"] * bool(parts)
     of_jp2 = {name for box, name in BOXES.items() if image.format == "JPEG2000" and box in ends}
     of_gif = {"XMP"} if image.format == "GIF" and b"XMP DataXMP" in ends and "xmp" not in info else set()
     unread = ", ".join(sorted(of_psd | of_jp2 | of_gif))

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffTags
 
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan, srgb_transform
 from kontext_min.extras.inventory import (
@@ -73,6 +73,11 @@ LAYOUT |= {34665, 34675, 34853, 37439, 37724, 40965, 50341, 59932, 59933}
 # Of the Exif part all is kept but the layout of the old pixels, and an offset into the old file.
 DROPPED = {37121, 37122, ExifTags.IFD.Interop}
 PLACES = {37396, 41492}  # of the subject, in the pixels before the picture is turned
+# Bytes of the Exif and the GPS part whose type is UNDEFINED: Pillow does not know these, and would write BYTE.
+UNDEFINED = {ExifTags.IFD.Exif: (37500, COMMENT, 41728, 41729), ExifTags.IFD.GPSInfo: (27, 28)}
+for _part, _tags in UNDEFINED.items():
+    _known = {tag: TiffTags.TagInfo(tag, str(tag), TiffTags.UNDEFINED, None) for tag in _tags}
+    TiffTags.TAGS_V2_GROUPS[_part] = TiffTags.TAGS_V2_GROUPS.get(_part, {}) | _known
 # XMP with one of these describes the old pixels: their size, their layers, raw settings that would be applied twice.
 XMP_OF_PIXELS = (b"tiff:", b"exif:Pixel", b"photoshop:", b"crs:", b"xmpMM:", b"GPano:", b"hdrgm:", b"Container:")
 # Depths and the like in parts that are not read; small pictures; films; faces by their place.
