@@ -247,7 +247,7 @@ def train(settings: Settings) -> int:
         "versions": {"kontext_min": __version__, "torch": torch.__version__, "device": str(me.device)},
         "fingerprint": prompts.fingerprints(weights),
         "pictures": runs.hash_of_pictures(pairs),
-        "files": runs.hash_of(runs.marks(runs.others_of(pairs, held))),
+        "files": runs.hash_of_files(pairs, held),
         "operators": runs.hash_of([str(degrade.parse(text)) for text in settings.degrade]),
         "pictures_a_batch": settings.batch_size * me.world,
     }
@@ -444,7 +444,7 @@ def train(settings: Settings) -> int:
         me.say(
             f"note: {state['skipped']} of {settings.steps} steps had no finite gradient and changed nothing. {ADVICE}"
         )
-    for line in [*runs.best_step(folder, state), *runs.changed_since(written["pictures"], pairs)]:
+    for line in [*runs.best_step(folder, state), *runs.changed_since(written, pairs, held)]:
         me.say(line)
     progress.phase(program.done(typed, folder))
     return 0

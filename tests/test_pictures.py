@@ -152,7 +152,7 @@ def restored(path, output):
     return Image.open(output)
 
 
-def test_photoshop_tiffs_lose_their_layers_and_keep_the_photograph(tmp_path):
+def test_photoshop_tiffs_lose_their_layers_and_keep_the_photograph(tmp_path, capsys):
     exif = Image.Exif()
     exif[ExifTags.Base.Make], exif[ExifTags.Base.Artist], exif[33723] = "Leica", "A. Nonymous", b"\x1c\x02\x78\0\1x"
     exif[37724], exif[34377], exif[50341] = b"Adobe Photoshop Document Data Block\0layers", b"8BIM" * 9, b"PrintIM"
@@ -161,6 +161,9 @@ def test_photoshop_tiffs_lose_their_layers_and_keep_the_photograph(tmp_path):
     exif.get_ifd(GPS)[1] = "N"
     crop(60, 40).save(tmp_path / "in.tif", exif=exif.tobytes(), dpi=(300, 300))
     assert "its Photoshop layers: dropped" in read(tmp_path / "in.tif").notes
+    with restored(tmp_path / "in.tif", tmp_path / "out.jpg") as made:
+        assert made.getexif()[ExifTags.Base.Make] == "Leica" and 33723 not in made.getexif()
+    assert "note: in.tif: its IPTC: left out, only a TIFF has a place for it\n" in capsys.readouterr().err
     with restored(tmp_path / "in.tif", tmp_path / "out.tif") as made:
         tags = dict(made.tag_v2)
         assert not {37724, 34377, 700, 50341} & set(tags)

@@ -386,18 +386,24 @@ def test_a_picture_that_breaks_later_is_named_once_and_counted(run, pictures, tm
 
 
 def test_pictures_that_change_while_the_run_goes_on_are_said(run, pictures, tmp_path, capsys, monkeypatch):
-    hr, said = shutil.copytree(pictures, tmp_path / "hr"), "note: pictures were changed or removed while the run went"
-    rewind = runs.rewind_metrics
-
-    def replace(*args):  # the run begins here
-        shutil.copyfile(hr / "03.png", hr / "00.png")
-        return rewind(*args)
-
-    assert run("--hr-root", hr, "--steps", 1, "--validate-every-epochs", 0) == 0
+    """Also the degraded ones of --lr-root."""
+    hr, lr = (shutil.copytree(pictures, tmp_path / name) for name in ("hr", "lr"))
+    for file in lr.glob("*.png"):
+        Image.open(file).point(lambda x: x // 2).save(file)
+    flags = ["--hr-root", hr, "--lr-root", lr, "--prompt", "Mend this.", "--steps", 1, "--validate-every-epochs", 0]
+    said = "note: pictures were changed or removed while the run went on\n"
+    assert run(*flags) == 0
     assert said not in capsys.readouterr().out
-    monkeypatch.setattr(runs, "rewind_metrics", replace)
-    assert run("--hr-root", hr, "--steps", 1, "--validate-every-epochs", 0, "--overwrite") == 0
-    assert said in capsys.readouterr().out
+    rewind = runs.rewind_metrics
+    for folder in (hr, lr):
+
+        def replace(*args, folder=folder):  # the run begins here
+            shutil.copyfile(folder / "03.png", folder / "00.png")
+            return rewind(*args)
+
+        monkeypatch.setattr(runs, "rewind_metrics", replace)
+        assert run(*flags, "--overwrite") == 0
+        assert said in capsys.readouterr().out
 
 
 def test_results_have_the_permissions_that_the_umask_gives(run, tmp_path):

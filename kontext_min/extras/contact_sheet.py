@@ -2,7 +2,8 @@
 
 The sheet shows the first photograph, clean and with each preset: the whole picture, and below it a crop of the middle
 at full size. The command also prints a table with the PSNR of every preset on every photograph, in dB. Photographs of
-more than 1 megapixel are shrunk to that first, and all are brought to sRGB, as in training.
+more than 1 megapixel are shrunk to that first, and all are brought to sRGB, as in training. What is drawn at random
+depends on a photograph's place in the list.
 """
 
 import sys
@@ -24,15 +25,16 @@ SIDE = 1024  # in pixels, of a square of the largest area
 
 def contact_sheet(pictures: dict[str, Image.Image]) -> Image.Image:
     """A sheet of named pictures of one size, four in a row."""
-    first, w, h, font = next(iter(pictures.values())), 320, 160, ImageFont.load_default(15)
-    whole, x, y = round(w * first.height / first.width), (first.width - w) // 2, (first.height - h) // 2
+    first, w, font = next(iter(pictures.values())), 320, ImageFont.load_default(15)
+    h = min(160, first.height)
+    whole, x, y = round(w * first.height / first.width), max(0, first.width - w) // 2, (first.height - h) // 2
     tile = 24 + whole + h
     sheet = Image.new("RGB", (4 * w, tile * ceil(len(pictures) / 4)), "white")
     for i, (name, picture) in enumerate(pictures.items()):
         left, top = i % 4 * w, i // 4 * tile
         ImageDraw.Draw(sheet).text((left + 4, top + 3), name, fill="black", font=font)
         sheet.paste(picture.resize((w, whole), Image.LANCZOS), (left, top + 24))
-        sheet.paste(picture.crop((x, y, x + w, y + h)), (left, top + 24 + whole))
+        sheet.paste(picture.crop((x, y, min(x + w, picture.width), y + h)), (left, top + 24 + whole))
     return sheet
 
 

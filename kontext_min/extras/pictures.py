@@ -514,7 +514,12 @@ def _loaded(exif: bytes) -> Image.Exif:
 
 def _fit(keep: dict[str, Any], kind: str) -> list[str]:
     """Take from `keep` what can't be written in a format, such as 4 billion dpi; returns what, in words."""
-    left_out = _fit_into_jpeg(keep) if kind == "JPEG" else []
+    left_out, exif = [], _loaded(keep.get("exif", b""))
+    if kind != "TIFF" and IPTC in exif:
+        del exif[IPTC]
+        keep["exif"] = exif.tobytes()
+        left_out.append("its IPTC: left out, only a TIFF has a place for it")
+    left_out += _fit_into_jpeg(keep) if kind == "JPEG" else []
     if kind == "PNG" and "xmp" in keep:
         try:
             keep["xmp"].decode()

@@ -341,18 +341,18 @@ def hash_of_pictures(pairs: Any) -> str:
     return hash_of([*marks(pairs.pictures), *pairs.prompts])
 
 
-def changed_since(begun: str, pairs: Any) -> list[str]:
-    """A line if pictures to train on are no longer those with this hash."""
+def hash_of_files(pairs: Any, held: Any) -> str:
+    """Of the pictures of a run besides those to train on: the ones to validate on, and degraded partners."""
+    partners = [p for some in (pairs, held) for p in getattr(some, "partners", ())]
+    return hash_of(marks([*(held.pictures if held else ()), *partners]))
+
+
+def changed_since(begun: Mapping[str, Any], pairs: Any, held: Any) -> list[str]:
+    """A line if pictures are no longer those of these settings."""
     with suppress(OSError):  # one is gone
-        if hash_of_pictures(pairs) == begun:
+        if (hash_of_pictures(pairs), hash_of_files(pairs, held)) == (begun["pictures"], begun["files"]):
             return []
     return ["note: pictures were changed or removed while the run went on"]
-
-
-def others_of(pairs: Any, held: Any) -> list[Any]:
-    """The pictures of a run besides those of `pairs`: the ones to validate on, or none, and degraded partners."""
-    partners = [p for some in (pairs, held) for p in getattr(some, "partners", ())]
-    return [*(held.pictures if held else ()), *partners]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

@@ -6,6 +6,7 @@ The closed form is `flow.start_time`; it says where it comes from.
 from typing import Any
 
 from kontext_min import data, flow
+from kontext_min.extras import parallel
 
 COUNT = 8  # pictures
 
@@ -16,4 +17,7 @@ def find_start_time(settings: Any, pairs: Any, encode: Any) -> float:
         return float(settings.start_time)
     few = [data.collate([pairs[0, i]]) for i in range(min(COUNT, len(pairs)))]
     times = [flow.start_time(encode(x["control"]), encode(x["target"]), settings.source_noise) for x in few]
-    return sum(times) / len(times)
+    found = sum(times) / len(times)
+    if parallel.place()[0] == 0:
+        print(f"--start-time auto: {found:.3g}")
+    return found
