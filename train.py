@@ -299,7 +299,6 @@ def train(settings: Settings) -> int:
     batches = iter(data.load(readable, sampler, settings.workers, me.device.type == "cuda", runs.outlive_signals))
     start_time = find_start_time(settings, readable, encode)
     objective = Objective(settings.objective, settings.context, settings.source_noise, start_time)
-    header = trained_for(settings, objective, written)
     between = held_out.batches_between(settings, sampler.batches_per_epoch, len(validation_pairs))
 
     # ---- from here on the run folder changes
@@ -314,11 +313,13 @@ def train(settings: Settings) -> int:
     me.say(
         f"{folder}: {given(typed)}\n{settings.steps} steps of {pictures_a_step} pictures at about "
         f"{settings.resolution} x {settings.resolution} pixels, {settings.objective}, lr {settings.lr:g}\n"
-        f"{len(pairs)} pictures to train on, {len(validation_pairs)} to validate on, "
-        f"{sum(p.numel() for p in params):,} parameters train, {me.device}, {str(dtype)[6:]}"
+        f"{len(pairs)} pictures to train on for {settings.steps * pictures_a_step / len(pairs):.2g} epochs, "
+        f"{len(validation_pairs)} to validate on, {sum(p.numel() for p in params):,} parameters train, "
+        f"{me.device}, {str(dtype)[6:]}"
     )
 
     def save_result(values: dict[str, Tensor], where: Path) -> None:
+        header = trained_for(settings, objective, written | {"steps": state["step"]})
         if settings.full:
             save_flux(flux, where / "transformer", header, values)
         else:
@@ -441,9 +442,7 @@ def train(settings: Settings) -> int:
     if stream:
         me.say(stream.report())
     if state["skipped"]:
-        me.say(
-            f"note: {state['skipped']} of {settings.steps} steps had no finite gradient and changed nothing. {ADVICE}"
-        )
+        me.say(f"note: {state['skipped']} of {settings.steps} steps had no finite gradient: no change. {ADVICE}")
     for line in [*runs.best_step(folder, state), *runs.changed_since(written, pairs, held)]:
         me.say(line)
     progress.phase(program.done(typed, folder))

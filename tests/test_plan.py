@@ -6,6 +6,7 @@ another account than the plan's, and of real kernels. Tolerance 10 percent of th
 
 import dataclasses
 import gc
+import json
 import math
 import re
 import shutil
@@ -269,6 +270,19 @@ def test_what_a_file_without_its_config_does_not_tell_is_said(tmp_path, capsys):
         said = f"note: {alone[part]}: not of FLUX's size, and no config.json beside it gives its {' and '.join(keys)}; "
         assert capsys.readouterr().err == (said + "as in FLUX is assumed\n" if part != "t5" else ""), part
         assert (assumed.autoencoder == sizes.autoencoder) == (part != "vae")
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [("vae", "norm_num_groups"), ("clip", "hidden_act"), ("t5", "feed_forward_proj")]
+)
+def test_networks_of_another_kind_are_refused(tmp_path, part, key):
+    """Their tensors have the same names and shapes, such as those of a CLIP with the exact GELU."""
+    weights = shutil.copytree(TINY, tmp_path / "w")
+    file = weights / checkpoints.FOLDERS[part] / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {key: "gelu"}))
+    with pytest.raises(ValueError, match=rf"config\.json: {key} is 'gelu', expected .*: no .* of FLUX"):
+        plan.Sizes.of(Weights(weights))
 
 
 def test_smallest_card_with_a_tenth_to_spare():

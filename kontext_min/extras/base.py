@@ -10,9 +10,15 @@ from typing import Any
 
 import torch
 
-from kontext_min.checkpoints import WIDENED, find, load_flux, read_headers
+from kontext_min.checkpoints import NETWORKS, NOUNS, WIDENED, find, load_flux, read_headers, read_json
 from kontext_min.extras.last_block import skip_unread
 from kontext_min.flux import Flux
+
+FIXED = {
+    "vae": ("norm_num_groups", 32),
+    "clip": ("hidden_act", "quick_gelu"),
+    "t5": ("feed_forward_proj", "gated-gelu"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,19 @@ class Weights:
     def path(self, part: str) -> Path:
         """File or folder of one network, for `find` and the load functions."""
         return getattr(self, part) or self.root
+
+
+def check_fixed(weights: Weights) -> None:
+    """What the code takes for granted holds in config.json, where there is one.
+
+    Raises:
+        ValueError: a network of another kind, whose tensors have the same shapes.
+    """
+    for part, (key, ours) in FIXED.items():
+        config = find(weights.path(part), part)[0].parent / "config.json"
+        there = read_json(config) if config.is_file() else {}
+        if NETWORKS[part][3] in there and there.get(key, ours) != ours:  # else it is that of another network
+            raise ValueError(f"{config}: {key} is {there[key]!r:.40}, expected {ours!r}: no {NOUNS[part]} of FLUX.")
 
 
 def load_base(settings: Any, path: Path, dtype: torch.dtype, device: torch.device, cache_dir: Path) -> tuple[Flux, Any]:

@@ -617,7 +617,8 @@ def _shown(about: Mapping[str, Any]) -> dict[str, str]:
     elif "objective" in about:
         shown["modelspec.usage_hint"] = "with the degraded picture as FLUX.1-Kontext's reference, and this prompt"
     names = {"lr": "ss_learning_rate", "steps": "ss_steps", "seed": "ss_seed", "guidance": "ss_guidance_scale",
-             "pictures_a_batch": "ss_total_batch_size", "prompt": "modelspec.trigger_phrase"}  # fmt: skip
+             "pictures_a_batch": "ss_total_batch_size", "accumulate": "ss_gradient_accumulation_steps",
+             "prompt": "modelspec.trigger_phrase"}  # fmt: skip
     shown |= {theirs: str(about[ours]) for ours, theirs in names.items() if ours in about}
     if "resolution" in about:
         size = f"{about['resolution']}x{about['resolution']}"
