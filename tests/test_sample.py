@@ -1365,6 +1365,13 @@ def test_earlier_results_below_the_input_are_no_inputs(identity, small_bundle, t
     assert sorted(p.name for p in (tmp_path / "sub" / "two").rglob("*.png")) == ["a.png", "b.png"]
     assert run(*args[:-1], tmp_path / "one", "--output", tmp_path / "three") == 0
     assert len(identity) == 6
+    (tmp_path / "in").mkdir()  # an output elsewhere, which a link in the input leads to
+    crop(32, 32).save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "out").symlink_to(tmp_path / "four")
+    (tmp_path / "four").mkdir()
+    again = [*args[:-1], tmp_path / "in", "--output", tmp_path / "in" / "out"]
+    assert run(*again) == run(*again) == 0
+    assert [p.name for p in (tmp_path / "four").glob("*.png")] == ["a.png"]
 
 
 class Unread(io.StringIO):

@@ -380,6 +380,8 @@ def test_a_run_that_lost_its_settings_or_has_other_pictures_says_so(run, picture
             (tmp_path / "run" / "settings.json").write_text(text)
         assert run("--hr-root", hr, "--steps", 2) == 2
         assert "settings.json: missing or broken" in capsys.readouterr().err
+    assert run("--hr-root", hr, "--steps", 3, "--accept-changes") == 0
+    assert "settings.json: missing or broken, so nothing tells what is changed" in capsys.readouterr().out
 
 
 def test_a_picture_that_breaks_later_is_named_once_and_counted(run, pictures, tmp_path, capsys):

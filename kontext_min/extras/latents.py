@@ -87,12 +87,13 @@ class CachedPairs(Pairs):
         """
         try:
             with safe_open(self.file(key), "pt") as file:  # checks that the file is as long as its header says
-                if (file.metadata() or {}).get("key") != key:
+                about = file.metadata() or {}
+                if about.get("key") != key or "checksum" not in about:
                     return None
                 if header_only:
                     return torch.empty(0), torch.empty(0)
                 found = {name: file.get_tensor(name) for name in ("control", "target")}
-                return tuple(found.values()) if file.metadata().get("checksum") == checksum(found) else None
+                return tuple(found.values()) if about["checksum"] == checksum(found) else None
         except (OSError, SafetensorError):
             return None
 

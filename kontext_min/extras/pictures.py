@@ -202,7 +202,7 @@ def _find_in_folder(source: Path, target: Path, across: int) -> tuple[list[Job],
         )
     # The output may lie in the input, and so may that of an earlier call: what is restored is not restored again.
     root, new = source.resolve(), target.resolve()
-    made = {folder for folder in (new, *(record.parent for record in root.rglob(RECORD))) if root in folder.parents}
+    made = {new, *(record.parent for record in root.rglob(RECORD))} - {root, *root.parents}
     for folder in sorted(made - {new}):
         print(f"note: {folder}: holds restored pictures, left out; to restore these, make it --input", file=sys.stderr)
     inside = {job.path.resolve() for job in jobs if new in job.path.resolve().parents}
@@ -584,10 +584,11 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     exif = _loaded(options.get("exif", b""))
     if "xmp" in options and kind == "TIFF":
         exif[700] = options.pop("xmp")
-    if kind == "TIFF" and exif.endian == ">" and ExifTags.IFD.Exif in exif:  # Pillow writes a TIFF in the other order
-        photo = exif.get_ifd(ExifTags.IFD.Exif)
-        if photo.get(COMMENT, b"").startswith(b"UNICODE\0"):
-            photo[COMMENT] = b"UNICODE\0" + photo[COMMENT][8:].decode("utf-16-be", "replace").encode("utf-16-le")
+    if kind == "TIFF" and exif.endian == ">":  # Pillow writes a TIFF in the other order
+        for part in (exif.get_ifd(ifd) for ifd in UNDEFINED if ifd in exif):
+            for tag, text in part.items():
+                if isinstance(text, bytes) and text.startswith(b"UNICODE\0"):
+                    part[tag] = text[:8] + text[8:].decode("utf-16-be", "replace").encode("utf-16-le")
     if "dpi" in options and kind == "WEBP":  # it has no other place for it
         exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = options.pop("dpi")
         exif[ExifTags.Base.ResolutionUnit] = 2  # per inch

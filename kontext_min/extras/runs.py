@@ -132,6 +132,8 @@ def open_run(
     lines = _changes(before, settings) if before else []
     if before and not last and not start and before.get("init_lora"):  # it begins again, and not from there
         lines.append(f"init_lora was {before['init_lora']}, is None")
+    if there and accept and write and before is None:
+        print(f"note: {folder}/settings.json: missing or broken, so nothing tells what is changed, or how it began")
     if there and accept and write and lines:
         print(f"note: {folder}: settings changed: {'; '.join(lines)}")
         if any(before.get(k) != settings[k] for k in ("pictures", "files") if k in settings):
