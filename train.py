@@ -156,7 +156,7 @@ def trained_for(settings: Settings, objective: Objective, written: dict[str, Any
     about |= {"degrade": "pairs" if settings.lr_root else " + ".join(settings.degrade), "prompt": settings.prompt[0]}
     about |= {"objective": objective.name, "base": written["fingerprint"]["transformer"], "prompts": settings.prompt}
     about |= {name: getattr(objective, name) for name in ("context", "source_noise", "start_time")}
-    return {"kontext_min": json.dumps(about | written["fingerprint"])}
+    return {"kontext_min": json.dumps(about | written["fingerprint"] | {"changes": written["changes"]})}
 
 
 # ----------------------------------------------------------------------------------------------------- before the loop
@@ -305,7 +305,8 @@ def train(settings: Settings) -> int:
     if me.first:
         if settings.overwrite:
             runs.delete_run(folder)
-        runs.write_json(folder / "settings.json", runs.begun(folder, written) | {"defaults": defaults(typed, written)})
+        written = runs.begun(folder, written)
+        runs.write_json(folder / "settings.json", written | {"defaults": defaults(typed, written)})
         runs.write_text(folder / "left-out.txt", "".join(f"{name}: {reason}\n" for name, reason in left_out))
         runs.rewind_metrics(folder, state["step"] if last else -1)
     board = runs.open_tensorboard(folder, state["step"]) if settings.tensorboard and me.first else None

@@ -210,6 +210,10 @@ def test_a_changed_setting_is_named_and_must_be_confirmed(run, tmp_path, capsys)
     assert "continuing from" in said and "lora.safetensors is that of the run before, until this one is done" in said
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000004" / "state.json").read_text())
     assert state["best_step"] == 4  # those of before may have had easier pictures
+    changed = ["after step-000002: steps was 2, is 4; lr was 0.0001, is 0.0003"]
+    assert run("--resume", "--lr", 3e-4) == 0
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["changes"] == changed
+    assert trained_with(metadata(lora), "")["changes"] == changed
 
 
 def test_a_changed_picture_or_caption_must_be_confirmed(run, tmp_path, capsys):

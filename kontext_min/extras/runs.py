@@ -59,16 +59,8 @@ MAY_CHANGE = (  # settings that change no result, apart from rounding
     *("resume", "accept_changes", "overwrite", "output_dir", "cache_dir", "workers", "versions", "defaults"),
     *("checkpoint_every", "tensorboard", "validate_every_epochs", "device", "shard", "stream"),
     *("gradient_checkpointing", "compile", "plan"),
-    *(
-        "init_lora",
-        "init_lora_holds",
-        "hr_root",
-        "weights",
-        "transformer",
-        "vae",
-        "clip",
-        "t5",
-    ),  # what is in them is compared
+    *("init_lora", "hr_root", "weights", "transformer", "vae", "clip", "t5"),  # what is in them is compared
+    *("init_lora_holds", "changes"),  # of a run that continues
     "batch_size",  # its product with the number of processes counts: pictures_a_batch
 )
 
@@ -312,10 +304,13 @@ def hash_of(values: Any) -> str:
 
 
 def begun(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings to write; a run that continues keeps the --init-lora that it began with, and need not be given it."""
-    before = (_settings_of_a_run(folder) if latest_checkpoint(folder) else None) or {}
-    start = settings.get("init_lora") or before.get("init_lora")
-    return {**settings, "init_lora": start, "init_lora_holds": before.get("init_lora_holds") or _holds(start)}
+    """Settings to write: with the --init-lora that the run began with, and all that --accept-changes changed since."""
+    last = latest_checkpoint(folder)
+    before = (_settings_of_a_run(folder) if last else None) or {}
+    start, lines = settings.get("init_lora") or before.get("init_lora"), _changes(before, settings)
+    changes = [*before.get("changes", ()), *([f"after {last.name}: {'; '.join(lines)}"] if lines else [])]
+    holds = before.get("init_lora_holds") or _holds(start)
+    return {**settings, "init_lora": start, "init_lora_holds": holds, "changes": changes}
 
 
 def _holds(lora: str | None) -> list[int] | None:
