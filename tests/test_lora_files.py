@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import runpy
 import shutil
@@ -1139,6 +1140,18 @@ def kontext_run(tmp_path_factory):
     assert run_training(folder, folder / "run", *flags) == 0
     export.convert(folder / "run" / "lora.safetensors", folder / "peft.safetensors", "peft")
     return folder
+
+
+def test_a_damaged_lora_is_named_when_it_is_converted(kontext_run, tmp_path, capsys):
+    """The new file has a checksum of its own, which is right."""
+    file = shutil.copy(kontext_run / "run" / "lora.safetensors", tmp_path)
+    export.convert(file, tmp_path / "whole.safetensors", "peft")
+    assert capsys.readouterr().err == ""
+    with open(file, "r+b") as f:
+        f.seek(-3000, os.SEEK_END)
+        f.write(bytes(3000))
+    export.convert(file, tmp_path / "new.safetensors", "peft")
+    assert capsys.readouterr().err == f"note: {file}: its values are not those that train.py wrote\n"
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])

@@ -870,13 +870,14 @@ def test_scores_of_sheets_are_whole_when_a_folder_is_continued(small_bundle, tmp
 def test_one_name_that_cannot_be_written_does_not_stop_a_folder(small_bundle, tmp_path, capsys):
     """A name that becomes too long, for a folder that is not there yet; a.gif beside a.gif.png, which it becomes."""
     (tmp_path / "in").mkdir()
-    for name in ("a.gif", "a.gif.png", f"{'l' * 250}.gif", "z.png"):
+    for name in ("a.gif", "a.gif.png", f"{'l' * 250}.gif", "z.png", "z.jfif"):
         crop(32, 32).save(tmp_path / "in" / name)
     assert run("--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle) == 1
     said = capsys.readouterr().err
     assert "not restored: a.gif: would become a.gif.png, which is another picture of the folder" in said
     assert f"{'l' * 250}.gif.png: File name too long; rename the picture" in said
-    assert sorted(path.name for path in (tmp_path / "out").glob("[az]*")) == ["a.gif.png", "z.png"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("[az]*")) == ["a.gif.png", "z.jfif", "z.png"]
+    assert "out: written as PNG are 2, such as a.gif.png" in said
 
 
 def test_a_name_that_the_terminal_cannot_show_is_no_error(small_bundle, tmp_path):
@@ -1370,8 +1371,12 @@ def test_earlier_results_below_the_input_are_no_inputs(identity, small_bundle, t
     (tmp_path / "in" / "out").symlink_to(tmp_path / "four")
     (tmp_path / "four").mkdir()
     again = [*args[:-1], tmp_path / "in", "--output", tmp_path / "in" / "out"]
-    assert run(*again) == run(*again) == 0
-    assert [p.name for p in (tmp_path / "four").glob("*.png")] == ["a.png"]
+    assert run(*again) == 0
+    for name in (".01234567.tmp", ".mine.tmp"):  # what a kill in the middle of writing leaves, and what it does not
+        (tmp_path / "four" / name).touch()
+    assert run(*again) == 0
+    names = {p.name for p in (tmp_path / "four").iterdir()}
+    assert ".mine.tmp" in names and ".01234567.tmp" not in names and "a.png" in names
 
 
 class Unread(io.StringIO):

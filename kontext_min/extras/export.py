@@ -33,12 +33,13 @@ from torch import Tensor, nn
 
 from kontext_min.checkpoints import find, flux_modules, load_flux, metadata, read_headers
 from kontext_min.extras import program
-from kontext_min.extras.fingerprint import fingerprint
+from kontext_min.extras.fingerprint import fingerprint, note_zeros
 from kontext_min.extras.lora_files import (
     BRIDGE,
     FORMATS,
     load_lora,
     lora_file,
+    note_doubts,
     note_other_base,
     parse,
     purpose,
@@ -71,6 +72,7 @@ def convert(source: str | Path, target: str | Path, format: str, drop: Sequence[
     """
     _prepare(Path(target))
     tensors, metadata = read_lora(source)
+    note_doubts(source, tensors, metadata)
     for prefix in drop:
         if not any(name.startswith(prefix) for name in tensors):
             raise ValueError(f"--drop {prefix}: no tensor of {source} starts so; leave it out.")
@@ -192,6 +194,7 @@ def merge_files(
         raise ValueError(f"{output}: the hub layout has no 8-bit weights; add --layout bfl.")
     _prepare(output, folder=layout == "hub")
     about, file = purpose(loras), find(base, "transformer")[0]
+    note_zeros(base, "transformer")
     note_other_base(" + ".join(loras), about, {"base": fingerprint(base, "transformer")})
     about = trained_with(metadata(file), file) | about  # as sample.py takes them
     matrices = [s.dtype for s in read_headers(find(base, "transformer")).values() if len(s.shape) == 2]

@@ -15,7 +15,7 @@ from typing import Any
 
 from kontext_min.extras.fingerprint import size_and_samples
 from kontext_min.extras.inventory import RECORD
-from kontext_min.extras.pictures import Job, reference_of
+from kontext_min.extras.pictures import ASIDE, Job, reference_of
 from kontext_min.extras.runs import in_words, lock
 from kontext_min.extras.saving import append_line
 
@@ -42,6 +42,10 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
         raise ValueError(f"--input {source}: none of its pictures can be read.")
     if source.is_dir():
         lock("--output", target)
+        for folder in {job.output.parent for job in jobs}:
+            for cut in folder.glob(".*.tmp"):  # of a call that was killed
+                if ASIDE.fullmatch(cut.name):
+                    cut.unlink()
     there = [] if overwrite else [job for job in jobs if job.output.exists()]
     if not source.is_dir():
         if there:

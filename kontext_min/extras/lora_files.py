@@ -669,13 +669,18 @@ def outside_of_blocks(model: Flux) -> list[str]:
 def factors_for(model: Flux, path: str | Path) -> tuple[dict[str, Factors], dict[str, str]]:
     """The LoRA of a file by module of this model, and the file's metadata; errors as for load_lora."""
     tensors, metadata = read_lora(path)
+    note_doubts(path, tensors, metadata)
+    sizes = {name.removesuffix(".base"): (m.out_features, m.in_features) for name, m in linears(model).items()}
+    return parse(tensors, metadata, flux_modules(model.params), lora_file(path), sizes), metadata
+
+
+def note_doubts(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Lines about a LoRA of this project that was changed or damaged since, and about one of peft without its alpha."""
     if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
         print(f"note: {path}: its values are not those that train.py wrote", file=sys.stderr)
     of_peft = next(iter(tensors)).startswith("base_model.model.") and not any("alpha" in name for name in tensors)
     if of_peft and "lora_adapter_metadata" not in metadata:
         print(f"note: {path}: no adapter_config.json beside it, so its alpha is taken for its rank", file=sys.stderr)
-    sizes = {name.removesuffix(".base"): (m.out_features, m.in_features) for name, m in linears(model).items()}
-    return parse(tensors, metadata, flux_modules(model.params), lora_file(path), sizes), metadata
 
 
 @torch.no_grad()

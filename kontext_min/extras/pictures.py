@@ -26,6 +26,7 @@ import filecmp
 import io
 import math
 import os
+import re
 import secrets
 import sys
 import tempfile
@@ -58,7 +59,9 @@ from kontext_min.extras.saving import naming
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
 
-KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+KINDS = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+KINDS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
+ASIDE = re.compile(r"\.[0-9a-f]{8}\.tmp")  # names of files that are being written
 QUALITY = 95  # of JPEG and WebP
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # in pixels, of the formats' encoders
 LARGEST_SEGMENT = 65502 - 64  # bytes of EXIF or XMP in a JPEG; the mark takes some
@@ -217,6 +220,8 @@ def _find_in_folder(source: Path, target: Path, across: int) -> tuple[list[Job],
     if jobs and not target.exists() and target.suffix.lower() in ENDINGS:
         raise ValueError(f"--output {target}: is named like a picture, but --input is a folder; name a folder.")
     names = {job.name for job in jobs}
+    if renamed := [job.output.name for job in jobs if job.output.name != Path(job.name).name]:
+        print(f"note: {target}: written as PNG are {len(renamed)}, such as {printable(renamed[0])}", file=sys.stderr)
     reasons = {job.name: reason for job in jobs if (reason := _unwritable(job, across))}
     for job in jobs:  # a.gif becomes a.gif.png
         if (written := job.output.relative_to(target).as_posix()) != job.name and written in names:
