@@ -1142,6 +1142,16 @@ def kontext_run(tmp_path_factory):
     return folder
 
 
+def test_a_folder_with_two_loras_is_said(kontext_run, tmp_path, capsys):
+    for name in ("lora.safetensors", "adapter_model.safetensors"):
+        shutil.copy(kontext_run / "run" / "lora.safetensors", tmp_path / name)
+    purpose([str(tmp_path)])
+    said = f"note: --lora {tmp_path}: is lora.safetensors there; not read is adapter_model.safetensors\n"
+    assert capsys.readouterr().err == said
+    purpose([str(tmp_path / "adapter_model.safetensors")])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_damaged_lora_is_named_when_it_is_converted(kontext_run, tmp_path, capsys):
     """The new file has a checksum of its own, which is right."""
     file = shutil.copy(kontext_run / "run" / "lora.safetensors", tmp_path)

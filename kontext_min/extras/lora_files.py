@@ -564,6 +564,9 @@ def purpose(loras: Sequence[str]) -> dict[str, Any]:
         if any(filecmp.cmp(file, other, shallow=False) for other in files):
             print(f"note: --lora {lora}: is a copy of another; their strengths add up", file=sys.stderr)
         files.add(file)
+        folder = strength_of(lora)[0]
+        if others := [name for name in FILES if (folder / name).is_file() and name != file.name]:
+            print(f"note: --lora {lora}: is {file.name} there; not read is {' and '.join(others)}", file=sys.stderr)
         about = trained_with(read_lora(file)[1], file)
         note_other_base(f"--lora {lora}", about, known)
         other = [k for k in ("prompt", "guidance", "resolution") if k in about and known.get(k, about[k]) != about[k]]
