@@ -56,9 +56,7 @@ class Settings:
     )
     output: Path = picture(..., "file to write, in the format of its extension, or a folder")
     overwrite: bool = picture(False, "replace files that exist in --output")
-    resolution: int | None = picture(
-        None, "side in pixels of a square of the size to work at; then scaled back", least=16, most=16384
-    )
+    resolution: int | None = picture(None, "side of a square to work at, in pixels; scaled back", least=16, most=16384)
     degrade: str | None = picture(None, "degrade the input first, such as blur=1.5,noise=0.02 or a preset")
 
     reference: Path | None = scoring(
