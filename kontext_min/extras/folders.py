@@ -15,7 +15,7 @@ from typing import Any
 
 from kontext_min.extras.fingerprint import size_and_samples
 from kontext_min.extras.inventory import RECORD
-from kontext_min.extras.pictures import ASIDE, Job, reference_of
+from kontext_min.extras.pictures import ASIDE, Job, reference_of, writable_name
 from kontext_min.extras.runs import in_words, lock
 from kontext_min.extras.saving import append_line
 
@@ -60,13 +60,20 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
         )
     unknown = [j.name for j in there if made[j.name]["file"] is None]
     if unknown:
-        which = f"{', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}"
-        print(f"note: {target}: written as a run was stopped, and kept: {which}; look at them", file=sys.stderr)
+        text = f"written as a run was stopped, and kept: {_few(unknown)}; look at them"
+        print(f"note: {target}: {text}", file=sys.stderr)
     edited = [j.name for j in there if made[j.name]["file"] not in (None, list(size_and_samples(j.output)))]
     if edited:
-        which = f"{', '.join(edited[:3])}{' ...' * (len(edited) > 3)}"
-        print(f"note: {target}: not as they were written, and kept: {which}; --overwrite restores all", file=sys.stderr)
+        text = f"not as they were written, and kept: {_few(edited)}; --overwrite restores all"
+        print(f"note: {target}: {text}", file=sys.stderr)
+    others = sorted(made.keys() - {job.name for job in jobs})
+    if others := [name for name in others if (target / writable_name(name)).exists()]:
+        print(f"note: {target}: also holds pictures that are not in --input: {_few(others)}", file=sys.stderr)
     return [job for job in jobs if job not in there]
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{' ...' * (len(names) > 3)}"
 
 
 def _read(record: Path) -> dict[str, dict[str, Any]]:
@@ -86,7 +93,8 @@ def _difference(line: dict[str, Any] | None, job: Job, how: dict[str, Any]) -> s
     changed = [f"{k} was {line['how'].get(k)}, is {how[k]}" for k in how if line["how"].get(k) != how[k]]
     state = _state(job, how)
     without_samples = [n for k, n in enumerate(state) if k % 3 != 2]  # of older records
-    return "; ".join(changed) or "their inputs have changed since" * (line["input"] not in (state, without_samples))
+    which = "inputs or the clean pictures beside them" if isinstance(how["compare"], str) else "inputs"
+    return "; ".join(changed) or f"their {which} have changed since" * (line["input"] not in (state, without_samples))
 
 
 def _state(job: Job, how: dict[str, Any]) -> list[int]:

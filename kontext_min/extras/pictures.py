@@ -148,7 +148,7 @@ def find(
         jobs, rejected = _find_in_folder(source, target, across)
     else:
         if target.is_dir():
-            target = target / _writable_name(source.name)
+            target = target / writable_name(source.name)
         if not target.parent.is_dir():
             raise FileNotFoundError(f"{target.parent}: no such folder for --output; make it first.")
         if target.suffix.lower() not in KINDS:
@@ -197,7 +197,7 @@ def _find_in_folder(source: Path, target: Path, across: int) -> tuple[list[Job],
         raise ValueError(f"--output {target}: would replace the input; choose another folder.")
     pictures, rejected = scan(source)
     rejected += unread(source, [])
-    jobs = [Job(p.path, p.name, target / _writable_name(p.name), (p.width, p.height)) for p in pictures]
+    jobs = [Job(p.path, p.name, target / writable_name(p.name), (p.width, p.height)) for p in pictures]
     if odd := [p.name for p in pictures if p.name != p.path.relative_to(source).as_posix()]:
         print(
             f"note: {source}: not UTF-8 are {len(odd)} of the names; their pictures are written as here: {odd[0]}",
@@ -230,7 +230,7 @@ def _find_in_folder(source: Path, target: Path, across: int) -> tuple[list[Job],
     return [job for job in jobs if job.name not in reasons], [(printable(name), why) for name, why in rejected]
 
 
-def _writable_name(name: str) -> str:
+def writable_name(name: str) -> str:
     """The name itself, or with .png behind it where its format is no place for a restored picture, such as .gif."""
     return name if Path(name).suffix.lower() in KINDS else name + ".png"
 
