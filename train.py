@@ -311,12 +311,12 @@ def train(settings: Settings) -> int:
         runs.rewind_metrics(folder, state["step"] if last else -1)
     board = runs.open_tensorboard(folder, state["step"]) if settings.tensorboard and me.first else None
     pictures_a_step = settings.accumulate * settings.batch_size * me.world
+    epochs = settings.steps * settings.accumulate / sampler.batches_per_epoch
     me.say(
         f"{folder}: {given(typed)}\n{settings.steps} steps of {pictures_a_step} pictures at about "
         f"{settings.resolution} x {settings.resolution} pixels, {settings.objective}, lr {settings.lr:g}\n"
-        f"{len(pairs)} pictures to train on for {settings.steps * pictures_a_step / len(pairs):.2g} epochs, "
-        f"{len(validation_pairs)} to validate on, {sum(p.numel() for p in params):,} parameters train, "
-        f"{me.device}, {str(dtype)[6:]}"
+        f"{len(pairs)} pictures to train on for {epochs:.2f} epochs, {len(validation_pairs)} to validate on, "
+        f"{sum(p.numel() for p in params):,} parameters train, {me.device}, {str(dtype)[6:]}"
     )
 
     def save_result(values: dict[str, Tensor], where: Path) -> None:

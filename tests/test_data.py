@@ -889,6 +889,10 @@ def test_a_partner_of_one_color_is_left_out(tmp_path, capsys):
     assert item["name"] != "000.png" and item["unreadable"] == [line]
     held_out.load(pairs, torch.device("cpu"))
     assert capsys.readouterr().out.count(line) == 1
+    dark = np.zeros((64, 64, 3), np.uint8)  # a photograph of the night
+    dark[20:40] = 2
+    Image.fromarray(dark).save(partners[0].path)
+    assert StandIns(pairs)[(0, 0)]["name"] == "000.png"
 
 
 def test_a_failing_degradation_is_no_unreadable_picture(tmp_path):

@@ -714,10 +714,13 @@ def test_parts_of_a_jpeg_that_are_not_kept_are_named(tmp_path):
 
     assert notes(12, b"[picture info]\r\nType=C-2020Z") == ("its parts APP12 [picture info]: dropped",)
     assert notes(1, b"FLIR\0\1") == ("its parts APP1 FLIR: dropped",)
-    assert notes(12, b"Ducky\0\1") == ()
+    assert notes(12, b"Ducky\0\1") == notes(2, b"urn:iso:std:iso:ts:21496:-1\0") == ()
+    assert notes(1, b"http://ns.adobe.com/xap/1.0/\0<x/>") == ()
+    assert notes(1, b'http://ns.adobe.com/xap/1.0/\0<x Camera:MotionPhoto="0"/>') == ()
+    assert "film or sound" in notes(1, b'http://ns.adobe.com/xap/1.0/\0<x Camera:MotionPhoto="1"/>')[0]
     for number, word in ((1035, "URL"), (2000, "paths"), (2999, "paths")):
-        data = b"Photoshop 3.0\0" + b"8BIM" + number.to_bytes(2, "big") + b"\0\0" + b"\0\0\0\2ab"
-        assert notes(13, data) == (f"its {word}: dropped, as only EXIF and XMP are kept",)
+        part = b"Photoshop 3.0\0" + b"8BIM" + number.to_bytes(2, "big") + b"\0\0" + b"\0\0\0\2ab"
+        assert notes(13, part) == (f"its {word}: dropped, as only EXIF and XMP are kept",)
 
 
 def test_bytes_of_exif_keep_their_type(tmp_path):
@@ -731,6 +734,18 @@ def test_bytes_of_exif_keep_their_type(tmp_path):
     for tag, size in ((37510, 12), (41728, 1), (41729, 1), (27, 11)):
         head = tag.to_bytes(2, "little"), size.to_bytes(4, "little")
         assert head[0] + b"\7\0" + head[1] in content or tag.to_bytes(2, "big") + b"\0\7" in content, tag
+
+
+def test_exif_with_numbers_instead_of_bytes_is_kept():
+    """As some programs write it: FileSource as SHORT, a comment as ASCII; a note of larger numbers goes."""
+    entries = {41728: 3, 41729: (1,), 37510: "mine", 37500: (1, 70000), 33434: 0.5}
+    kept = pictures._texts(entries)
+    assert kept == {41728: b"\3", 41729: b"\1", 37510: "mine", 33434: 0.5}
+    exif = Image.Exif()
+    exif.get_ifd(EXIF).update(kept)
+    again = Image.Exif()
+    again.load(exif.tobytes())
+    assert again.get_ifd(EXIF)[37510] == b"mine" and again.get_ifd(EXIF)[41728] == b"\3"
 
 
 @pytest.fixture

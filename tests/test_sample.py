@@ -1374,6 +1374,13 @@ def test_earlier_results_below_the_input_are_no_inputs(identity, small_bundle, t
     crop(32, 32).save(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "out").symlink_to(tmp_path / "four")
     (tmp_path / "four").mkdir()
+    (tmp_path / "view").mkdir()  # a folder of links to pictures below the output
+    (tmp_path / "data" / "raw").mkdir(parents=True)
+    crop(32, 32).save(tmp_path / "data" / "raw" / "b.png")
+    (tmp_path / "view" / "b.png").symlink_to(tmp_path / "data" / "raw" / "b.png")
+    capsys.readouterr()
+    assert run(*args[:-1], tmp_path / "view", "--output", tmp_path / "data") == 0
+    assert "note" not in capsys.readouterr().err and (tmp_path / "data" / "b.png").exists()
     again = [*args[:-1], tmp_path / "in", "--output", tmp_path / "in" / "out"]
     assert run(*again) == 0
     for name in (".01234567.tmp", ".mine.tmp"):  # what a kill in the middle of writing leaves, and what it does not

@@ -66,7 +66,7 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
     if edited:
         text = f"not as they were written, and kept: {_few(edited)}; --overwrite restores all"
         print(f"note: {target}: {text}", file=sys.stderr)
-    others = sorted(made.keys() - {job.name for job in jobs})
+    others = [name for name in sorted(made) if not (source / name).exists()]
     if others := [name for name in others if (target / writable_name(name)).exists()]:
         print(f"note: {target}: also holds pictures that are not in --input: {_few(others)}", file=sys.stderr)
     return [job for job in jobs if job not in there]

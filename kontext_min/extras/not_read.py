@@ -32,7 +32,7 @@ BOXES = {rb"resd": "dpi", rb"uuid": "EXIF or XMP", rb"xml ": "XML"}  # of a JPEG
 SEGMENTS = (b"Exif", b"http://ns.adobe.com/x", b"ICC_PROFILE", b"MPF", b"Photoshop", b"Adobe", b"JP")
 SEGMENTS += (b"Ducky", b"AROT", b"FPXR", b"urn:iso:std:iso:ts:21496")
 # Behind or beside a JPEG: MP4 and the like, WAV; what phones write of it into XMP or a trailer.
-MEDIA = rb"ftyp(mp4|isom|qt  |avc|3gp|MSNV)|RIFF.{4}WAVE|MotionPhoto|MicroVideo"
+MEDIA = rb"ftyp(mp4|isom|qt  |avc|3gp|MSNV)|RIFF.{4}WAVE|M(otionPhoto|icroVideo)(_Data|(=.|>)1)"
 # Texts; those of a PNG that tell of programs, or repeat what is kept, do not count.
 WORDS = {"comment", "Comment"}
 TECHNICAL = re.compile(r"XML:com\.adobe\.xmp|Raw profile type exif|Software|(date|png|icc|Thumb):.*")  # of PNG
@@ -89,9 +89,9 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
 
 def _segments(image: Image.Image) -> list[str]:
     """Parts of a JPEG that are neither kept nor named elsewhere, such as `APP1 FLIR`."""
-    parts = {(name, data[:20]) for name, data in getattr(image, "applist", ()) if name not in ("APP0", "COM")}
-    parts = {(name, re.match(rb"[ -~]*", data)[0].decode()) for name, data in parts if not data.startswith(SEGMENTS)}
-    return sorted(" ".join(part).strip() for part in parts)
+    parts = [part for part in getattr(image, "applist", ()) if part[0] not in ("APP0", "COM")]
+    parts = [(name, data) for name, data in parts if not data.startswith(SEGMENTS)]
+    return sorted({f"{name} {re.match(rb'[ -~]{0,20}', data)[0].decode()}".strip() for name, data in parts})
 
 
 def _mpo_kinds(image: Image.Image) -> list[str]:
@@ -144,7 +144,7 @@ def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     found += ["its content credentials (C2PA): dropped, as they hold for the old pixels"] * (b"jumdc2pa" in ends)
     of_psd = {RESOURCES[kind] for kind, *_ in getattr(image, "resources", ()) if kind in RESOURCES}
     parts = _segments(image)
-    found += [f"its parts {', '.join(parts)}: dropped"] * bool(parts)
+    found += [f"its parts {', '.join(parts[:5])}{' ...' * (len(parts) > 5)}: dropped"] * bool(parts)
     of_jp2 = {name for box, name in BOXES.items() if image.format == "JPEG2000" and box in ends}
     of_gif = {"XMP"} if image.format == "GIF" and b"XMP DataXMP" in ends and "xmp" not in info else set()
     unread = ", ".join(sorted(of_psd | of_jp2 | of_gif))

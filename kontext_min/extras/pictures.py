@@ -205,14 +205,20 @@ def _find_in_folder(source: Path, target: Path, across: int) -> tuple[list[Job],
         )
     # The output may lie in the input, and so may that of an earlier call: what is restored is not restored again.
     root, new = source.resolve(), target.resolve()
-    made = {new, *(record.parent for record in root.rglob(RECORD))} - {root, *root.parents}
+    made = {folder for folder in (new, *(record.parent for record in root.rglob(RECORD))) if root in folder.parents}
+    linked = {new} - {root, *root.parents}  # a link in the input may lead to the output
+
+    def is_made(path: Path) -> bool:
+        real = path.parent.resolve()
+        return not (made.isdisjoint(path.resolve().parents) and linked.isdisjoint((real, *real.parents)))
+
     for folder in sorted(made - {new}):
         print(f"note: {folder}: holds restored pictures, left out; to restore these, make it --input", file=sys.stderr)
-    inside = {job.path.resolve() for job in jobs if new in job.path.resolve().parents}
-    jobs = [job for job in jobs if made.isdisjoint(job.path.resolve().parents)]
+    inside = {job.path.resolve() for job in jobs if is_made(job.path) and new in job.path.resolve().parents}
+    jobs = [job for job in jobs if not is_made(job.path)]
     if own := inside - {job.output.resolve() for job in jobs}:
         print(f"note: {target}: is --output, so pictures in it are not restored: {len(own)}", file=sys.stderr)
-    rejected = [(name, why) for name, why in rejected if made.isdisjoint((source / name).resolve().parents)]
+    rejected = [(name, why) for name, why in rejected if not is_made(source / name)]
     if not jobs and not rejected:
         raise ValueError(f"--input {source}: no pictures in this folder.")
     for line in others(source, {p.name for p in pictures} | {name for name, _ in rejected}, made):
@@ -505,7 +511,14 @@ class _Text(str):
 
 
 def _texts(entries: dict[int, Any]) -> dict[int, Any]:
-    return {tag: _Text(value) if isinstance(value, str) else value for tag, value in entries.items()}
+    """Entries that Pillow can write. Numbers where EXIF wants bytes become bytes, or go if they are larger."""
+    out = {tag: _Text(value) if isinstance(value, str) else value for tag, value in entries.items()}
+    for tag in {*out} & {tag for tags in UNDEFINED.values() for tag in tags}:
+        if not isinstance(value := out.pop(tag), bytes | str):
+            value = value if isinstance(value, tuple) else (value,)
+            value = bytes(value) if all(isinstance(n, int) and 0 <= n < 256 for n in value) else None
+        out |= {} if value is None else {tag: value}
+    return out
 
 
 def _loaded(exif: bytes) -> Image.Exif:
