@@ -155,7 +155,7 @@ def restored(path, output):
 def test_photoshop_tiffs_lose_their_layers_and_keep_the_photograph(tmp_path, capsys):
     exif = Image.Exif()
     exif[ExifTags.Base.Make], exif[ExifTags.Base.Artist], exif[33723] = "Leica", "A. Nonymous", b"\x1c\x02\x78\0\1x"
-    exif[37724], exif[34377], exif[50341] = b"Adobe Photoshop Document Data Block\0layers", b"8BIM" * 9, b"PrintIM"
+    exif[37724], exif[34377], exif[50341] = b"Adobe Photoshop Document Data Block\0MIB8ryaL", b"8BIM" * 9, b"PrintIM"
     exif[700] = b"<x:xmpmeta xmlns:photoshop='http://ns.adobe.com/photoshop/1.0/' photoshop:Layers='2'/>"
     exif.get_ifd(EXIF).update({ExifTags.Base.DateTimeOriginal: "1999:12:31 23:59:59", 40962: 600, 40963: 400})
     exif.get_ifd(GPS)[1] = "N"

@@ -1247,7 +1247,8 @@ def test_the_record_is_of_each_picture(identity, small_bundle, tmp_path, capsys,
 
     record = tmp_path / "out" / ".restored-with.jsonl"
     whole = record.read_bytes()
-    record.write_bytes(whole[:-10])  # a cut line, then others behind it
+    # A cut line, one of no picture, then others behind them.
+    record.write_bytes(whole[:-10] + b'\n{"picture": 5, "input": [], "file": null, "how": {}}\n')
     assert run(*second, "--overwrite") == 0
     assert run(*first) == 2
     assert "holds 3 of these pictures, but seed was 1, is 42" in capsys.readouterr().err

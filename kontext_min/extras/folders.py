@@ -82,7 +82,7 @@ def _read(record: Path) -> dict[str, dict[str, Any]]:
     for text in record.read_text(encoding="utf-8", errors="replace").splitlines() if record.is_file() else []:
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             line = json.loads(text)
-            made[line["picture"]] = {"how": dict(line["how"]), "input": line["input"], "file": line.get("file")}
+            made[str(line["picture"])] = {"how": dict(line["how"]), "input": line["input"], "file": line.get("file")}
     return made
 
 
