@@ -273,7 +273,7 @@ def test_a_run_that_continues_keeps_its_start_in_settings_json(run, tmp_path, ca
     assert run("--steps", 2, "--checkpoint-every", 1, "--init-lora", tmp_path / "first") == 0
     out = capsys.readouterr().out  # its pictures are of three shapes, and batches of two have one shape
     assert re.search(r"(\d+) pictures to train on for ([\d.]+) epochs", out.split("new run")[2]).groups() == (
-        "10",
+        "11",
         "0.33",
     )
     for where, step in (("checkpoints/step-000001", 1), (".", 2)):
