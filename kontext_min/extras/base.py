@@ -14,7 +14,7 @@ from kontext_min.checkpoints import NETWORKS, NOUNS, WIDENED, find, load_flux, r
 from kontext_min.extras.last_block import skip_unread
 from kontext_min.flux import Flux
 
-FIXED = {
+FIXED = {  # part: a key of its config.json, and the value that the code takes for granted
     "vae": ("norm_num_groups", 32),
     "clip": ("hidden_act", "quick_gelu"),
     "t5": ("feed_forward_proj", "gated-gelu"),
@@ -37,7 +37,7 @@ class Weights:
 
 
 def check_fixed(weights: Weights) -> None:
-    """What the code takes for granted holds in config.json, where there is one.
+    """Look whether config.json, where there is one, says what the code takes for granted.
 
     Raises:
         ValueError: a network of another kind, whose tensors have the same shapes.

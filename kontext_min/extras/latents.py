@@ -167,8 +167,9 @@ def fill(
             latents = {"control": control.cpu().contiguous(), "target": target.cpu().contiguous()}
             save_file(latents, cached.file(key), {"key": key, "checksum": checksum(latents)})
         report(done, len(missing))
+    usable = {bucket for i, bucket in enumerate(cached.bucket_of) if i not in failed}
     for i, line in failed.items():
-        if {j for j, bucket in enumerate(cached.bucket_of) if bucket == cached.bucket_of[i]} <= failed.keys():
+        if cached.bucket_of[i] not in usable:
             raise ValueError(
                 f"--cache-latents: {line}: no other picture has its shape; remove it, or leave the flag out."
             )

@@ -214,8 +214,9 @@ def _find_in_folder(source: Path, target: Path, across: int) -> tuple[list[Job],
 
     for folder in sorted(made - {new}):
         print(f"note: {folder}: holds restored pictures, left out; to restore these, make it --input", file=sys.stderr)
-    inside = {job.path.resolve() for job in jobs if is_made(job.path) and new in job.path.resolve().parents}
-    jobs = [job for job in jobs if not is_made(job.path)]
+    left_out = {job for job in jobs if is_made(job.path)}
+    jobs = [job for job in jobs if job not in left_out]
+    inside = {path for job in left_out if new in (path := job.path.resolve()).parents}
     if own := inside - {job.output.resolve() for job in jobs}:
         print(f"note: {target}: is --output, so pictures in it are not restored: {len(own)}", file=sys.stderr)
     rejected = [(name, why) for name, why in rejected if not is_made(source / name)]

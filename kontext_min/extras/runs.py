@@ -116,8 +116,8 @@ def open_run(
     if yours:
         raise ValueError(f"{folder}: holds {yours[0]}, which no run wrote or which is cut; move it.")
     start = settings.get("init_lora")
-    began = before and (before.get("init_lora"), before.get("init_lora_holds", _holds(start)))
-    if last and before and start and began != (start, _holds(start)):
+    asked = start, (holds := _holds(start))
+    if last and before and start and asked != (before.get("init_lora"), before.get("init_lora_holds", holds)):
         raise ValueError(f"--init-lora {start}: {folder} continues from {last.name}; leave the flag out, or {instead}.")
     if results and write:
         print(f"note: {folder / results[0]} is that of the run before, until this one is done")
