@@ -748,6 +748,17 @@ def test_exif_with_numbers_instead_of_bytes_is_kept():
     assert again.get_ifd(EXIF)[37510] == b"mine" and again.get_ifd(EXIF)[41728] == b"\3"
 
 
+def test_parts_of_exif_that_cannot_be_kept_are_named(tmp_path):
+    """Camera's notes of numbers beyond a byte; entries of the pixels (37121) are not named."""
+    exif = Image.Exif()
+    exif.get_ifd(EXIF).update({37501: (1, 70000), 37121: b"\1\2\3\0", 33434: 0.5})
+    numbers = exif.tobytes()
+    for order in ("little", "big"):
+        numbers = numbers.replace((37501).to_bytes(2, order), (37500).to_bytes(2, order))
+    crop(40, 30).save(tmp_path / "in.jpg", exif=numbers)
+    assert read(tmp_path / "in.jpg").notes == ("its tags MakerNote: dropped",)
+
+
 @pytest.fixture
 def scene(tmp_path):
     """One scene as sRGB and under another profile."""

@@ -73,6 +73,8 @@ KEPT |= {285, 33434, 33437, 34855, 36867, 36868, 37386, 50735}  # page; exposure
 LAYOUT = {*range(254, 269), *range(273, 282), *range(284, 294), 297, 301, *range(317, 348), *range(512, 533), 700, 11}
 LAYOUT |= {4096, 4097, 32995, 32996, 32997, 32998, 33421, 33422, 33550, IPTC, 33922, 34264, *range(34735, 34738), 34377}
 LAYOUT |= {34665, 34675, 34853, 37439, 37724, 40965, 50341, 59932, 59933}
+OF_TIFF = {700, IPTC, 34377, *range(34735, 34738)}  # which other formats keep elsewhere
+NAMES = ExifTags.TAGS | ExifTags.GPSTAGS
 # Of the Exif part all is kept but the layout of the old pixels, and an offset into the old file.
 DROPPED = {37121, 37122, ExifTags.IFD.Interop}
 PLACES = {37396, 41492}  # of the subject, in the pixels before the picture is turned
@@ -423,12 +425,13 @@ def read(path: Path) -> File:
             notes += not_kept(image, both_ends)
             try:
                 turn, exif = _exif(image, rgb.size, lying)
+                others = _tags_dropped(image, exif)
             except Exception:  # the picture itself may be fine
-                turn, exif = None if way else TURNS.get(_orientation(image)), None
+                turn, exif, others = None if way else TURNS.get(_orientation(image)), None, []
                 notes.append("its EXIF can't be read: dropped")
             if exif:
                 keep["exif"] = exif
-            if others := _tags_dropped(image):
+            if others:
                 notes.append(f"its tags {', '.join(others[:5])}{' ...' * (len(others) > 5)}: dropped")
             if turn is not None and b"tiff:Orientation" in (xmp or b"") and not _has_own_orientation(image):
                 notes.append("turned as its XMP says; some viewers show it as it lies")
@@ -476,12 +479,14 @@ def _has_own_orientation(image: Image.Image) -> bool:
     return ExifTags.Base.Orientation in exif
 
 
-def _tags_dropped(image: Image.Image) -> list[str]:
-    """Names of the tags of the main part of EXIF, or of a TIFF, that are not kept and do not describe the pixels."""
-    with suppress(Exception):
-        tags = set(Image.Image.getexif(image)) - KEPT - LAYOUT
-        return [str(ExifTags.TAGS.get(tag, tag)) for tag in sorted(tags) if not 0x5000 <= tag < 0x6000]
-    return []
+def _tags_dropped(image: Image.Image, kept: bytes | None) -> list[str]:
+    """Names of the tags of EXIF, or of a TIFF, that `kept` lacks and that do not describe the pixels."""
+    old, new = Image.Image.getexif(image), _loaded(kept or b"")
+    layout = LAYOUT if image.format == "TIFF" else LAYOUT - OF_TIFF
+    found = [tag for tag in {*old} - {*new} - layout if not 0x5000 <= tag < 0x6000]
+    for part in UNDEFINED:
+        found += {*old.get_ifd(part)} - {*new.get_ifd(part)} - DROPPED - PLACES
+    return [str(NAMES.get(tag, tag)) for tag in sorted(found)]
 
 
 def _exif(image: Image.Image, size: Size, lying: bool) -> tuple[Image.Transpose | None, bytes | None]:
