@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -721,6 +722,20 @@ def test_parts_of_a_jpeg_that_are_not_kept_are_named(tmp_path):
     for number, word in ((1035, "URL"), (2000, "paths"), (2999, "paths")):
         part = b"Photoshop 3.0\0" + b"8BIM" + number.to_bytes(2, "big") + b"\0\0" + b"\0\0\0\2ab"
         assert notes(13, part) == (f"its {word}: dropped, as only EXIF and XMP are kept",)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif", "a.png", "a.webp"])
+def test_a_disk_that_takes_only_a_part_is_an_error(tmp_path, name):
+    """Pillow's own writing does not look how much of the last block the system took."""
+    write(tmp_path / "whole" / name, crop(60, 40))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "whole" / name).stat().st_size - 50, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: .*{name}"):
+            write(tmp_path / name, crop(60, 40))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["whole"]
 
 
 def test_bytes_of_exif_keep_their_type(tmp_path):

@@ -27,6 +27,7 @@ from kontext_min.extras.base import Weights
 from kontext_min.extras.checkpointing import checkpoint_blocks
 from kontext_min.extras.plan import GB, Setting, Sizes
 from kontext_min.extras.quantize import quantize_
+from kontext_min.extras.saving import save_file
 from kontext_min.flux import Flux, FluxParams
 from kontext_min.lora import add_lora
 
@@ -283,6 +284,33 @@ def test_networks_of_another_kind_are_refused(tmp_path, part, key):
     file.write_text(json.dumps(config | {key: "gelu"}))
     with pytest.raises(ValueError, match=rf"config\.json: {key} is 'gelu', expected .*: no .* of FLUX"):
         plan.Sizes.of(Weights(weights))
+
+
+@pytest.mark.parametrize(
+    ("note", "is_read"),
+    [
+        ({"format": "float8_e4m3fn"}, True),
+        ({"format": "int8_tensorwise", "full_precision_matrix_mult": True, "convrot": False}, True),
+        ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}, False),
+        ({"format": "another"}, False),
+        ([1], False),
+    ],
+)
+@pytest.mark.parametrize("of_header", [False, True])
+def test_weights_that_comfyui_has_packed_in_another_way_are_refused(tmp_path, note, is_read, of_header):
+    """Their tensors have the same names, types and shapes, such as weights that are rotated before they are rounded."""
+    state = checkpoints.load_flux(TINY).state_dict()
+    name = "double_blocks.0.img_attn.qkv"
+    told = {"_quantization_metadata": json.dumps({"layers": {name: note}})} if of_header else {}
+    if not of_header:
+        state[f"{name}.comfy_quant"] = torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
+    save_file(state, tmp_path / "flux.safetensors", told)
+    weights = Weights(TINY, transformer=tmp_path / "flux.safetensors")
+    if is_read:
+        plan.Sizes.of(weights)
+    else:
+        with pytest.raises(ValueError, match=r"flux.safetensors: packed as .*, which is not read; take"):
+            plan.Sizes.of(weights)
 
 
 def test_smallest_card_with_a_tenth_to_spare():

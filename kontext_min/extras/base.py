@@ -3,6 +3,7 @@
 Both programs use it. It imports quantize.py, stream.py and compiling.py only if their flag is given.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kontext_min.checkpoints import NETWORKS, NOUNS, WIDENED, find, load_flux, read_headers, read_json
+from kontext_min.checkpoints import NETWORKS, NOUNS, WIDENED, find, load_flux, mapped, metadata, read_headers, read_json
 from kontext_min.extras.last_block import skip_unread
 from kontext_min.flux import Flux
 
@@ -19,6 +20,9 @@ FIXED = {  # part: a key of its config.json, and the value that the code takes f
     "clip": ("hidden_act", "quick_gelu"),
     "t5": ("feed_forward_proj", "gated-gelu"),
 }
+NOTE = ".comfy_quant"
+HARMLESS = {"format", "full_precision_matrix_mult"}  # the latter is how ComfyUI multiplies
+PLAIN = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # formats of ComfyUI that are a weight times its scale
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,33 @@ def check_fixed(weights: Weights) -> None:
         there = read_json(config) if config.is_file() else {}
         if NETWORKS[part][3] in there and there.get(key, ours) != ours:  # else it is that of another network
             raise ValueError(f"{config}: {key} is {there[key]!r:.40}, expected {ours!r}: no {NOUNS[part]} of FLUX.")
+
+
+def check_packed(path: Path, part: str) -> None:
+    """Look whether ComfyUI's notes on its narrow weights ask for more than a scale, such as a rotation (convrot).
+
+    They are tensors of JSON beside the weights, or one text in the header.
+
+    Raises:
+        ValueError: they do; read without it, the weights are wrong.
+    """
+    files = find(path, part)
+    for file in files:
+        notes = [bytes(mapped(s).view(-1).tolist()) for s in read_headers([file]).values() if s.name.endswith(NOTE)]
+        notes += [metadata(file).get("_quantization_metadata", "{}").encode()]
+        for note in notes:
+            try:
+                told = json.loads(note)
+                layers = list(told.get("layers", {}).values()) if note is notes[-1] else [told]
+                plain = all(
+                    layer["format"] in PLAIN and not any(layer.get(key) for key in {*layer} - HARMLESS)
+                    for layer in layers
+                )
+            except (ValueError, TypeError, KeyError, AttributeError):
+                plain = False
+            if not plain:
+                text = f"{note.decode(errors='replace'):.80}"
+                raise ValueError(f"{file}: packed as {text}, which is not read; take bfloat16 or scaled fp8.")
 
 
 def load_base(settings: Any, path: Path, dtype: torch.dtype, device: torch.device, cache_dir: Path) -> tuple[Flux, Any]:

@@ -19,6 +19,7 @@ from kontext_min.degrade import PRESETS, parse
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.metrics import psnr
 from kontext_min.extras.pictures import KINDS, working_size
+from kontext_min.extras.saving import write_picture
 
 SIDE = 1024  # in pixels, of a square of the largest area
 
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         print(_row(path.name, table[-1]), flush=True)
         first = first or {"clean": photo, **pictures}
     print(_row("mean", np.mean(table, axis=0)))
-    contact_sheet(first).save(sheet, quality=85, exif=marked(Image.Exif()))
+    write_picture(contact_sheet(first), sheet, KINDS[sheet.suffix.lower()], quality=85, exif=marked(Image.Exif()))
     print(f"{sheet}: what they do to {photos[0]}")
     return 0
 

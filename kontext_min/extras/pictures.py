@@ -55,7 +55,7 @@ from kontext_min.extras.inventory import (
     zeros_at_end,
 )
 from kontext_min.extras.not_read import FAR, ends, is_deep, not_kept, not_read
-from kontext_min.extras.saving import naming
+from kontext_min.extras.saving import naming, write_picture
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
 
@@ -623,7 +623,7 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     aside = path.with_name(f".{secrets.token_hex(4)}.tmp")
     try:
         with naming(path):
-            rgb.save(aside, kind, **options)
+            write_picture(rgb, aside, kind, **options)
             aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

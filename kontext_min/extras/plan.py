@@ -41,7 +41,7 @@ from kontext_min import data, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.checkpoints import DTYPES, NOT_IN_SHAPES, NOUNS, find, outline, told
 from kontext_min.extras import held_out, prompts, speed
-from kontext_min.extras.base import Weights, check_fixed
+from kontext_min.extras.base import Weights, check_fixed, check_packed
 from kontext_min.extras.checkpointing import checkpoint_blocks
 from kontext_min.extras.fingerprint import note_zeros
 from kontext_min.extras.method import Method
@@ -117,6 +117,7 @@ class Sizes:
                 print(f"note: {file}: {what}; as in FLUX is assumed", file=sys.stderr)
         check_fixed(weights)
         for part in ("transformer", "vae", "clip", "t5"):
+            check_packed(weights.path(part), part)
             note_zeros(weights.path(part), part)
         length, config = prompts.max_length(weights), weights.root / "tokenizer_2" / "tokenizer_config.json"
         if not config.is_file():

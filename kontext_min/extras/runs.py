@@ -42,7 +42,7 @@ from kontext_min.data import THREADS
 from kontext_min.extras.fingerprint import size_and_samples
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.lora_files import lora_file
-from kontext_min.extras.saving import append_line, checksum, naming, save_file
+from kontext_min.extras.saving import append_line, checksum, naming, save_file, write_picture
 
 # What a run writes. Nothing else in its folder is replaced or deleted.
 WRITTEN = re.compile(
@@ -587,7 +587,7 @@ def finite(value: Any) -> Any:
 
 def save_picture(folder: Path, step: int, picture: Image.Image, board: Any = None) -> None:
     """Keep the validation pictures of a step, for tensorboard too."""
-    picture.save(folder / "validation" / f"step-{step:06d}.png", exif=marked(Image.Exif()))
+    write_picture(picture, folder / "validation" / f"step-{step:06d}.png", "PNG", exif=marked(Image.Exif()))
     if board:
         board.add_image("validation", np.array(picture), step, dataformats="HWC")
 

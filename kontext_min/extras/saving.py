@@ -1,8 +1,9 @@
-"""Write safetensors files that are complete or absent, and a transformer in the hub's layout.
+"""Write files that are complete or absent: safetensors, pictures, and a transformer in the hub's layout.
 
 Sources: the format, https://github.com/huggingface/safetensors#format; diffusers 0.42.1 for names and config.json.
 """
 
+import io
 import json
 import os
 import platform
@@ -10,8 +11,10 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kontext_min.checkpoints import DTYPES, SWAPPED, flux_modules
@@ -33,6 +36,14 @@ def append_line(path: Path, line: str) -> None:
     with naming(path), path.open("a+b") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         file.write(b"\n" * (file.read() not in (b"", b"\n")) + line.encode() + b"\n")
+
+
+def write_picture(picture: Image.Image, path: Path, kind: str, **options: Any) -> None:
+    """Write a picture by way of memory: Pillow itself does not notice if a full disk takes only a part of it."""
+    content = io.BytesIO()
+    picture.save(content, kind, **options)
+    with naming(path):
+        path.write_bytes(content.getbuffer())
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
