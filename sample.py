@@ -117,6 +117,7 @@ def sample(settings: Settings) -> int:
         return 0
     how = made_with(settings, weights, method) if settings.input.is_dir() else {}
     todo = folders.to_do(jobs, settings.input, settings.output, how, settings.overwrite)
+    open_jobs = set(todo)
     scores = Scores(settings, device, progress)
     if not todo and not scores.wanted:
         print(f"{settings.output}: all {len(jobs)} pictures are there already; --overwrite restores them again")
@@ -146,10 +147,10 @@ def sample(settings: Settings) -> int:
     degradation, restored = settings.degrade and degrade.parse(settings.degrade), 0
     for job in jobs:
         with folders.spared(job, jobs, failed, how, settings.overwrite) as state:
-            if job not in todo and not scores.wanted:
+            if job not in open_jobs and not scores.wanted:
                 continue
             photo = pictures.load(job, degradation, settings.reference, settings.seed)
-            if job in todo:
+            if job in open_jobs:
                 small = photo.degraded.resize(at[job.size], Image.Resampling.LANCZOS)
                 tick.begin(job.name, small.size, passes(autoencoder, *small.size, apply, method.steps, method.solver))
                 z = restore_latent(

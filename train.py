@@ -244,7 +244,7 @@ def train(settings: Settings) -> int:
     pairs, held, left_out = find_pairs(settings, me, buckets)
     folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     written = to_json(settings) | {
-        "versions": {"kontext_min": __version__, "torch": torch.__version__, "device": str(me.device)},
+        "versions": {"kontext_min": __version__, "torch": torch.__version__, "device": f"{me.device} {dtype}"},
         "fingerprint": prompts.fingerprints(weights),
         "pictures": runs.hash_of_pictures(pairs),
         "files": runs.hash_of_files(pairs, held),
@@ -281,8 +281,8 @@ def train(settings: Settings) -> int:
         if settings.accept_changes:  # the steps before may have had easier pictures
             runs.keep_best(folder, state["best_step"] if me.first else None)
             state |= {"best_psnr": None, "best_step": None}
-    if parallel.any_of(parallel.from_first(state["step"]) != state["step"]):
-        raise ValueError(f"{folder}: not all processes see the same checkpoint; it must be on a disk that they share.")
+    alike = {"pictures": [written["pictures"], written["files"]], "weights": written["fingerprint"]}
+    parallel.refuse_different(folder, alike | {"checkpoint": state["step"]})
 
     # ---- endless batches; a resumed run continues with the batch after the last one
     start = state["step"] * settings.accumulate

@@ -94,5 +94,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4, help="network evaluations (default 4)")
     parser.add_argument("--seed", type=int, default=42, help="of the source noise (default 42)")
     args = parser.parse_args()
-    picture = ImageOps.exif_transpose(Image.open(args.input)).convert("RGB")
-    restore(args.weights, args.lora, picture, args.steps, args.seed).save(args.output)
+    picture = ImageOps.exif_transpose(Image.open(args.input))
+    if picture.mode[0] in "IF":  # convert() would clip it
+        parser.error(f"{args.input}: has more than 8 bits a channel; convert it to 8 bits")
+    restored = restore(args.weights, args.lora, picture.convert("RGB"), args.steps, args.seed)
+    restored.save(args.output, icc_profile=picture.info.get("icc_profile") if picture.mode == "RGB" else None)

@@ -5,6 +5,7 @@ Both programs use it. It imports quantize.py, stream.py and compiling.py only if
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from kontext_min.checkpoints import NETWORKS, NOUNS, WIDENED, find, load_flux, mapped, metadata, read_headers, read_json
+from kontext_min.extras.fingerprint import note_zeros
 from kontext_min.extras.last_block import skip_unread
 from kontext_min.flux import Flux
 
@@ -40,44 +42,44 @@ class Weights:
         return getattr(self, part) or self.root
 
 
-def check_fixed(weights: Weights) -> None:
-    """Look whether config.json, where there is one, says what the code takes for granted.
+def check_files(path: Path, part: str) -> None:
+    """Look at the files of a network for what its names and shapes do not tell.
 
     Raises:
-        ValueError: a network of another kind, whose tensors have the same shapes.
+        ValueError: config.json names another kind of network, or ComfyUI packed the weights in a way that is not read.
     """
-    for part, (key, ours) in FIXED.items():
-        config = find(weights.path(part), part)[0].parent / "config.json"
+    files = find(path, part)
+    if part in FIXED:
+        (key, ours), config = FIXED[part], files[0].parent / "config.json"
         there = read_json(config) if config.is_file() else {}
         if NETWORKS[part][3] in there and there.get(key, ours) != ours:  # else it is that of another network
             raise ValueError(f"{config}: {key} is {there[key]!r:.40}, expected {ours!r}: no {NOUNS[part]} of FLUX.")
-
-
-def check_packed(path: Path, part: str) -> None:
-    """Look whether ComfyUI's notes on its narrow weights ask for more than a scale, such as a rotation (convrot).
-
-    They are tensors of JSON beside the weights, or one text in the header.
-
-    Raises:
-        ValueError: they do; read without it, the weights are wrong.
-    """
-    files = find(path, part)
     for file in files:
-        notes = [bytes(mapped(s).view(-1).tolist()) for s in read_headers([file]).values() if s.name.endswith(NOTE)]
-        notes += [metadata(file).get("_quantization_metadata", "{}").encode()]
-        for note in notes:
-            try:
-                told = json.loads(note)
-                layers = list(told.get("layers", {}).values()) if note is notes[-1] else [told]
-                plain = all(
-                    layer["format"] in PLAIN and not any(layer.get(key) for key in {*layer} - HARMLESS)
-                    for layer in layers
-                )
-            except (ValueError, TypeError, KeyError, AttributeError):
-                plain = False
-            if not plain:
-                text = f"{note.decode(errors='replace'):.80}"
-                raise ValueError(f"{file}: packed as {text}, which is not read; take bfloat16 or scaled fp8.")
+        if packed := _packed(file):
+            raise ValueError(f"{file}: packed as {packed:.80}, which is not read; take bfloat16 or scaled fp8.")
+    note_zeros(path, part)
+    folder = files[0].parent
+    others = [file.name for file in sorted(folder.glob("*.safetensors")) if file not in files]
+    if others and Path(path).is_dir() and any(folder.glob("*.safetensors.index.json")):
+        more = " ..." * (len(others) > 1)
+        print(f"note: {folder}: its index names the weights; not read: {others[0]}{more}", file=sys.stderr)
+
+
+def _packed(file: Path) -> str:
+    """The first of ComfyUI's notes on narrow weights that asks for more than a scale, such as a rotation (convrot).
+
+    The notes are JSON: tensors of bytes beside the weights, or one text in the header.
+    """
+    texts = [bytes(mapped(s).view(-1).tolist()) for s in read_headers([file]).values() if s.name.endswith(NOTE)]
+    for text in [*texts, metadata(file).get("_quantization_metadata", "{}").encode()]:
+        with suppress(ValueError, TypeError, LookupError, AttributeError):
+            told = json.loads(text)
+            layers = [told] if "format" in told else told.get("layers", {}).values()
+            extra = {key for layer in layers for key in layer if layer[key] and key not in HARMLESS}
+            if not extra and all(layer["format"] in PLAIN for layer in layers):
+                continue
+        return text.decode(errors="replace")
+    return ""
 
 
 def load_base(settings: Any, path: Path, dtype: torch.dtype, device: torch.device, cache_dir: Path) -> tuple[Flux, Any]:

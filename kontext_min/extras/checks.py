@@ -275,9 +275,9 @@ def check_lengths(s: Any) -> None:
 
 
 def whose_scores(s: Any) -> str:
-    """The line in the record of --output that says that --json holds its scores, and against what."""
+    """The line in the record of --output that says that --json holds its scores, of what and against what."""
     against = s.degrade or (s.reference and s.reference.resolve())
-    return json.dumps({"json": str(s.json.resolve()), "against": str(against)})
+    return json.dumps({"json": str(s.json.resolve()), "input": str(s.input.resolve()), "against": str(against)})
 
 
 def whose_report(s: Any) -> str:

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from kontext_min.checkpoints import find, flux_modules, load_flux, metadata, read_headers
 from kontext_min.extras import program
-from kontext_min.extras.base import check_packed
-from kontext_min.extras.fingerprint import fingerprint, note_zeros
+from kontext_min.extras.base import check_files
+from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.lora_files import (
     BRIDGE,
     FORMATS,
@@ -195,8 +195,7 @@ def merge_files(
         raise ValueError(f"{output}: the hub layout has no 8-bit weights; add --layout bfl.")
     _prepare(output, folder=layout == "hub")
     about, file = purpose(loras), find(base, "transformer")[0]
-    check_packed(base, "transformer")
-    note_zeros(base, "transformer")
+    check_files(base, "transformer")
     note_other_base(" + ".join(loras), about, {"base": fingerprint(base, "transformer")})
     about = trained_with(metadata(file), file) | about  # as sample.py takes them
     matrices = [s.dtype for s in read_headers(find(base, "transformer")).values() if len(s.shape) == 2]

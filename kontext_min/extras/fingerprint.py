@@ -55,11 +55,11 @@ def note_zeros(path: str | Path, part: str) -> None:
         print(f"note: {found[0]}{more}: all zeros; was the download or the copy cut?", file=sys.stderr)
 
 
-def size_and_samples(path: Path) -> tuple[int, int]:
-    """Bytes of a file, and a checksum of its start, middle and end, which tells two pictures apart."""
+def size_and_samples(path: Path, page: int = PAGE) -> tuple[int, int]:
+    """Bytes of a file, and a checksum of its start, middle and end (`page` bytes), which tells two pictures apart."""
     with path.open("rb", buffering=0) as file:
         size, crc = os.fstat(file.fileno()).st_size, 0
-        for place in (0, size // 2, max(0, size - PAGE)):
+        for place in (0, size // 2, max(0, size - page)):
             file.seek(place)
-            crc = zlib.crc32(file.read(PAGE), crc)
+            crc = zlib.crc32(file.read(page), crc)
     return size, crc

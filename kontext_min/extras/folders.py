@@ -69,7 +69,8 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
     others = [name for name in sorted(made) if not (source / name).exists()]
     if others := [name for name in others if (target / writable_name(name)).exists()]:
         print(f"note: {target}: also holds pictures that are not in --input: {_few(others)}", file=sys.stderr)
-    return [job for job in jobs if job not in there]
+    done = set(there)
+    return [job for job in jobs if job not in done]
 
 
 def _few(names: Sequence[str]) -> str:

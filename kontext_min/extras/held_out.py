@@ -57,6 +57,8 @@ def split(
     known = [p.name for p, paths in alike if any(filecmp.cmp(p.path, path, shallow=False) for path in paths)]
     if known:
         lines.append(f"note: {len(known)} of {len(held)} to validate on are to train on too, such as {known[0]}")
+    if held and settings.init_lora:
+        lines.append("note: --init-lora may have trained on pictures to validate on, which score too high then")
     if len(settings.degrade) > 1:
         lines.append(f"note: only the first --degrade is validated, {settings.degrade[0]}")
     return kept, held, lines

@@ -535,7 +535,7 @@ def note_other_base(whose: str, about: Mapping[str, Any], here: Mapping[str, Any
         ("words", "vocabulary"),
     ):
         if here.get(key) and about.get(key) not in (None, here[key]):
-            print(f"note: {whose}: was trained on another {what}", file=sys.stderr)
+            print(f"note: {whose}: was trained on another {what}, or another file of it", file=sys.stderr)
 
 
 def note_other_path(whose: str, about: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

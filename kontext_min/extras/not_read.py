@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image
 
+from kontext_min.data import srgb_transform
+
 NEAR, FAR = 1 << 16, 1 << 22  # bytes at either end of a file that are searched: of many files, of one
 PROFILES = {  # of color, that Pillow does not read
     "JPEG2000": rb"colr[\x02\x03]",
@@ -69,8 +71,13 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     found += ["its fourth channel is taken for transparency"] * (image.format == "PSD" and image.mode == "RGBA")
     space = re.search(SPACES.get(image.format, rb"(?!)"), ends, re.DOTALL)
     apart = bool(space) and any(value[0] not in known for value, known in zip(space.groups(), SRGB, strict=True))
-    broken = image.info.get("icc_profile", b"") is None
-    found += ["its color profile can't be read: dropped"] * broken
+    profile = image.info.get("icc_profile", b"")
+    found += ["its color profile can't be read: dropped"] * (profile is None)
+    if profile and srgb_transform(profile, kind := kind_of(image)) is None:
+        space = space_of(profile)
+        fits = space == {"L": "GRAY"}.get(kind, kind)
+        fault = "can't be read: taken for sRGB" if fits else "does not fit its pixels: dropped"
+        found.append(f"its {space} color profile {fault}")
     told = "srgb" in image.info or image.info.get("icc_profile")
     if told and not (apart and image.format == "PNG"):  # there cICP comes first
         return found
@@ -85,6 +92,16 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     found += ["its colors are not those of sRGB (cHRM, cICP or nclx), and are not converted"] * apart
     profile = re.search(PROFILES.get(image.format, rb"(?!)"), ends, re.DOTALL)
     return found + ["its color profile is not read, so its colors are taken for sRGB"] * bool(profile)
+
+
+def kind_of(image: Image.Image) -> str:
+    """RGB, L or CMYK: what the profile of a picture is for, as in data.py."""
+    return {"CMYK": "CMYK", "P": "RGB"}.get(image.mode) or Image.getmodebase(image.mode)
+
+
+def space_of(profile: bytes) -> str:
+    """What an ICC profile says that it is for, such as RGB or GRAY."""
+    return re.sub(r"\W", "", profile[16:20].decode("ascii", "replace")) or "broken"
 
 
 def _segments(image: Image.Image) -> list[str]:

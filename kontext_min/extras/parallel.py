@@ -14,10 +14,13 @@ Sources: torch.distributed; torch.distributed.fsdp.fully_shard (FSDP2).
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -141,6 +144,25 @@ def from_first(value: float) -> float:
     if dist.is_initialized():
         dist.broadcast(number, src=0)
     return number.item()
+
+
+def refuse_different(folder: Path, values: Mapping[str, Any]) -> None:
+    """That what the processes have to have in common is the same in all of them.
+
+    Args:
+        folder: of the run, for the message.
+        values: by what they are of, such as {"checkpoint": 500}.
+
+    Raises:
+        ValueError: it is not, in all processes.
+    """
+    for what, value in values.items():
+        mark = zlib.crc32(str(value).encode())
+        if any_of(from_first(mark) != mark):
+            raise ValueError(
+                f"{folder}: not all processes see the same {what}; they need one disk that they share, or of pictures "
+                "and weights equal copies (cp -p)."
+            )
 
 
 def wait() -> None:

@@ -54,7 +54,7 @@ from kontext_min.extras.inventory import (
     unused,
     zeros_at_end,
 )
-from kontext_min.extras.not_read import FAR, ends, is_deep, not_kept, not_read
+from kontext_min.extras.not_read import FAR, ends, is_deep, kind_of, not_kept, not_read, space_of
 from kontext_min.extras.saving import naming, write_picture
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
@@ -157,7 +157,8 @@ def find(
             raise ValueError(
                 f"--output {target}: unknown picture format; use .png, .jpg, .webp or .tif, or an existing folder."
             )
-        jobs, rejected = [Job(source, source.name, target, open_picture(source).size)], []
+        name = os.fsencode(source.name).decode("utf-8", "backslashreplace")  # as data.scan has it
+        jobs, rejected = [Job(source, name, target, open_picture(source).size)], []
         if source.with_suffix(".txt").is_file():
             print(f"note: {source.with_suffix('.txt')}: a caption for training, not read here", file=sys.stderr)
         if reason := _unwritable(jobs[0], across):
@@ -402,16 +403,12 @@ def read(path: Path) -> File:
             if deep:
                 notes.append("more than 8 bits a channel: restored and written with 8")
             if profile := image.info.get("icc_profile"):
-                space = profile[16:20].decode("latin1").strip() or "broken"
-                as_in_data = {"CMYK": "CMYK", "P": "RGB"}
-                kind = as_in_data.get(image.mode) or Image.getmodebase(image.mode)
+                space, kind = space_of(profile), kind_of(image)
                 if space == kind == "RGB":
                     keep["icc_profile"] = profile
                 elif foreign := srgb_transform(profile, kind):
                     notes.append(f"its {space} color profile does not fit RGB: converted to sRGB")
                     rgb = open_picture(path, to_srgb=True)
-                else:
-                    notes.append(f"its {space} color profile does not fit its pixels: dropped")
             if image.format == "WEBP" and b"VP8L" in both_ends and b"VP8 " not in both_ends:
                 keep["lossless"] = True
             if min(dpi := _dpi(image)) > 0:

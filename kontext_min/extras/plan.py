@@ -41,9 +41,8 @@ from kontext_min import data, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.checkpoints import DTYPES, NOT_IN_SHAPES, NOUNS, find, outline, told
 from kontext_min.extras import held_out, prompts, speed
-from kontext_min.extras.base import Weights, check_fixed, check_packed
+from kontext_min.extras.base import Weights, check_files
 from kontext_min.extras.checkpointing import checkpoint_blocks
-from kontext_min.extras.fingerprint import note_zeros
 from kontext_min.extras.method import Method
 from kontext_min.extras.quantize import QuantizedLinear, quantize_
 from kontext_min.extras.tiles import OVERLAP, Room, positions, tile_side, tiles
@@ -115,10 +114,8 @@ class Sizes:
             if assumed := [key for key, ours in NOT_IN_SHAPES[part].items() if ours not in known]:
                 what = f"not of FLUX's size, and no config.json beside it gives its {' and '.join(assumed)}"
                 print(f"note: {file}: {what}; as in FLUX is assumed", file=sys.stderr)
-        check_fixed(weights)
         for part in ("transformer", "vae", "clip", "t5"):
-            check_packed(weights.path(part), part)
-            note_zeros(weights.path(part), part)
+            check_files(weights.path(part), part)
         length, config = prompts.max_length(weights), weights.root / "tokenizer_2" / "tokenizer_config.json"
         if not config.is_file():
             print(f"note: {config}: no such file, which gives the length of prompts; FLUX's {length}", file=sys.stderr)

@@ -27,6 +27,15 @@ if limit := os.environ.get("KONTEXT_MAX_PIXELS"):
         sys.exit(2)
     Image.MAX_IMAGE_PIXELS = int(float(limit)) // 2  # Pillow refuses twice as many
 
+MEMORY = "out of memory; --plan shows what it takes, docs/troubles.md what to do; what is written is whole"
+FATAL = {  # what an error's text has, and what is said
+    "OutOfMemoryError": MEMORY,
+    "MemoryError": MEMORY,
+    "can't allocate memory": MEMORY,
+    "is killed by signal": "a loader worker was killed, perhaps for want of memory; the same command continues from "
+    "the last checkpoint, and a smaller --workers takes less",
+}
+
 
 def beside_the_programs(path: str) -> Path:
     """A path below the working directory, or where there is none, below the folder of train.py and sample.py."""
@@ -108,9 +117,13 @@ def _attempt(name: str, program: Callable[[Any], int], settings: Any) -> int:
             print(f"{name}: {error}: a link that leads to itself; name another path", file=sys.stderr)
             return 2
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            print(f"{name}: --compile: {str(error).splitlines()[0]}; install a C++ compiler, or leave --compile out",
-                  file=sys.stderr)  # fmt: skip
+            many = "RecompileLimit" in type(error).__name__  # such as a LoRA whose modules have many ranks
+            then = "" if many else "install a C++ compiler, or "
+            print(f"{name}: --compile: {str(error).splitlines()[0]}; {then}leave --compile out", file=sys.stderr)
             return 2
+        if reason := next((line for sign, line in FATAL.items() if sign in f"{type(error).__name__}: {error}"), None):
+            print(f"{name}: {reason}{_more(error)}", file=sys.stderr)
+            return 1
         if parallel.lost_another(error):
             print(f"{name}: another process of this run ended, so this one stops; the same command continues from "
                   "the last checkpoint", file=sys.stderr)  # fmt: skip

@@ -25,6 +25,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -258,7 +259,11 @@ def settings_table(settings: Row, program: str = "train.py") -> Row:
             others |= {f"{key} {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
     table = {"changed": changed, "others": others, "about": {"device": settings.get("device", "unknown")} | versions}
     texts = {k: [[n, v if isinstance(v, str) else json.dumps(v)] for n, v in part.items()] for k, part in table.items()}
-    return texts | {"command": shlex.join(["python", program, *as_words(changed)]) if changed else ""}
+    first = ["python"]
+    with suppress(TypeError, ZeroDivisionError):  # of a folder that somebody edited
+        if (processes := settings.get("pictures_a_batch", 1) // settings.get("batch_size", 1)) > 1:
+            first = ["torchrun", "--nproc-per-node", str(processes)]
+    return texts | {"command": shlex.join([*first, program, *as_words(changed)]) if changed else ""}
 
 
 # ----------------------------------------------------------------------------------------------- numbers and pictures

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from kontext_min.checkpoints import metadata, read_json
 from kontext_min.data import THREADS
-from kontext_min.extras.fingerprint import size_and_samples
+from kontext_min.extras.fingerprint import PAGE, size_and_samples
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.lora_files import lora_file
 from kontext_min.extras.saving import append_line, checksum, naming, save_file, write_picture
@@ -53,6 +53,7 @@ WRITTEN = re.compile(
 CHECKPOINT = {"state.json", "trained.safetensors", "optimizer.safetensors", "ema.safetensors"}  # what continues a run
 CHECKPOINT |= {"lora.safetensors", "transformer"}  # what is used
 LEFTOVER = re.compile(r"\.step-\d+(\.\d+)?")  # of a process that was killed while it wrote or deleted a checkpoint
+EXIF_AT_END = 1 << 17  # bytes: the turn of a picture may stand there, behind the camera's notes
 COMPRESSED = re.compile(r"\.(a?png|avif|gif|j2k|jp2|jpx|jpe?g|jpe|jfif|mpo|webp)", re.IGNORECASE)  # endings
 KEEP = 3  # checkpoints besides the best one
 MAY_CHANGE = (  # settings that change no result, apart from rounding
@@ -122,6 +123,10 @@ def open_run(
     if results and write:
         print(f"note: {folder / results[0]} is that of the run before, until this one is done")
     lines = _changes(before, settings) if before else []
+    if last and before and write:
+        then, now = before["versions"], settings.get("versions", {})
+        if others := [f"{k} was {then[k]}, is {now[k]}" for k in now if then.get(k, now[k]) != now[k]]:
+            print(f"note: {folder}: {'; '.join(others)}; the result may differ, as by rounding")
     if before and not last and not start and before.get("init_lora"):  # it begins again, and not from there
         lines.append(f"init_lora was {before['init_lora']}, is None")
     if there and accept and write and before is None:
@@ -139,7 +144,10 @@ def open_run(
         if lines:
             raise ValueError(f"{folder}: settings changed: {'; '.join(lines)}. Give --accept-changes, or {instead}.")
         if last and (made_with := _read_state(last).get("settings")) and made_with != _result_settings(folder):
-            raise ValueError(f"{last}: is of a run with other settings than settings.json; delete it, or {instead}.")
+            raise ValueError(
+                f"{last}: is of a run with other settings than settings.json; delete it if it is, or {instead}. If you "
+                "changed the settings, give --accept-changes again."
+            )
     return last
 
 
@@ -245,6 +253,8 @@ def delete_run(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else that lies there."""
     for path in written(folder):
         _delete(path)
+    if others := sorted(folder.glob("checkpoints/step-*")):
+        print(f"note: {others[0]}{' ...' * (len(others) > 1)}: kept; it is no checkpoint of the new run")
 
 
 def _delete(path: Path) -> None:
@@ -326,8 +336,10 @@ def marks(pictures: Iterable[Any]) -> list[tuple[str, int, int, int]]:
     """
 
     def mark(picture: Any) -> tuple[str, int, int, int]:
-        plain = not COMPRESSED.fullmatch(picture.path.suffix)
-        return picture.name, *size_and_samples(picture.path), picture.path.stat().st_mtime_ns * plain
+        ending = picture.path.suffix.lower()
+        plain = not COMPRESSED.fullmatch(ending)
+        found = size_and_samples(picture.path, EXIF_AT_END if ending in (".webp", ".avif") else PAGE)
+        return picture.name, *found, picture.path.stat().st_mtime_ns * plain
 
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(mark, pictures))
