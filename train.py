@@ -25,7 +25,6 @@ from typing import Any
 if __name__ == "__main__":
     import kontext_min.extras.ready  # noqa: F401, names what is missing before its import fails
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -185,10 +184,8 @@ def find_pairs(
         from kontext_min.extras.tasks import Tasks
 
         pairs = Tasks(pairs, settings.degrade, settings.prompt)
-    for line in lines:
+    for line in lines + inventory.repeats(pairs.bucket_of, settings.batch_size * me.world):
         me.say(line)
-    if settings.batch_size * me.world > (largest := int(np.bincount(pairs.bucket_of).max())):
-        me.say(f"note: a batch is larger than the largest bucket ({largest} pictures), so pictures repeat within it")
     return pairs, held, left_out
 
 
@@ -285,8 +282,9 @@ def train(settings: Settings) -> int:
     parallel.refuse_different(folder, alike | {"checkpoint": state["step"]})
 
     # ---- endless batches; a resumed run continues with the batch after the last one
-    start = state["step"] * settings.accumulate
-    sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed, me.rank, me.world, start)
+    sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed, me.rank, me.world)
+    step_in_epochs = settings.accumulate / sampler.batches_per_epoch
+    sampler.start = round(state.setdefault("epochs", state["step"] * step_in_epochs) * sampler.batches_per_epoch)
     if settings.cache_latents:  # encode each picture once
         from kontext_min.extras.latents import CachedPairs, fill, variants
 
@@ -311,7 +309,7 @@ def train(settings: Settings) -> int:
         runs.rewind_metrics(folder, state["step"] if last else -1)
     board = runs.open_tensorboard(folder, state["step"]) if settings.tensorboard and me.first else None
     pictures_a_step = settings.accumulate * settings.batch_size * me.world
-    epochs = settings.steps * settings.accumulate / sampler.batches_per_epoch
+    epochs = state["epochs"] + (settings.steps - state["step"]) * step_in_epochs
     me.say(
         f"{folder}: {given(typed)}\n{settings.steps} steps of {pictures_a_step} pictures at about "
         f"{settings.resolution} x {settings.resolution} pixels, {settings.objective}, lr {settings.lr:g}\n"
@@ -334,6 +332,7 @@ def train(settings: Settings) -> int:
         files |= {"ema": gather(ema)} if ema else {}
         if me.first:
             runs.save_checkpoint(folder, files, state, partial(save_result, files.get("ema", files["trained"])))
+            write_report(folder)
 
     def measure() -> None:
         text = prompts.batch(encoded, [settings.validation_prompt], settings.guidance, dtype, me.device)
@@ -404,7 +403,7 @@ def train(settings: Settings) -> int:
             sums, counts = losses.tolist()
             row = {
                 "step": done,
-                "epoch": step * settings.accumulate // sampler.batches_per_epoch,
+                "epoch": round(state["epochs"] * sampler.batches_per_epoch) // sampler.batches_per_epoch,
                 "loss": sum(sums) / pictures_a_step,
                 "sigma_loss": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
                 "lr": lr,
@@ -414,6 +413,7 @@ def train(settings: Settings) -> int:
                 "skipped": state["skipped"],
                 "unreadable": len(state["unreadable"]),
             }
+            state["epochs"] += step_in_epochs
             if me.first:
                 runs.append_metrics(folder, row, board)
             progress.step(row, settings, held_out.still_due(settings, between, done), me.device.type)

@@ -121,17 +121,17 @@ def scan(root: Path) -> tuple[list[Picture], list[tuple[str, str]]]:
 
 def walk(root: Path, failed: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, Path]]:
     """(name below the root, path) of every file; hidden files and folders are skipped."""
-    seen = set()
-    for folder, folders, names in os.walk(root, onerror=failed, followlinks=True):
-        # A link may lead back to a parent folder, so every folder is read only once.
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if name[0] != "." and name.lower() not in HIDDEN)
-        folders.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))  # else a link names what it leads to
-        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
-            yield _text(path.relative_to(root).as_posix()), path
+    seen, starts = set(), [root]
+    for start in starts:  # links to folders come last: else a link names what it leads to
+        for folder, folders, names in os.walk(start, onerror=failed):
+            if (real := os.path.realpath(folder)) in seen:  # a link may lead back to a parent folder
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if name[0] != "." and name.lower() not in HIDDEN)
+            starts += [path for path in map(Path(folder).joinpath, folders) if path.is_symlink()]
+            for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+                yield _text(path.relative_to(root).as_posix()), path
 
 
 def _read_header(path: Path) -> Size | str:

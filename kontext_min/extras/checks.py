@@ -305,7 +305,7 @@ def check_sampling(s: Any) -> None:
     check_text("--prompt", s.prompt)
     folder, page = s.input.is_dir(), s.output / "report.html"
     files = s.reference and s.reference.is_file() and s.input.is_file()
-    shown = [line for line in _noted(s) if line.startswith('{"report"')] if s.report and not s.overwrite else []
+    shown = [line for line in _noted(s) if line.startswith('{"report"')][-1:] if s.report and not s.overwrite else []
     if s.json:
         check_json(s)
     refuse(
@@ -317,7 +317,10 @@ def check_sampling(s: Any) -> None:
             s.reference and folder and not s.reference.is_dir(),
             f"--reference {s.reference}: is a file, but --input is a folder; name a folder",
         ),
-        (s.fidelity == s.steps == 1, "--fidelity 1 in one step gives the input back; give more --steps, or less of it"),
+        (
+            s.fidelity == s.steps == 1 and s.solver in ("auto", "euler"),
+            "--fidelity 1 in one step gives the input back; give more --steps, or less of it",
+        ),
         (s.report and not folder, "--report: is for folders; of one picture, --compare shows before and after"),
         (
             s.report and page.exists() and (page.with_name("settings.json").exists() or not is_report(page)),
@@ -348,7 +351,9 @@ def check_json(s: Any) -> None:
     # Hidden files are the lock and the record of the folder.
     beside = json_file.parent == s.output.resolve() and (json_file.name == "report.html" or json_file.name[0] == ".")
     old = s.json.exists()
-    of_another = old and s.json.stat().st_size and not (s.overwrite or whose_scores(s) in _noted(s))
+    start = json.dumps({"json": str(json_file)})[:-1]
+    last = [line for line in _noted(s) if line.startswith(start)][-1:]
+    of_another = old and s.json.stat().st_size and not (s.overwrite or last == [whose_scores(s)])
     for holds, problem in (
         (not (s.degrade or s.reference), "scores need a clean picture; add --reference, or --degrade on a clean input"),
         (same(s.json, s.output) or beside, "is written by another flag; name another file"),

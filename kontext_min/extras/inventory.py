@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import ExifTags, Image
 
 from kontext_min.data import ENDINGS, FORMATS, THREADS, Picture, Size, nearest_bucket, scan, walk
@@ -187,6 +188,19 @@ def unused(root: Path, used: Collection[str], whose: str) -> list[str]:
     more = f" and {len(rest) - 3} more" * (len(rest) > 3)
     lines = [f"note: {root}: no {whose} goes with {printable(', '.join(rest[:3]))}{more}"] if rest else []
     return lines + others(root, pictures)
+
+
+def repeats(bucket_of: Sequence[int], batch: int) -> list[str]:
+    """A line if an epoch shows some pictures at least twice as often as others, as batches are filled up."""
+    counts = np.bincount(bucket_of)
+    counts = counts[counts > 0]
+    times = -(-counts // batch) * batch / counts  # data.BucketSampler fills the last batch of a bucket
+    if times.max() < 2:
+        return []
+    rare = counts[times >= 2].sum()
+    return [
+        f"note: {rare} pictures are of rare shapes, and repeat up to {times.max():.0f} times to fill batches of {batch}"
+    ]
 
 
 def printable(name: str) -> str:

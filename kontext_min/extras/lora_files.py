@@ -224,7 +224,10 @@ def _header_alpha(metadata: Mapping[str, str], where: object) -> AlphaOf:
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         config = {key.removeprefix("transformer."): value for key, value in config.items()}
-        patterns = {re.compile(rf"(.*\.)?({p})$"): float(a) for p, a in (config.get("alpha_pattern") or {}).items()}
+        patterns, ranks = (
+            {re.compile(rf"(.*\.)?({p})$"): float(n) for p, n in (config.get(f"{key}_pattern") or {}).items()}
+            for key in ("alpha", "rank")
+        )
         of_config = None if config.get("lora_alpha") is None else float(config["lora_alpha"])
         if not all(map(math.isfinite, (*patterns.values(), of_config or 0))):
             raise ValueError
@@ -247,6 +250,8 @@ def _header_alpha(metadata: Mapping[str, str], where: object) -> AlphaOf:
         got = ", ".join(f"{key} = {text[:40]!r}" for key, text in plain.items())
         raise ValueError(f"{where}: its header has {got}, expected one finite number.")
 
+    said: list[str] = []
+
     def alpha(path: str, rank: int, of_tensor: float | None) -> float:
         stated = next((a for pattern, a in patterns.items() if pattern.match(path)), of_config)
         if stated is not None and config.get("use_rslora"):
@@ -256,6 +261,11 @@ def _header_alpha(metadata: Mapping[str, str], where: object) -> AlphaOf:
                 f"{where}: {path}: alpha is {of_tensor:g}, but the header says {stated:g}; other programs would "
                 "disagree on the strength, so remove one of them."
             )
+        told = next((n for pattern, n in ranks.items() if pattern.match(path)), config.get("r"))
+        if of_tensor is None and told not in (None, rank) and not said:
+            said.append(path)
+            text = f"its header says rank {told}, its tensors have {rank}; alpha is divided by the latter"
+            print(f"note: {where}: {path}: {text}", file=sys.stderr)
         return next(a for a in (of_tensor, stated, *values, float(rank)) if a is not None)
 
     return alpha
@@ -441,6 +451,7 @@ def trained_with(metadata: Mapping[str, str], file: object) -> dict[str, Any]:
     return known
 
 
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the tensors of the file before
 FILES = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # in a folder
 
 
@@ -464,8 +475,13 @@ def lora_file(path: str | Path) -> Path:
 
 def _unfinished(folder: Path) -> str:
     """Where the LoRA of a run that is not at its end lies."""
-    found = sorted(file for where in ("checkpoints/step-*", "step-*") for file in folder.glob(f"{where}/{FILES[0]}"))
+    found = _checkpoints(folder)
     return f", such as {found[-1]}" if found else ""
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The LoRAs in the checkpoints of a run."""
+    return sorted(file for where in ("checkpoints/step-*", "step-*") for file in folder.glob(f"{where}/{FILES[0]}"))
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -492,9 +508,12 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _config(file: Path) -> Path | None:
-    """The settings that peft keeps beside a file of this name."""
+    """The settings that peft keeps beside a file of one of its names, or beside a LoRA that lies there alone."""
     config = file.with_name("adapter_config.json")
-    return config if file.name in FILES[1:] and config.is_file() else None
+    if not config.is_file() or file.name == FILES[0]:
+        return None
+    alone = [p.name for p in file.parent.glob("*.safetensors")] == [file.name]
+    return config if alone or file.name in FILES else None
 
 
 def lora_bytes(file: Path) -> bytes:
@@ -568,6 +587,10 @@ def purpose(loras: Sequence[str]) -> dict[str, Any]:
         if others := [name for name in FILES if (folder / name).is_file() and name != file.name]:
             print(f"note: --lora {lora}: is {file.name} there; not read is {' and '.join(others)}", file=sys.stderr)
         about = trained_with(read_lora(file)[1], file)
+        steps = {int(p.parent.name[5:]): p for p in _checkpoints(folder) if p.parent.name[5:].isdecimal()}
+        if file.name == FILES[0] and max(steps, default=0) > about.get("steps", math.inf):
+            text = f"is of step {about['steps']}; its run went on to {steps[max(steps)]}, and is not at its end"
+            print(f"note: --lora {lora}: {text}", file=sys.stderr)
         note_other_base(f"--lora {lora}", about, known)
         other = [k for k in ("prompt", "guidance", "resolution") if k in about and known.get(k, about[k]) != about[k]]
         for key in other:
@@ -592,7 +615,8 @@ def write_lora(path: str | Path, lora: Mapping[str, Factors], format: str, metad
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
     }
     # Alpha is in the tensors now. A second statement would contradict it, or count twice.
-    kept = {k: v for k, v in metadata.items() if k not in ("lora_adapter_metadata", *HEADER_ALPHAS)}
+    gone = ("lora_adapter_metadata", *HEADER_ALPHAS, *HASHES)
+    kept = {k: v for k, v in metadata.items() if k not in gone}
     shown = _shown(trained_with(metadata, path))
     one |= {k: v for k, v in shown.items() if k == "modelspec.usage_hint"}  # older files of this project have another
     one["checksum"] = checksum(tensors)

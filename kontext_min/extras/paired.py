@@ -6,10 +6,12 @@ Source: none, it is file handling.
 
 import difflib
 import filecmp
+import math
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 from torch import Tensor
 
@@ -68,7 +70,21 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
             raise ValueError(f"{root / partner.name}: goes with {p.path} and {owners[partner.name]}; rename one.")
         owners[partner.name] = p.path
     lines = parts_not_read(root, [*pairs.partners, *(held.partners if held else ())])
-    return pairs, held, lines + unused(root, owners, "usable clean picture")
+    lines += unused(root, owners, "usable clean picture")
+    both = list(zip(pairs.partners, pairs.pictures, strict=True))
+    if smaller := sum(partner.width < p.width for partner, p in both):
+        lines.append(
+            f"note: {root}: {smaller} of {len(both)} are smaller than their clean picture, and are enlarged to train; "
+            "enlarge what you restore as well"
+        )
+    sides = [(p.width * p.height) ** 0.5 for p in pairs.partners]
+    shrink = median(side / math.prod(pairs.buckets[k]) ** 0.5 for side, k in zip(sides, pairs.bucket_of, strict=True))
+    if shrink > 1.5:
+        lines.append(
+            f"note: {root}: shrunk {shrink:.1f} times to train, and their damage with them; train with a larger "
+            "--resolution, or restore with the --resolution of the run"
+        )
+    return pairs, held, lines
 
 
 def _stem(name: str) -> str:

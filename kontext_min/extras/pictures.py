@@ -23,6 +23,7 @@ low is linear; it needs one filter instead of two. Pictures are RGB of one size;
 """
 
 import filecmp
+import functools
 import io
 import math
 import os
@@ -79,14 +80,15 @@ NAMES = ExifTags.TAGS | ExifTags.GPSTAGS
 DROPPED = {37121, 37122, ExifTags.IFD.Interop}
 PLACES = {37396, 41492}  # of the subject, in the pixels before the picture is turned
 # Bytes of the Exif and the GPS part whose type is UNDEFINED: Pillow does not know these, and would write BYTE.
-UNDEFINED = {ExifTags.IFD.Exif: (37500, COMMENT, 41728, 41729), ExifTags.IFD.GPSInfo: (27, 28)}
+UNDEFINED = {ExifTags.IFD.Exif: (37500, COMMENT, 41484, 41728, 41729, 41995, 42082), ExifTags.IFD.GPSInfo: (27, 28)}
 for _part, _tags in UNDEFINED.items():
     _known = {tag: TiffTags.TagInfo(tag, str(tag), TiffTags.UNDEFINED, None) for tag in _tags}
     TiffTags.TAGS_V2_GROUPS[_part] = TiffTags.TAGS_V2_GROUPS.get(_part, {}) | _known
 # XMP with one of these describes the old pixels: their size, their layers, raw settings that would be applied twice.
 XMP_OF_PIXELS = (b"tiff:", b"exif:Pixel", b"photoshop:", b"crs:", b"xmpMM:", b"GPano:", b"hdrgm:", b"Container:")
 # Depths and the like in parts that are not read; small pictures; films; faces by their place.
-XMP_OF_PIXELS += (b"xmpNote:", b"xmpGImg:", b"GCamera:", b"mwg-rs:", b"MP:RegionInfo")
+XMP_OF_PIXELS += (b"xmpNote:", b"xmpGImg:", b"GCamera:", b"mwg-rs:", b"MP:RegionInfo", b"MPReg:", b"acdsee-rs:")
+XMP_OF_PIXELS += (b"Iptc4xmpExt:ImageRegion",)
 
 
 @dataclass(frozen=True)
@@ -294,10 +296,20 @@ def reference_of(job: Job, folder_or_file: Path) -> Path | None:
     if same.is_file() or not same.parent.is_dir():
         return same if same.is_file() else None
     stems = {same.stem, *(unicodedata.normalize(form, same.stem) for form in ("NFC", "NFD"))}  # a Mac has the latter
-    found = sorted(p.name for p in same.parent.iterdir() if p.stem in stems and p.suffix.lower() in ENDINGS)
+    found = sorted(name for stem in stems for name in _by_stem(same.parent).get(stem, ()))
     if len(found) > 1:
         raise ValueError(f"--reference {folder_or_file}: {' and '.join(found)} go with {job.name}; keep one of them.")
     return same.with_name(found[0]) if found else None
+
+
+@functools.lru_cache(1000)
+def _by_stem(folder: Path) -> dict[str, list[str]]:
+    """The picture files of a folder by their names without an ending."""
+    found: dict[str, list[str]] = {}
+    for path in folder.iterdir():
+        if path.suffix.lower() in ENDINGS and path.is_file():
+            found.setdefault(path.stem, []).append(path.name)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ one in, one out
@@ -425,6 +437,8 @@ def read(path: Path) -> File:
                 others = _tags_dropped(image, exif)
             except Exception:  # the picture itself may be fine
                 turn, exif, others = None if way else TURNS.get(_orientation(image)), None, []
+                notes.append("its EXIF can't be read: dropped")
+            if not exif and len(image.info.get("exif") or b"") > 32 and not Image.Image.getexif(image):
                 notes.append("its EXIF can't be read: dropped")
             if exif:
                 keep["exif"] = exif

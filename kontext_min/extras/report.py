@@ -87,7 +87,9 @@ def write_report(folder: Path) -> Path:
     return save_page(folder, data)
 
 
-def write_restored_report(folder: Path, figures: list[Row], restored: int, mean: Row | None, settings: Row) -> str:
+def write_restored_report(
+    folder: Path, figures: list[Row], restored: int, mean: Row | None, settings: Row, scored: int | None = None
+) -> str:
     """Write report.html beside restored pictures (first under another name, then renamed); returns its path.
 
     Args:
@@ -96,11 +98,14 @@ def write_restored_report(folder: Path, figures: list[Row], restored: int, mean:
         restored: number of pictures that were restored.
         mean: metrics.mean_row if there are clean pictures, or None.
         settings: every flag of sample.py, with `defaults` and `versions` as in settings.json of a run.
+        scored: number of pictures that `mean` is of; all if None.
 
     Raises:
         OSError: the folder can't be written.
     """
     facts = [["Restored", f"{restored:,}", "picture" + "s" * (restored != 1)]]
+    if mean and scored not in (None, restored):
+        facts.append(["Scored", f"{scored:,}", "with a clean picture"])
     if mean:
         before, after = mean["input"], mean["restored"]
         texture = ["Texture, clean = 1", f"{after['texture']:.2f}", f"before {before['texture']:.2f}"]

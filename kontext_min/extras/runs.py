@@ -230,9 +230,13 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _of_this_project(file: Path, broken: bool = False) -> bool:
-    """Whether the header of a result says that train.py wrote it; `broken` if it has none that can be read."""
+    """Whether the header of a result says that train.py wrote it; `broken` if it has none that can be read.
+
+    A model that `export merge` wrote has the same header, and the names of the LoRAs in it.
+    """
     with suppress(ValueError, FileNotFoundError):
-        return "kontext_min" in metadata(file)
+        about = metadata(file).get("kontext_min", "")
+        return bool(about) and '"merged"' not in about
     return broken
 
 
@@ -459,7 +463,9 @@ def save_checkpoint(
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the list of a folder's files, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows writes it by itself, and opens no folder
+        return
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what may be written
     try:
         os.fsync(number)
     finally:

@@ -56,11 +56,15 @@ class Scores:
         lines, notes = [metrics.table([row | {"name": printable(row["name"])} for row in rows])] if mean else [], []
         if self.json and self.json.exists() and not self.known:
             lines.append(f"--json {self.json}: has come since the start, and is kept; the scores are those above")
+        elif self.json and not rows and self.json.exists():
+            lines.append(f"--json {self.json}: nothing was scored, so it is kept as it was")
         elif self.json:
             write_json(self.json.resolve(), finite(rows))  # a link stays, and what it leads to is written
             notes.append(self.of_json)
         if self.figures:
-            lines.append(report.write_restored_report(self.folder, self.figures, restored, mean, self.settings))
+            lines.append(
+                report.write_restored_report(self.folder, self.figures, restored, mean, self.settings, len(self.rows))
+            )
             notes.append(self.of_report)
         elif report.is_report(page := self.record.with_name("report.html")):
             lines.append(f"note: {page} is of an earlier call; --report writes it again")
