@@ -28,6 +28,7 @@ SRGB = {1, 2}, {1, 2, 6, 13, 14, 15}  # those of sRGB, unknown ones, and some mu
 PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # of sRGB: x and y of white, red, green, blue
 RESOURCES = {1005: "dpi", 1028: "IPTC", 1058: "EXIF", 1060: "XMP"}  # of a PSD
 PATHS = range(2000, 3000)  # the resources for outlines that somebody drew
+FULL = (0.0, 255.0, 128.0, 255.0, 128.0, 255.0)  # the range of YCbCr in a TIFF that says none, or as in a JPEG
 GEO, LAYERS = 34735, 37724  # tags of a TIFF: where it lies, what Photoshop shows
 BOXES = {rb"resd": "dpi", rb"uuid": "EXIF or XMP", rb"xml ": "XML"}  # of a JPEG 2000
 # Parts of a JPEG that are kept, named by another line, or technical.
@@ -62,6 +63,8 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
         frames = sum(kind.startswith("Multi-Frame") for kind in _mpo_kinds(image))
     found = [f"{frames} frames or pages: the first is read"] * (frames > 1)
     tags = getattr(image, "tag_v2", {})
+    levels = tags.get(262) == 6 and tags.get(259, 1) == 1 and (529 in tags or tags.get(532, FULL) != FULL)
+    found += ["its own levels of YCbCr (ReferenceBlackWhite, YCbCrCoefficients) are not applied"] * levels
     found += ["it holds further pictures (SubIFDs), of which it may be a smaller version"] * (330 in tags)
     found += ["its further channel is not read"] * (0 in tags.get(338, ()))
     kind = ends[25:26] if image.format == "PSD" else b""

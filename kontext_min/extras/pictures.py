@@ -471,9 +471,18 @@ def _dpi(image: Image.Image) -> tuple[float, float]:
     with suppress(Exception):  # the picture itself may be fine
         has = has or 282 in (image.tag_v2 if image.format == "TIFF" else Image.Image.getexif(image))
     if has:
-        return info.get("dpi", (0, 0))
+        return info.get("dpi") or _dpi_of_exif(image)
     block = (info.get("photoshop") or {}).get(0x03ED)  # Photoshop's own, of a JPEG
     return (block["XResolution"], block["YResolution"]) if isinstance(block, dict) else (0, 0)
+
+
+def _dpi_of_exif(image: Image.Image) -> tuple[float, float]:
+    """As a WebP or an AVIF has it; zeros if it tells none."""
+    with suppress(Exception):  # the picture itself may be fine
+        exif = Image.Image.getexif(image)
+        scale = {2: 1.0, 3: 2.54}[exif.get(296, 2)]
+        return float(exif[282]) * scale, float(exif[283]) * scale
+    return 0, 0
 
 
 def _orientation(image: Image.Image) -> int | None:

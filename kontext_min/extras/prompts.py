@@ -131,6 +131,7 @@ def encode(
             done[text] = files[text]
             tensors = {"txt": txt, "y": pooled}
             save_file(tensors, files[text], {"key": names[text], "checksum": checksum(tensors)})
+            _read.cache_clear()  # another file may have been there
     if blocks:
         print(f"T5 {blocks.report()}")
         del t5, blocks
@@ -161,9 +162,10 @@ def _is_of(file: Path, read: bool) -> bool:
     Not all of ten thousand captions are read at the start.
     """
     try:
-        if read:
+        whole = read_headers([file]).keys() == {"txt", "y"} and metadata(file).get("key") == file.stem
+        if whole and read:
             _read(file)
-        return read_headers([file]).keys() == {"txt", "y"} and metadata(file).get("key") == file.stem
+        return whole
     except (OSError, ValueError, SafetensorError):
         return False
 
