@@ -450,6 +450,20 @@ def test_fingerprint_samples_every_tensor(tmp_path):
     assert len(seen) == 1 + places
 
 
+@pytest.mark.parametrize("rows", range(3))
+def test_fingerprint_samples_q_k_and_v_of_a_fused_tensor(tmp_path, rows):
+    """In BFL's layout all of them are one tensor with the MLP; a LoRA on v changes one seventh of its rows."""
+    state = random_flux(replace(TINY, hidden_size=192, num_heads=8, mlp_ratio=4.0)).state_dict()
+    name, hidden = "single_blocks.1.linear1.weight", 192
+    save_file(state, tmp_path / "a.safetensors")
+    state[name] = state[name].clone()
+    state[name][rows * hidden : (rows + 1) * hidden] += 0.01
+    save_file(state, tmp_path / "b.safetensors")
+    assert fingerprint(tmp_path / "a.safetensors", "transformer") != fingerprint(
+        tmp_path / "b.safetensors", "transformer"
+    )
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae", "clip", "t5"])
 def test_weights_of_zeros_are_named(part, tmp_path, capsys):
     """As the end of a download that was cut, in a file of full size."""

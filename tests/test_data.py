@@ -153,6 +153,20 @@ def test_scan_takes_every_kind_of_name_and_format(tmp_path):
         data.scan(tmp_path / "absent")
 
 
+def test_a_picture_has_the_name_of_its_own_folder_where_links_lead_there_too(tmp_path):
+    for name in ("2019/a.png", "2020/b.png", "2020/best/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    (tmp_path / "2019" / "best").symlink_to("../2020/best")
+    (tmp_path / "favourites").symlink_to("2020/best")
+    outside = tmp_path.with_name(f"{tmp_path.name}-outside")
+    outside.mkdir()
+    Image.new("RGB", (40, 40)).save(outside / "d.png")
+    (tmp_path / "2019" / "more").symlink_to(outside)
+    names = [p.name for p in data.scan(tmp_path)[0]]
+    assert names == ["2019/a.png", "2019/more/d.png", "2020/b.png", "2020/best/c.png"]
+
+
 def test_scan_survives_links_and_odd_files(tmp_path):
     smooth((40, 30)).save(tmp_path / "a.png")
     (tmp_path / "sub").mkdir()

@@ -394,6 +394,25 @@ def test_what_is_in_the_way_of_a_lock_is_named_with_its_flag(tmp_path, place):
     runs.close_run()
 
 
+def test_a_model_that_was_merged_into_the_run_folder_is_not_deleted(whole, flags, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    model = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    model.parent.mkdir()
+    save_file({"x": torch.ones(1)}, model, {"kontext_min": json.dumps({"objective": "bridge", "merged": ["a"]})})
+    assert train.main([str(f) for f in [*flags, "--output-dir", folder, "--overwrite"]]) == 2
+    assert f"holds transformer/{model.name}, which no run wrote; move it" in capsys.readouterr().err
+    assert model.exists()
+
+
+def test_a_run_that_goes_on_with_other_batches_goes_on_in_its_epoch(whole, flags, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    before = [row for row in runs.read_metrics(folder) if "epoch" in row][-1]
+    more = ["--steps", before["step"] + 2, "--accumulate", 1, "--accept-changes"]
+    assert train.main([str(f) for f in [*flags, "--output-dir", folder, *more]]) == 0
+    after = [row for row in runs.read_metrics(folder) if row["step"] > before["step"] and "epoch" in row]
+    assert after and all(row["epoch"] >= before["epoch"] for row in after), (before, after)
+
+
 @pytest.mark.parametrize("more", [(), ("--overwrite",), ("--accept-changes",)])
 @pytest.mark.parametrize("name", ["transformer/config.json", "settings.json", "validation/step-000000.png",
                                   "checkpoints/step-1000/state.json"])  # fmt: skip

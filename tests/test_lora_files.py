@@ -1110,7 +1110,7 @@ def test_each_network_that_is_another_one_is_named(capsys):
     assert capsys.readouterr().err == ""
     lora_files.note_other_base("x", {"base": "a", "vae": "?", "clip": "c", "t5": "?"}, here)
     assert capsys.readouterr().err.splitlines() == [
-        f"note: x: was trained on another {n}" for n in ("autoencoder", "T5")
+        f"note: x: was trained on another {n}, or another file of it" for n in ("autoencoder", "T5")
     ]
 
 

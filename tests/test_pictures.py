@@ -562,6 +562,56 @@ def test_a_picture_with_alpha_and_broken_exif_is_upright(tmp_path, monkeypatch):
     assert file.rgb.size == file.alpha.size == (30, 40)
 
 
+def test_a_profile_that_says_nothing_of_the_pixels_is_named_in_training(tmp_path):
+    broken = bytearray(linear_gray_profile())
+    broken[128:132] = b"\xff" * 4
+    crop(40, 30).save(tmp_path / "a.png", icc_profile=linear_gray_profile())
+    crop(40, 30).convert("L").save(tmp_path / "b.png", icc_profile=bytes(broken))
+    crop(40, 30).convert("L").save(tmp_path / "c.png", icc_profile=linear_gray_profile())
+    lines = inventory.parts_not_read(tmp_path, data.scan(tmp_path)[0])
+    assert lines == [
+        f"note: {tmp_path}: a.png: its GRAY color profile does not fit its pixels: dropped",
+        f"note: {tmp_path}: b.png: its GRAY color profile can't be read: taken for sRGB",
+    ]
+
+
+def test_the_dpi_of_a_webp_reaches_a_png(tmp_path):
+    exif = Image.Exif()
+    exif.update({282: 300.0, 283: 150.0, 296: 2})
+    crop(40, 30).save(tmp_path / "in.webp", exif=exif)
+    assert read(tmp_path / "in.webp").keep["dpi"] == (300, 150)
+    exif[296] = 3  # per cm
+    crop(40, 30).save(tmp_path / "in.webp", exif=exif)
+    assert read(tmp_path / "in.webp").keep["dpi"] == (762, 381)
+
+
+def test_levels_of_a_tiff_that_are_not_applied_are_named(tmp_path):
+    """Pillow reads uncompressed YCbCr by the formula of JPEG, whatever its range."""
+    for name, levels in (("full", (0, 255, 128, 255, 128, 255)), ("studio", (16, 235, 128, 240, 128, 240))):
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        tags[532] = tuple(TiffImagePlugin.IFDRational(n) for n in levels)
+        crop(40, 30).convert("YCbCr").save(tmp_path / f"{name}.tif", tiffinfo=tags)
+        said = ("its own levels of YCbCr (ReferenceBlackWhite, YCbCrCoefficients) are not applied",)
+        assert read(tmp_path / f"{name}.tif").notes == said * (name == "studio")
+
+
+def test_regions_of_faces_of_other_programs_go(tmp_path):
+    for words in (b"acdsee-rs:Regions", b"Iptc4xmpExt:ImageRegion", b"MPReg:Rectangle"):
+        crop(40, 30).save(tmp_path / "in.jpg", xmp=b"<x " + words + b"='1'/>")
+        file = read(tmp_path / "in.jpg")
+        assert "xmp" not in file.keep and "its XMP describes the old pixels: dropped" in file.notes
+
+
+def test_a_name_that_is_not_utf8_can_be_degraded(tmp_path):
+    name = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.png"))
+    crop(40, 30).save(name)
+    job = find(name, tmp_path / "out.png")[0][0]
+    alike = find(tmp_path, tmp_path / "out")[0][0]
+    assert job.name == alike.name == "a\\xff.png"
+    degraded = [load(j, degrade.parse("noise=0.2"), None, 0).degraded for j in (job, alike)]
+    assert degraded[0].tobytes() == degraded[1].tobytes() != crop(40, 30).tobytes()
+
+
 def test_a_gray_profile_takes_no_color_away(tmp_path):
     picture = crop(40, 30)
     for alpha in (False, True):

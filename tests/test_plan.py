@@ -313,6 +313,19 @@ def test_weights_that_comfyui_has_packed_in_another_way_are_refused(tmp_path, no
             plan.Sizes.of(weights)
 
 
+def test_weights_beside_an_index_are_named(tmp_path, capsys):
+    """diffusers reads the shards of the index too; the other file may be the one that you copied there."""
+    weights = shutil.copytree(TINY, tmp_path / "w")
+    folder = weights / "transformer"
+    shutil.copy(folder / "diffusion_pytorch_model.safetensors", folder / "shard.safetensors")
+    names = dict.fromkeys(checkpoints.read_headers([folder / "shard.safetensors"]), "shard.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    plan.Sizes.of(Weights(weights))
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {folder}: its index names the weights; not read: diffusion_pytorch_model.safetensors"
+    ]
+
+
 def test_smallest_card_with_a_tenth_to_spare():
     named = {1: "8 GB", 7.2: "8 GB", 7.21: "12 GB", 14.4: "16 GB", 14.5: "24 GB", 43: "48 GB", 72.1: "more than 80 GB"}
     assert {peak: plan.card(peak * GB) for peak in named} == named

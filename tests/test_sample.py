@@ -647,10 +647,13 @@ def test_scores_of_another_folder_or_reference_are_kept(scored, tmp_path, capsys
     assert run(*scored, "--json", json_file) == 0  # the same call
     before = json_file.read_bytes()
     assert run(*scored[:2], "--output", other, *scored[4:6]) == 0
-    for wrong in (["--output", other], ["--reference", tmp_path / "clean2"]):
+    more = shutil.copytree(scored[1], tmp_path / "more")
+    for wrong in (["--output", other], ["--reference", tmp_path / "clean2"], ["--input", more]):
         assert run(*scored, "--json", json_file, *wrong) == 2
         assert "exists and holds the scores of another call" in capsys.readouterr().err
     assert json_file.read_bytes() == before
+    assert run(*scored, "--json", json_file, "--input", more, "--overwrite") == 0
+    assert run(*scored, "--json", json_file) == 2  # the last call counts
 
 
 def test_sample_is_one_process(scored, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
@@ -150,6 +150,7 @@ def test_a_part_of_a_degradation_that_changes_nothing_is_named(capsys):
         ("noise=0.0005", None, "changes nothing; "),
         ("fade=0/0", None, "leaves next to nothing"),
         ("contrast=0.002", 64, "leaves next to nothing"),
+        ("underexpose=12/1/10000", None, "leaves next to nothing"),  # two pictures still differ, by noise
         ("dust=100000/100/1", 64, "leaves next to nothing"),
         ("gamma=10,gamma=10", None, "leaves next to nothing"),
         ("resize=1.005", 48, "changes nothing of 48 x 48 pixels"),
@@ -253,6 +254,22 @@ def test_a_picture_that_keeps_its_size_when_it_is_edited_is_known_by_its_time(tm
         file.write_bytes(content)
         os.utime(file, (1e9, 1e9))
         assert (runs.marks([picture]) != before) == known
+
+
+def test_a_picture_that_is_turned_in_place_is_another(tmp_path):
+    """The EXIF of a WebP stands at its end, and the turn in front of the camera's notes."""
+    file, parts = tmp_path / "a.webp", []
+    for way in (2, 3):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = way
+        exif.get_ifd(ExifTags.IFD.Exif)[37500] = bytes(30_000)
+        parts.append(exif.tobytes().removeprefix(b"Exif\0\0"))
+    Image.effect_noise((300, 300), 50).convert("RGB").save(file, exif=parts[0])
+    picture, content = data.Picture(file, file.name, 300, 300), file.read_bytes()
+    before = runs.marks([picture])
+    assert content.count(parts[0]) == 1
+    file.write_bytes(content.replace(*parts))
+    assert runs.marks([picture]) != before
 
 
 def test_a_pipe_as_caption_is_not_waited_for_and_an_empty_one_is_named(run, tmp_path, capsys):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kontext_min.data import open_picture
 from kontext_min.degrade import PRESETS, parse
-from kontext_min.extras.inventory import marked
+from kontext_min.extras.inventory import ZEROS, marked, zeros_at_end
 from kontext_min.extras.metrics import psnr
 from kontext_min.extras.pictures import KINDS, working_size
 from kontext_min.extras.saving import write_picture
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
     table, first = [], {}
     for seed, path in enumerate(photos):
         photo = open_picture(path, to_srgb=True)
+        if zeros_at_end(path):
+            raise ValueError(f"{path}: {ZEROS}.")
         if max(photo.size) > 20 * min(photo.size):
             raise ValueError(f"{path}: {photo.width} x {photo.height} pixels, too long for a sheet; leave it out.")
         if photo.width * photo.height > SIDE**2:  # as in training

@@ -147,7 +147,8 @@ def parts_not_read(root: Path, pictures: Sequence[Picture]) -> list[str]:
 
     def parts(picture: Picture) -> list[str]:
         with suppress(Exception), picture.path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-            return not_read(image, b"" if image.format == "JPEG" else ends(file))
+            clear = ["it has an alpha channel: laid on white where it is transparent"] * image.has_transparency_data
+            return not_read(image, b"" if image.format == "JPEG" else ends(file)) + clear
         return []  # as in data.open_picture, anything is raised
 
     kinds: dict[str, list[str]] = {}
