@@ -480,6 +480,28 @@ def test_alpha_that_should_be_beside_the_file(pair, tmp_path, capsys):
         assert (line in capsys.readouterr().err) != read
 
 
+def test_a_rank_that_is_not_that_of_the_tensors_is_said(pair, tmp_path, capsys):
+    """diffusers refuses such a file; a LoRA that was resized may have kept its header."""
+    ff, file = "transformer.transformer_blocks.0.ff.net.2", tmp_path / "a.safetensors"
+    tensors = {f"{ff}.lora_A.weight": torch.ones(32, 4 * H), f"{ff}.lora_B.weight": torch.ones(H, 32)}
+    for rank, patterns in ((16, {}), (32, {}), (16, {"ff.net.2": 32})):
+        config = {"transformer.r": rank, "transformer.lora_alpha": 32, "transformer.rank_pattern": patterns}
+        save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+        scale_read(pair[0], file)
+        said = capsys.readouterr().err
+        assert ("says rank 16, its tensors have 32; alpha is divided by" in said) == (rank == 16 and not patterns)
+
+
+def test_the_folder_of_a_run_that_went_on_and_stopped_says_so(tmp_path, capsys):
+    folder = tmp_path / "run"
+    for where, steps in (("", 6), ("checkpoints/step-000006", 6), ("checkpoints/step-000042", 42)):
+        (folder / where).mkdir(parents=True, exist_ok=True)
+        tensors = {"transformer.x.lora_A.weight": torch.ones(2, 4), "transformer.x.lora_B.weight": torch.ones(4, 2)}
+        save_file(tensors, folder / where / "lora.safetensors", {"kontext_min": json.dumps({"steps": steps})})
+        lora_files.purpose([str(folder)])
+        assert ("is of step 6; its run went on to" in capsys.readouterr().err) == (steps == 42)
+
+
 def test_alpha_beside_the_file(pair, tmp_path):
     ff = "transformer.transformer_blocks.0.ff.net.2"
     tensors = {f"{ff}.lora_A.weight": torch.ones(16, 4 * H), f"{ff}.lora_B.weight": torch.ones(H, 16)}

@@ -101,6 +101,20 @@ def test_two_processes_are_one_with_twice_the_batch(alone, two):
     assert [s["batch_size"] for s in settings] == [2, 1]
 
 
+def sees_other_pictures():
+    """As on a machine with its own copy of them, which lacks some."""
+    if os.environ["RANK"] == "1":
+        runs.hash_of_pictures = lambda pairs: "others"
+
+
+def test_processes_that_see_other_pictures_are_refused(launch, tmp_path):
+    launch(2, folder=tmp_path / "run", setup=sees_other_pictures, silent=False, code=2)
+    for rank in range(2):
+        said = (tmp_path / f"run.log.{rank}").read_text()
+        assert "run: not all processes see the same pictures; they need one disk that they share" in said
+        assert "Traceback" not in said
+
+
 def test_shards_are_one_process_too(launch, alone, tmp_path):
     setup = partial(only_the_first_writes, str(tmp_path / "run"))
     assert_same(alone, launch(2, "--shard", folder=tmp_path / "run", setup=setup), 1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from kontext_min import checkpoints, flow
 from kontext_min.clip import ClipTokenizer
@@ -102,6 +102,17 @@ def test_prompts_are_cached_by_content_and_the_encoders_stay_closed(tmp_path, mo
     broken = prompts.encode([PROMPT], weights, tmp_path, torch.float32, "cpu")
     with pytest.raises(OSError, match="its values are not those that were written; delete it"):
         prompts.batch(broken, [PROMPT], 1.0, torch.float32, "cpu")
+
+
+def test_a_file_of_another_prompt_is_not_used_even_once(tmp_path):
+    weights = base.Weights(TINY)
+    files = prompts.encode([PROMPT, "b"], weights, tmp_path, torch.float32, "cpu")
+    right = states(files, PROMPT)[0].clone()
+    for content in (files["b"].read_bytes(), save({"control": torch.ones(1)}, {"key": files[PROMPT].stem})):
+        files[PROMPT].write_bytes(content)
+        prompts._read.cache_clear()  # as in a new process
+        again = prompts.encode([PROMPT], weights, tmp_path, torch.float32, "cpu")
+        assert torch.equal(states(again, PROMPT)[0], right)
 
 
 def test_the_cache_knows_its_weights_and_its_dtype(tmp_path):
