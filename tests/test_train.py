@@ -467,6 +467,24 @@ def test_a_loss_that_is_not_finite_is_skipped_and_in_the_end_stops_the_run(run, 
     assert all(t.isfinite().all() for t in kept.values())
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory; --plan shows what it takes"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory; --plan shows"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a loader worker was killed, perhaps"),
+    ],
+)
+def test_want_of_memory_is_one_line(run, monkeypatch, capsys, error, line):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(flow, "loss", full)
+    assert run("--steps", 1) == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith(f"train.py: {line}") and "Traceback" not in said
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(run, tmp_path, monkeypatch, capsys):
     real = runs.save_file
 

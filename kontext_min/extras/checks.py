@@ -352,8 +352,9 @@ def check_json(s: Any) -> None:
     beside = json_file.parent == s.output.resolve() and (json_file.name == "report.html" or json_file.name[0] == ".")
     old = s.json.exists()
     start = json.dumps({"json": str(json_file)})[:-1]
-    last = [line for line in _noted(s) if line.startswith(start)][-1:]
-    of_another = old and s.json.stat().st_size and not (s.overwrite or last == [whose_scores(s)])
+    last = next((line for line in reversed(_noted(s)) if line.startswith(start)), "")
+    ours = whose_scores(s), re.sub(r'"input": .*, (?="against")', "", whose_scores(s))  # older records lack it
+    of_another = old and s.json.stat().st_size and not (s.overwrite or last in ours)
     for holds, problem in (
         (not (s.degrade or s.reference), "scores need a clean picture; add --reference, or --degrade on a clean input"),
         (same(s.json, s.output) or beside, "is written by another flag; name another file"),

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kontext_min.data import open_picture
+from kontext_min.data import FORMATS, open_picture
 from kontext_min.degrade import PRESETS, parse
 from kontext_min.extras.inventory import ZEROS, marked, zeros_at_end
 from kontext_min.extras.metrics import psnr
+from kontext_min.extras.not_read import ends, not_read
 from kontext_min.extras.pictures import KINDS, working_size
 from kontext_min.extras.saving import write_picture
 
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str]) -> int:
         photo = open_picture(path, to_srgb=True)
         if zeros_at_end(path):
             raise ValueError(f"{path}: {ZEROS}.")
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            for what in not_read(image, ends(file)):
+                print(f"note: {path}: {what}", file=sys.stderr)
         if max(photo.size) > 20 * min(photo.size):
             raise ValueError(f"{path}: {photo.width} x {photo.height} pixels, too long for a sheet; leave it out.")
         if photo.width * photo.height > SIDE**2:  # as in training

@@ -44,7 +44,7 @@ def check_degradation(spec: str, side: int | None = None) -> None:
 
 def _can_run(step: degrade.Step) -> bool:
     """Whether the chance of a step is not nil."""
-    return step.chance is None or step.chance >= 1e-9
+    return step.chance is None or step.chance >= 1e-6
 
 
 def _variants(step: degrade.Step) -> list[degrade.Step]:

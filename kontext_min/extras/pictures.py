@@ -250,7 +250,12 @@ def writable_name(name: str) -> str:
 def _unwritable(job: Job, across: int = 1) -> str | None:
     """Why the output of a job, a sheet of so many pictures side by side, can't be written, or None."""
     limit = LARGEST_SIDE.get(KINDS[job.output.suffix.lower()])
-    side = max(across * (job.size[0] + GAP) - GAP, job.size[1])
+    width = across * (job.size[0] + GAP) - GAP
+    side, most = max(width, job.size[1]), 2 * Image.MAX_IMAGE_PIXELS
+    if across > 1 and width * job.size[1] > most:
+        return (
+            f"{job.output}: a sheet of more than {most:,} pixels could not be read; set KONTEXT_MAX_PIXELS to raise it."
+        )
     if limit and side > limit:
         return f"{job.output}: {side} pixels a side, but this format has at most {limit}; use .png or .tif."
     try:
