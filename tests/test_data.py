@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import zlib
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,24 @@ def test_scan_takes_every_kind_of_name_and_format(tmp_path):
         assert np.abs(np.asarray(data.open_picture(p.path), int) - np.asarray(picture, int)).mean() < 12  # gif: palette
     with pytest.raises(FileNotFoundError, match="no such folder"):
         data.scan(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("counts", "batch", "said"),
+    [
+        ([16, 1, 1], 1, ""),
+        ([16, 1, 1], 8, "note: pictures of rare shapes (2) repeat up to 8 times in an epoch, to fill its batches"),
+        ([40, 30], 16, ""),
+        ([3], 8, "note: a batch is larger than the largest bucket (3 pictures), so pictures repeat within it"),
+    ],
+)
+def test_pictures_that_fill_batches_are_named(counts, batch, said):
+    bucket_of = [k for k, n in enumerate(counts) for _ in range(n)]
+    assert inventory.repeats(bucket_of, batch) == [said] * bool(said)
+    sampler = data.BucketSampler(bucket_of, batch, 0)
+    shown = np.bincount([i for b in islice(sampler, sampler.batches_per_epoch) for _, i in b])
+    means = [shown[np.array(bucket_of) == k].mean() for k in range(len(counts))]
+    assert (max(means) >= 2) == bool(said) and shown.sum() == sampler.batches_per_epoch * batch
 
 
 def test_a_picture_has_the_name_of_its_own_folder_where_links_lead_there_too(tmp_path):

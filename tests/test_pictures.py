@@ -583,6 +583,9 @@ def test_the_dpi_of_a_webp_reaches_a_png(tmp_path):
     exif[296] = 3  # per cm
     crop(40, 30).save(tmp_path / "in.webp", exif=exif)
     assert read(tmp_path / "in.webp").keep["dpi"] == (762, 381)
+    exif[283] = TiffImagePlugin.IFDRational(0, 0)
+    crop(40, 30).save(tmp_path / "in.webp", exif=exif)
+    assert "dpi" not in read(tmp_path / "in.webp").keep
 
 
 def test_levels_of_a_tiff_that_are_not_applied_are_named(tmp_path):

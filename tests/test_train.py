@@ -165,11 +165,13 @@ def test_a_part_of_a_degradation_that_changes_nothing_is_named(capsys):
         ("blur=1,(dust=0,jpeg=50)", "dust"),
         ("guide@0,blur=1", "blur, noise, jpeg"),
         ("blur=1,scratches=1/1/0.5", ""),
+        ("blur=8,noise=0.25", ""),  # large forms stay
         *((name, "") for name in degrade.PRESETS),
     ):
         checks.check_degradation(spec)
         said = f"note: --degrade {spec}: never changes a picture: {idle}\n" if idle else ""
         assert capsys.readouterr().err == said, spec
+    checks.check_degradation("blur=4,noise=0.1,jpeg=50", 64)
 
 
 def test_the_printed_command_is_one(pictures):

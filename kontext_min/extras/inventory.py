@@ -192,16 +192,22 @@ def unused(root: Path, used: Collection[str], whose: str) -> list[str]:
 
 
 def repeats(bucket_of: Sequence[int], batch: int) -> list[str]:
-    """A line if an epoch shows some pictures at least twice as often as others, as batches are filled up."""
+    """A line if an epoch shows some pictures at least twice as often as others, as batches are filled up.
+
+    Args:
+        bucket_of: the bucket of each picture.
+        batch: pictures of all processes in a batch.
+    """
     counts = np.bincount(bucket_of)
     counts = counts[counts > 0]
+    if batch > (largest := counts.max()):
+        return [f"note: a batch is larger than the largest bucket ({largest} pictures), so pictures repeat within it"]
     times = -(-counts // batch) * batch / counts  # data.BucketSampler fills the last batch of a bucket
-    if times.max() < 2:
-        return []
     rare = counts[times >= 2].sum()
-    return [
-        f"note: {rare} pictures are of rare shapes, and repeat up to {times.max():.0f} times to fill batches of {batch}"
-    ]
+    text = (
+        f"note: pictures of rare shapes ({rare}) repeat up to {times.max():.0f} times in an epoch, to fill its batches"
+    )
+    return [text] * bool(rare)
 
 
 def printable(name: str) -> str:

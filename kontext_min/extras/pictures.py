@@ -486,7 +486,8 @@ def _dpi_of_exif(image: Image.Image) -> tuple[float, float]:
     with suppress(Exception):  # the picture itself may be fine
         exif = Image.Image.getexif(image)
         scale = {2: 1.0, 3: 2.54}[exif.get(296, 2)]
-        return float(exif[282]) * scale, float(exif[283]) * scale
+        x, y = float(exif[282]) * scale, float(exif[283]) * scale
+        return (x, y) if 0 < x < math.inf and 0 < y < math.inf else (0, 0)
     return 0, 0
 
 
