@@ -23,7 +23,7 @@ from conftest import TINY
 from kontext_min import checkpoints, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
 from kontext_min.extras import plan
-from kontext_min.extras.base import Weights
+from kontext_min.extras.base import NOTE, Weights
 from kontext_min.extras.checkpointing import checkpoint_blocks
 from kontext_min.extras.plan import GB, Setting, Sizes
 from kontext_min.extras.quantize import quantize_
@@ -292,6 +292,7 @@ def test_networks_of_another_kind_are_refused(tmp_path, part, key):
         ({"format": "float8_e4m3fn"}, True),
         ({"format": "int8_tensorwise", "full_precision_matrix_mult": True, "convrot": False}, True),
         ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}, False),
+        ({"format": "float8_e4m3fn_rowwise", "per_row": True, "orig_dtype": "bfloat16"}, True),
         ({"format": "another"}, False),
         ([1], False),
     ],
@@ -306,6 +307,11 @@ def test_weights_that_comfyui_has_packed_in_another_way_are_refused(tmp_path, no
         state[f"{name}.comfy_quant"] = torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
     save_file(state, tmp_path / "flux.safetensors", told)
     weights = Weights(TINY, transformer=tmp_path / "flux.safetensors")
+    names = {"model.diffusion_model.": state, "text_encoders.t5xxl.transformer.": {f"x{NOTE}": torch.zeros(9).byte()}}
+    whole = {prefix + key: value for prefix, tensors in names.items() for key, value in tensors.items()}
+    save_file(whole, tmp_path / "all.safetensors")
+    if is_read or of_header:  # of another network
+        plan.Sizes.of(Weights(TINY, transformer=tmp_path / "all.safetensors"))
     if is_read:
         plan.Sizes.of(weights)
     else:

@@ -4,6 +4,7 @@ Both programs use it. It imports quantize.py, stream.py and compiling.py only if
 """
 
 import json
+import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,18 @@ from typing import Any
 
 import torch
 
-from kontext_min.checkpoints import NETWORKS, NOUNS, WIDENED, find, load_flux, mapped, metadata, read_headers, read_json
+from kontext_min.checkpoints import (
+    NETWORKS,
+    NOUNS,
+    PREFIXES,
+    WIDENED,
+    find,
+    load_flux,
+    mapped,
+    metadata,
+    read_headers,
+    read_json,
+)
 from kontext_min.extras.fingerprint import note_zeros
 from kontext_min.extras.last_block import skip_unread
 from kontext_min.flux import Flux
@@ -23,8 +35,13 @@ FIXED = {  # part: a key of its config.json, and the value that the code takes f
     "t5": ("feed_forward_proj", "gated-gelu"),
 }
 NOTE = ".comfy_quant"
-HARMLESS = {"format", "full_precision_matrix_mult"}  # the latter is how ComfyUI multiplies
-PLAIN = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # formats of ComfyUI that are a weight times its scale
+CHANGED = re.compile("rot|hadamard|transform|smooth|group|block|svd")  # keys for weights that are not themselves
+PLAIN = (
+    "float8_e4m3fn",
+    "float8_e4m3fn_rowwise",
+    "float8_e5m2",
+    "int8_tensorwise",
+)  # formats of ComfyUI that are a weight times its scale
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,7 @@ def check_files(path: Path, part: str) -> None:
         if NETWORKS[part][3] in there and there.get(key, ours) != ours:  # else it is that of another network
             raise ValueError(f"{config}: {key} is {there[key]!r:.40}, expected {ours!r}: no {NOUNS[part]} of FLUX.")
     for file in files:
-        if packed := _packed(file):
+        if packed := _packed(file, part):
             raise ValueError(f"{file}: packed as {packed:.80}, which is not read; take bfloat16 or scaled fp8.")
     note_zeros(path, part)
     folder = files[0].parent
@@ -65,18 +82,24 @@ def check_files(path: Path, part: str) -> None:
         print(f"note: {folder}: its index names the weights; not read: {others[0]}{more}", file=sys.stderr)
 
 
-def _packed(file: Path) -> str:
+def _packed(file: Path, part: str) -> str:
     """The first of ComfyUI's notes on narrow weights that asks for more than a scale, such as a rotation (convrot).
 
-    The notes are JSON: tensors of bytes beside the weights, or one text in the header.
+    The notes are JSON: tensors of bytes beside the weights, or one text in the header. Of an all-in-one file only those
+    of this network count.
     """
-    texts = [bytes(mapped(s).view(-1).tolist()) for s in read_headers([file]).values() if s.name.endswith(NOTE)]
-    for text in [*texts, metadata(file).get("_quantization_metadata", "{}").encode()]:
+    headers = read_headers([file])
+    prefix = next((p for p in PREFIXES[part] if any(name.startswith(p) for name in headers)), "")
+    notes = {s.name: bytes(mapped(s).view(-1).tolist()) for s in headers.values() if s.name.endswith(NOTE)}
+    notes["header"] = metadata(file).get("_quantization_metadata", "{}").encode()
+    for name, text in notes.items():
         with suppress(ValueError, TypeError, LookupError, AttributeError):
             told = json.loads(text)
-            layers = [told] if "format" in told else told.get("layers", {}).values()
-            extra = {key for layer in layers for key in layer if layer[key] and key not in HARMLESS}
-            if not extra and all(layer["format"] in PLAIN for layer in layers):
+            layers = told.get("layers", {}) if name == "header" else {name: told}
+            layers = [layer for of, layer in layers.items() if of.startswith(prefix)]
+            if all(layer["format"] in PLAIN for layer in layers) and not any(
+                layer[key] and CHANGED.search(key) for layer in layers for key in layer
+            ):
                 continue
         return text.decode(errors="replace")
     return ""

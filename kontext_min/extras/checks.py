@@ -361,7 +361,10 @@ def check_json(s: Any) -> None:
         (_is_printed_to(s.json), "is where this program prints; name another file"),
         (old and not is_scores(s.json), "exists and holds no scores; name another file"),
         (
-            not ((json_file.parent.is_dir() or json_file.parent == s.output.resolve()) and can_write(json_file)),
+            not (
+                (json_file.parent.is_dir() or (s.input.is_dir() and json_file.parent == s.output.resolve()))
+                and can_write(json_file)
+            ),
             "can't be written; name a file in a folder of yours",
         ),
         (

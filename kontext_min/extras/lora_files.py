@@ -225,9 +225,10 @@ def _header_alpha(metadata: Mapping[str, str], where: object) -> AlphaOf:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         config = {key.removeprefix("transformer."): value for key, value in config.items()}
         patterns, ranks = (
-            {re.compile(rf"(.*\.)?({p})$"): float(n) for p, n in (config.get(f"{key}_pattern") or {}).items()}
+            {re.compile(rf"(.*\.)?({p})$"): n for p, n in (config.get(f"{key}_pattern") or {}).items()}
             for key in ("alpha", "rank")
         )
+        patterns = {pattern: float(a) for pattern, a in patterns.items()}
         of_config = None if config.get("lora_alpha") is None else float(config["lora_alpha"])
         if not all(map(math.isfinite, (*patterns.values(), of_config or 0))):
             raise ValueError

@@ -71,10 +71,10 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
         owners[partner.name] = p.path
     lines = parts_not_read(root, [*pairs.partners, *(held.partners if held else ())])
     lines += unused(root, owners, "usable clean picture")
-    both = list(zip(pairs.partners, pairs.pictures, strict=True))
-    if smaller := sum(partner.width < p.width for partner, p in both):
+    shown = [pairs.buckets[k][0] for k in pairs.bucket_of]
+    if smaller := sum(p.width < 0.95 * width for p, width in zip(pairs.partners, shown, strict=True)):
         lines.append(
-            f"note: {root}: {smaller} of {len(both)} are smaller than their clean picture, and are enlarged to train; "
+            f"note: {root}: {smaller} of {len(shown)} are smaller than their bucket, and are enlarged to train; "
             "enlarge what you restore as well"
         )
     sides = [(p.width * p.height) ** 0.5 for p in pairs.partners]

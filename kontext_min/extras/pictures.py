@@ -301,15 +301,17 @@ def reference_of(job: Job, folder_or_file: Path) -> Path | None:
     if same.is_file() or not same.parent.is_dir():
         return same if same.is_file() else None
     stems = {same.stem, *(unicodedata.normalize(form, same.stem) for form in ("NFC", "NFD"))}  # a Mac has the latter
-    found = sorted(name for stem in stems for name in _by_stem(same.parent).get(stem, ()))
+    found = sorted(
+        name for stem in stems for name in _by_stem(same.parent, same.parent.stat().st_mtime_ns).get(stem, ())
+    )
     if len(found) > 1:
         raise ValueError(f"--reference {folder_or_file}: {' and '.join(found)} go with {job.name}; keep one of them.")
     return same.with_name(found[0]) if found else None
 
 
 @functools.lru_cache(1000)
-def _by_stem(folder: Path) -> dict[str, list[str]]:
-    """The picture files of a folder by their names without an ending."""
+def _by_stem(folder: Path, changed: int) -> dict[str, list[str]]:
+    """The picture files of a folder by their names without an ending; `changed` at a time."""
     found: dict[str, list[str]] = {}
     for path in folder.iterdir():
         if path.suffix.lower() in ENDINGS and path.is_file():

@@ -114,7 +114,7 @@ def open_run(
         raise ValueError(f"{folder}: holds a run already ({last.name}); leave out --no-resume, or {instead}.")
     if results and not last:
         raise ValueError(f"{folder}: holds {results[0]}, but no checkpoint to continue from; {instead}.")
-    if yours:
+    if yours := [name for name in yours if settings.get("full") or not name.startswith("transformer")]:
         raise ValueError(f"{folder}: holds {yours[0]}, which no run wrote or which is cut; move it.")
     start = settings.get("init_lora")
     asked = start, (holds := _holds(start))
