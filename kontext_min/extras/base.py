@@ -90,13 +90,14 @@ def _packed(file: Path, part: str) -> str:
     """
     headers = read_headers([file])
     prefix = next((p for p in PREFIXES[part] if any(name.startswith(p) for name in headers)), "")
-    notes = {s.name: bytes(mapped(s).view(-1).tolist()) for s in headers.values() if s.name.endswith(NOTE)}
+    ours = [s for s in headers.values() if s.name.startswith(prefix) and s.name.endswith(NOTE)]
+    notes = {s.name: bytes(mapped(s).view(-1).tolist()) for s in ours}
     notes["header"] = metadata(file).get("_quantization_metadata", "{}").encode()
     for name, text in notes.items():
         with suppress(ValueError, TypeError, LookupError, AttributeError):
             told = json.loads(text)
             layers = told.get("layers", {}) if name == "header" else {name: told}
-            layers = [layer for of, layer in layers.items() if of.startswith(prefix)]
+            layers = [layer for of, layer in layers.items() if of.startswith(prefix)] or [*layers.values()]
             if all(layer["format"] in PLAIN for layer in layers) and not any(
                 layer[key] and CHANGED.search(key) for layer in layers for key in layer
             ):
