@@ -97,7 +97,8 @@ def _packed(file: Path, part: str) -> str:
         with suppress(ValueError, TypeError, LookupError, AttributeError):
             told = json.loads(text)
             layers = told.get("layers", {}) if name == "header" else {name: told}
-            layers = [layer for of, layer in layers.items() if of.startswith(prefix)] or [*layers.values()]
+            other = tuple(p for some in PREFIXES.values() for p in some if p not in PREFIXES[part])
+            layers = [layer for of, layer in layers.items() if not of.startswith(other)]
             if all(layer["format"] in PLAIN for layer in layers) and not any(
                 layer[key] and CHANGED.search(key) for layer in layers for key in layer
             ):
