@@ -498,8 +498,10 @@ def test_the_folder_of_a_run_that_went_on_and_stopped_says_so(tmp_path, capsys):
         (folder / where).mkdir(parents=True, exist_ok=True)
         tensors = {"transformer.x.lora_A.weight": torch.ones(2, 4), "transformer.x.lora_B.weight": torch.ones(4, 2)}
         save_file(tensors, folder / where / "lora.safetensors", {"kontext_min": json.dumps({"steps": steps})})
-        lora_files.purpose([str(folder)])
-        assert ("is of step 6; its run went on to" in capsys.readouterr().err) == (steps == 42)
+        for named in (folder, folder / "lora.safetensors", folder / where / "lora.safetensors"):
+            lora_files.purpose([str(named)])
+            went_on = steps == 42 and named != folder / where / "lora.safetensors"
+            assert ("is of step 6; its run went on to" in capsys.readouterr().err) == went_on
 
 
 def test_alpha_beside_the_file(pair, tmp_path):

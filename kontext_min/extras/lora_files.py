@@ -588,7 +588,7 @@ def purpose(loras: Sequence[str]) -> dict[str, Any]:
         if others := [name for name in FILES if (folder / name).is_file() and name != file.name]:
             print(f"note: --lora {lora}: is {file.name} there; not read is {' and '.join(others)}", file=sys.stderr)
         about = trained_with(read_lora(file)[1], file)
-        steps = {int(p.parent.name[5:]): p for p in _checkpoints(folder) if p.parent.name[5:].isdecimal()}
+        steps = {int(p.parent.name[5:]): p for p in _checkpoints(file.parent) if p.parent.name[5:].isdecimal()}
         if file.name == FILES[0] and max(steps, default=0) > about.get("steps", math.inf):
             text = f"is of step {about['steps']}; its run went on to {steps[max(steps)]}, and is not at its end"
             print(f"note: --lora {lora}: {text}", file=sys.stderr)
