@@ -104,7 +104,7 @@ class Settings:
 
     val_root: Path | None = validating(None, "pictures to validate on; default: a few of --hr-root", there="folder")
     validate_every_epochs: int | None = validating(None, "epochs between validations, 0 = none; default: 5+", least=0)
-    validation_prompt: str | None = validating(None, "prompt for validation; default: --prompt")
+    validation_prompt: str | None = validating(None, "prompt for validation (4 Euler steps); default: --prompt")
 
     output_dir: Path | None = running(None, "run folder; default: runs/DATE-TIME")
     resume: bool = running(True, "continue from the last checkpoint in --output-dir")

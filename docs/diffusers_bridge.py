@@ -13,13 +13,14 @@ adds.
 
 The result equals `sample.py --solver euler` to one level of 255. Stock pipelines have no midpoint rule (sample.py's
 default, which restores more texture from the same number of evaluations), no tiles for large pictures, no --strength
-and no --fidelity. In bfloat16 they also round x at every step. Pictures have 8 bits here, and lose profile and alpha.
+and no --fidelity. In bfloat16 they also round x at every step. Pictures have 8 bits here, and lose EXIF and alpha.
 
 Source: diffusers 0.42.1, pipelines/flux/pipeline_flux.py, pipeline_flux_kontext.py, FlowMatchEulerDiscreteScheduler.
 """
 
 import argparse
 import json
+import os
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 
 
-def restore(weights: str, lora: str, image: Image.Image, steps: int = 4, seed: int = 42) -> Image.Image:
+def restore(
+    weights: str, lora: str, image: Image.Image, steps: int = 4, seed: int = 42, prompt: str | None = None
+) -> Image.Image:
     """The restored picture, in the size of the degraded one.
 
     Args:
@@ -37,6 +40,7 @@ def restore(weights: str, lora: str, image: Image.Image, steps: int = 4, seed: i
         image: the degraded picture, RGB.
         steps: network evaluations.
         seed: of the source noise.
+        prompt: that of the LoRA if None; of one that was trained on several tasks, that of the first.
 
     Raises:
         ValueError: the file is no bridge LoRA.
@@ -45,6 +49,8 @@ def restore(weights: str, lora: str, image: Image.Image, steps: int = 4, seed: i
         trained = json.loads((f.metadata() or {}).get("kontext_min", "{}"))
     if trained.get("objective") != "bridge":
         raise ValueError(f"{lora}: no bridge LoRA; load it in FluxKontextPipeline as any other LoRA.")
+    if prompt is None and len(tasks := trained.get("prompts", [])) > 1:
+        print(f"note: {lora} has several tasks, and the prompt is that of the first; --prompt chooses: {tasks}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = FluxKontextPipeline if trained["context"] else FluxPipeline
     pipe = pipeline.from_pretrained(weights, torch_dtype=torch.bfloat16 if device == "cuda" else torch.float32)
@@ -70,7 +76,7 @@ def restore(weights: str, lora: str, image: Image.Image, steps: int = 4, seed: i
     if trained["context"]:  # in the picture's own size, not in one of Kontext's
         reference = {"image": Image.fromarray(pixels), "max_area": height * width, "_auto_resize": False}
     restored = pipe(
-        prompt=trained["prompt"],
+        prompt=prompt or trained["prompt"],
         height=height,
         width=width,
         num_inference_steps=steps,
@@ -93,9 +99,14 @@ if __name__ == "__main__":
     parser.add_argument("--lora", required=True, help="bridge LoRA of kontext_min")
     parser.add_argument("--steps", type=int, default=4, help="network evaluations (default 4)")
     parser.add_argument("--seed", type=int, default=42, help="of the source noise (default 42)")
+    parser.add_argument("--prompt", help="default: the LoRA's")
     args = parser.parse_args()
+    if os.path.exists(args.output):
+        parser.error(f"{args.output}: exists; name a new file")
     picture = ImageOps.exif_transpose(Image.open(args.input))
     if picture.mode[0] in "IF":  # convert() would clip it
         parser.error(f"{args.input}: has more than 8 bits a channel; convert it to 8 bits")
-    restored = restore(args.weights, args.lora, picture.convert("RGB"), args.steps, args.seed)
-    restored.save(args.output, icc_profile=picture.info.get("icc_profile") if picture.mode == "RGB" else None)
+    restored = restore(args.weights, args.lora, picture.convert("RGB"), args.steps, args.seed, args.prompt)
+    options = {"quality": 95, "subsampling": 0} if args.output.lower().endswith((".jpg", ".jpeg", ".webp")) else {}
+    profile = picture.info.get("icc_profile") if picture.mode == "RGB" else None
+    restored.save(args.output, icc_profile=profile, **options)

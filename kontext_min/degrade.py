@@ -268,7 +268,7 @@ def webp(x: Array, rng: Rng, quality: Quality) -> Array:
 
 
 # Every public function above that takes (x, rng, values...) is an operator: the language, its errors and --help read
-# the signature. If you change what one returns, raise VERSION in extras/latents.py: latent caches hold the old result.
+# the signature. If you change this file, latents that are cached are made again (extras/latents.py).
 OPERATORS: dict[str, Callable[..., Array]] = {
     name.replace("_", "-"): function
     for name, function in list(globals().items())

@@ -504,6 +504,16 @@ def test_the_folder_of_a_run_that_went_on_and_stopped_says_so(tmp_path, capsys):
             assert ("is of step 6; its run went on to" in capsys.readouterr().err) == went_on
 
 
+def test_a_file_is_not_written_beside_the_config_of_another(tmp_path, capsys):
+    tensors = {"transformer.transformer_blocks.0.ff.net.2.lora_A.weight": torch.ones(16, 4 * H)}
+    tensors |= {"transformer.transformer_blocks.0.ff.net.2.lora_B.weight": torch.ones(H, 16)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 16, "lora_alpha": 64}))
+    out = tmp_path / "pytorch_lora_weights.safetensors"
+    assert export.main(["convert", str(tmp_path / "adapter_model.safetensors"), str(out), "--format", "peft"]) == 2
+    assert "would count its alpha again; choose another folder" in capsys.readouterr().err and not out.exists()
+
+
 def test_alpha_beside_the_file(pair, tmp_path):
     ff = "transformer.transformer_blocks.0.ff.net.2"
     tensors = {f"{ff}.lora_A.weight": torch.ones(16, 4 * H), f"{ff}.lora_B.weight": torch.ones(H, 16)}

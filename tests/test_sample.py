@@ -656,6 +656,22 @@ def test_scores_of_another_folder_or_reference_are_kept(scored, tmp_path, capsys
     assert run(*scored, "--json", json_file) == 2  # the last call counts
 
 
+def test_two_names_that_print_alike_are_named(identity, small_bundle, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in (b"bad\xff.png", rb"bad\xff.png", b"ok.png"):
+        crop(32, 32).save(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name), "PNG")
+    assert run("--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle) == 1
+    assert "two files print alike, one name is not UTF-8; rename one" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_version_says_so(scored, tmp_path, capsys, monkeypatch):
+    assert run(*scored) == 0
+    assert "kontext_min" not in capsys.readouterr().err
+    monkeypatch.setattr("kontext_min.extras.folders.__version__", "99.0")
+    assert run(*scored) == 0
+    assert "restored some of these pictures, this is 99.0; --overwrite restores all" in capsys.readouterr().err
+
+
 def test_sample_is_one_process(scored, monkeypatch, capsys):
     torchrun = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 29914}
     for name, value in torchrun.items():

@@ -91,6 +91,8 @@ def test_validation_comes_with_every_few_epochs_and_at_the_end():
     assert [k for k in range(1, 23) if held_out.due(s, between, k)] == [5, 10, 15, 20, 22]
     for k in range(23):
         assert held_out.still_due(s, between, k) == sum(n > k for n in (5, 10, 15, 20, 22))
+    s = Settings(hr_root=Path(), steps=9, accumulate=8, validate_every_epochs=1)  # several epochs in a step
+    assert [held_out.still_due(s, 2, k) for k in range(10)] == [*range(9, -1, -1)]
 
 
 @pytest.mark.parametrize("batches_per_epoch", [2, 14, 300])
@@ -485,6 +487,16 @@ def test_want_of_memory_is_one_line(run, monkeypatch, capsys, error, line):
     assert run("--steps", 1) == 1
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith(f"train.py: {line}") and "Traceback" not in said
+
+
+def test_a_validation_that_is_not_finite_is_one_line(run, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise ValueError("the result is not finite (NaN or infinity): a LoRA is too strong.")
+
+    monkeypatch.setattr(validation, "validate", broken)
+    assert run("--steps", 1) == 1
+    said = capsys.readouterr().err
+    assert "run: a validation failed, the result is not finite" in said and "Traceback" not in said
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run, tmp_path, monkeypatch, capsys):

@@ -46,6 +46,9 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: a photograph can't be read, or the sheet not be written.
     """
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return 0
     if len(arguments) < 2:
         raise ValueError("usage: python -m kontext_min.extras.contact_sheet PHOTO... SHEET.jpg.")
     *photos, sheet = (Path(name) for name in arguments)

@@ -37,6 +37,7 @@ from kontext_min.extras.base import check_files
 from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.lora_files import (
     BRIDGE,
+    FILES,
     FORMATS,
     load_lora,
     lora_file,
@@ -93,6 +94,8 @@ def _prepare(output: Path, folder: bool = False) -> None:
         raise ValueError(f"{output}: exists already; name another place, or remove it first.")
     if folder and output.suffix == ".safetensors":
         raise ValueError(f"{output}: the hub layout is a folder; name one, or add --layout bfl for a file.")
+    if output.name in FILES[1:] and output.with_name("adapter_config.json").is_file():
+        raise ValueError(f"{output}: adapter_config.json beside it would count its alpha again; choose another folder.")
     parent = output.absolute().parent
     with suppress(OSError):
         parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"note: {target}: is a file; other programs look for names that end with .safetensors")
         if purpose(loras).get("objective") == "bridge":
             print(f"{target}: {BRIDGE}")
+            if args.command == "merge":
+                print(f"{target}: holds the LoRA already; sample.py --transformer {target} restores without --lora")
         return 0
 
     return program.run("export", export, parser.parse_args(argv))

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from kontext_min import __version__
 from kontext_min.extras.fingerprint import size_and_samples
 from kontext_min.extras.inventory import RECORD
 from kontext_min.extras.pictures import ASIDE, Job, reference_of, writable_name
@@ -66,6 +67,9 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
     if edited:
         text = f"not as they were written, and kept: {_few(edited)}; --overwrite restores all"
         print(f"note: {target}: {text}", file=sys.stderr)
+    if before := {made[j.name]["program"] for j in there} - {__version__}:
+        text = f"{', '.join(map(str, before))} restored some of these pictures, this is {__version__}"
+        print(f"note: {target}: kontext_min {text}; --overwrite restores all", file=sys.stderr)
     others = [name for name in sorted(made) if not (source / name).exists()]
     if others := [name for name in others if (target / writable_name(name)).exists()]:
         print(f"note: {target}: also holds pictures that are not in --input: {_few(others)}", file=sys.stderr)
@@ -84,6 +88,7 @@ def _read(record: Path) -> dict[str, dict[str, Any]]:
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             line = json.loads(text)
             made[str(line["picture"])] = {"how": dict(line["how"]), "input": line["input"], "file": line.get("file")}
+            made[str(line["picture"])]["program"] = line.get("program", __version__)
     return made
 
 
@@ -121,7 +126,7 @@ def noted(job: Job, target: Path, how: dict[str, Any], state: list[int], overwri
 
     def note(file: tuple[int, int] | None) -> None:
         if how:
-            line = {"picture": job.name, "input": state, "file": file, "how": how}
+            line = {"picture": job.name, "input": state, "file": file, "how": how, "program": __version__}
             append_line(record, json.dumps(line))
 
     if not replaces:

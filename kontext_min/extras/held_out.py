@@ -116,4 +116,5 @@ def still_due(settings: Any, between: int, done: int) -> int:
     if not between or done >= settings.steps:
         return 0
     before, last, end = (n * settings.accumulate // between for n in (done, settings.steps - 1, settings.steps))
-    return end - before + (end == last)  # the end counts once
+    # The end counts once, and so does a step in which `between` batches are full several times.
+    return min(end - before + (end == last), settings.steps - done)

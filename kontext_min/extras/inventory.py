@@ -70,7 +70,12 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
         ValueError: some of the pictures were made by sample.py or train.py, so they are not clean.
     """
     _refuse_results(root.resolve(), pictures)
-    files, left_out = dict(walk(root)), []
+    found = list(walk(root))
+    twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
+    files, left_out = (
+        dict(found),
+        [(name, "two files print alike, one name is not UTF-8; rename one") for name in twice],
+    )
     for name, path in files.items():
         ending = path.suffix.lower()
         if ending in UNREAD:

@@ -23,14 +23,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kontext_min import data, degrade
 from kontext_min.data import THREADS, Pairs, Size, UnreadableError, load
 from kontext_min.extras import parallel
 from kontext_min.extras.paired import PairedFolders
 from kontext_min.extras.saving import checksum, save_file
 from kontext_min.extras.stand_ins import StandIns
 
-# Raise it when crop or any degradation gives another result than before. 3: pictures are converted to sRGB.
-VERSION = 3
+# The code of crops and degradations: latents of another are made again.
+CODE = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (data, degrade))).hexdigest()[:16]
 PIECE, PIECES = 4096, 16  # bytes
 
 
@@ -72,7 +73,7 @@ class CachedPairs(Pairs):
     def key(self, variant: int, i: int) -> str:
         """64 hex digits that name the content of a variant of a picture."""
         own, *partner = self.marks[i]
-        content = [VERSION, self.base, self.pictures[i].name, own, self.buckets[self.bucket_of[i]]]
+        content = [CODE, self.base, self.pictures[i].name, own, self.buckets[self.bucket_of[i]]]
         content += [partner[0] if partner else None, variant, self.seed, self.train]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -509,12 +509,9 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _config(file: Path) -> Path | None:
-    """The settings that peft keeps beside a file of one of its names, or beside a LoRA that lies there alone."""
+    """The settings that peft keeps beside a file of this name."""
     config = file.with_name("adapter_config.json")
-    if not config.is_file() or file.name == FILES[0]:
-        return None
-    alone = [p.name for p in file.parent.glob("*.safetensors")] == [file.name]
-    return config if alone or file.name in FILES else None
+    return config if file.name in FILES[1:] and config.is_file() else None
 
 
 def lora_bytes(file: Path) -> bytes:
@@ -706,9 +703,13 @@ def note_doubts(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
     """Lines about a LoRA of this project that was changed or damaged since, and about one of peft without its alpha."""
     if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
         print(f"note: {path}: its values are not those that train.py wrote", file=sys.stderr)
-    of_peft = next(iter(tensors)).startswith("base_model.model.") and not any("alpha" in name for name in tensors)
-    if of_peft and "lora_adapter_metadata" not in metadata:
-        print(f"note: {path}: no adapter_config.json beside it, so its alpha is taken for its rank", file=sys.stderr)
+    of_peft = next(iter(tensors)).startswith("base_model.model.")
+    beside = lora_file(path).with_name("adapter_config.json").is_file() and lora_file(path).name != FILES[0]
+    stated = any("alpha" in name for name in tensors) or "lora_adapter_metadata" in metadata or "checksum" in metadata
+    if (of_peft or beside) and not stated:
+        counts = f" that counts (only {' and '.join(FILES[1:])} may have one)" * beside
+        text = f"no adapter_config.json beside it{counts}, so its alpha is taken for its rank"
+        print(f"note: {path}: {text}", file=sys.stderr)
 
 
 @torch.no_grad()

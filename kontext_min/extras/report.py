@@ -357,6 +357,9 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: it is no run, or its report.html is a file of yours.
     """
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return 0
     if len(arguments) != 1:
         raise ValueError("usage: python -m kontext_min.extras.report RUN_FOLDER.")
     folder = Path(arguments[0])

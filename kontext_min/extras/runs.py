@@ -188,7 +188,7 @@ def lock(flag: str, folder: Path, *inside: Path) -> None:
 
         fcntl.lockf(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader processes
     except ImportError:  # Windows
-        pass
+        print(f"note: {folder}: no locks on this system; start no other run in this folder", flush=True)
     except BlockingIOError:
         raise ValueError(f"{flag} {folder}: another run is using it; wait for it, or choose another.") from None
     except OSError as error:
@@ -238,7 +238,7 @@ def _of_this_project(file: Path, broken: bool = False) -> bool:
     """
     with suppress(ValueError, FileNotFoundError):
         about = metadata(file).get("kontext_min", "")
-        return bool(about) and '"merged"' not in about
+        return bool(about) and '"merged":' not in about
     return broken
 
 
@@ -295,6 +295,8 @@ def under_way(folder: Path) -> Iterator[None]:
         kept = f"{last} is whole, and the same command continues from it" if last else "there is no checkpoint yet"
         raise Stopped(f"{folder}: the run had to stop, {reason}; {kept}.") from error
     except ValueError as error:
+        if "not finite" in str(error):
+            raise Stopped(f"{folder}: a validation failed, {error} Lower --lr, or raise --warmup.") from error
         raise RuntimeError("this is a bug in the program, please report it") from error
 
 
@@ -389,7 +391,7 @@ def best_step(folder: Path, state: dict[str, Any]) -> list[str]:
     """A line if training changed nothing, or if another step than the last one has the best PSNR: where it is kept."""
     rows = [row for row in read_metrics(folder) if row.get("validation") and row.get("psnr")]
     scores = {f"{row['psnr']:.2f} dB, SSIM {row.get('ssim') or 0:.3f}" for row in rows}
-    if len(rows) > len(scores) == 1:
+    if len(rows) > len(scores) == 1 and state["best_step"] in {row["step"] for row in rows}:  # else some are lost
         return [f"note: training has not changed the PSNR, {scores.pop()}; raise --lr or --steps"]
     step, psnr = state["best_step"], state["best_psnr"]
     if step in (None, state["step"]):
