@@ -248,12 +248,14 @@ def test_the_seconds_of_the_plan_are_those_of_a_step():
     torch.set_num_threads(1)
     try:
         taken, planned_seconds = [], []  # turn by turn, and the best of each: other work on the machine only adds
-        for _ in range(3):
+        for turn in range(9):  # more than 3 where other work on the machine has stood in the way
             network, coding = plan.speed.measure(SMALL, sizes.autoencoder, torch.float32, torch.device("cpu"), (32, 32))
             planned_seconds.append(2 * planned.flops / network + planned.coding / coding)
             began = time.perf_counter()
             step()
             taken.append(time.perf_counter() - began)
+            if turn >= 2 and 1 / 1.5 < min(taken) / min(planned_seconds) < 1.5:
+                break
     finally:
         torch.set_num_threads(threads)
     ratio = min(taken) / min(planned_seconds)
