@@ -63,6 +63,7 @@ from kontext_min.utils import numpy_generator
 KINDS = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 KINDS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 ASIDE = re.compile(r"\.[0-9a-f]{8}\.tmp")  # names of files that are being written
+SCORED = 11  # pixels a side that SSIM needs
 QUALITY = 95  # of JPEG and WebP
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # in pixels, of the formats' encoders
 LARGEST_SEGMENT = 65502 - 64  # bytes of EXIF or XMP in a JPEG; the mark takes some
@@ -358,9 +359,8 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
                 raise ValueError(f"{job.path}: {sizes}; expected one size.")
         else:
             notes.append("no such picture in --reference, so no scores")
-    if clean and min(clean.size) < 11:
-        notes.append("scores need 11 pixels a side")
-        clean = None
+    if clean and min(clean.size) < SCORED:
+        notes.append(f"scores need {SCORED} pixels a side")
     for note in notes:
         print(f"note: {printable(job.name)}: {note}", file=sys.stderr)
     return Photo(job, file, degraded, clean)

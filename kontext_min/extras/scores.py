@@ -42,7 +42,7 @@ class Scores:
         name, degraded = photo.job.name, pictures.as_seen(photo.degraded, photo.file)
         score = ""
         self.progress.show(f"{name}: scores", last=math.prod(photo.job.size) > LARGE)
-        if photo.clean:
+        if photo.clean and min(photo.clean.size) >= pictures.SCORED:
             self.rows.append(metrics.row(name, degraded, restored, photo.clean))
             score = report.from_to(*(self.rows[-1][k]["psnr"] for k in ("input", "restored")))
         if self.folder and len(self.figures) < report.RESTORED:
