@@ -35,6 +35,7 @@ from kontext_min.extras.lora_files import lora_bytes, save_lora
 from kontext_min.extras.method import HOW, made_with, method_of
 from kontext_min.extras.progress import Progress
 from kontext_min.extras.scores import Scores
+from kontext_min.extras.validation import GAP
 from kontext_min.lora import add_lora, lora_layers
 from test_loop import HOLD
 from test_report import data_of
@@ -654,6 +655,16 @@ def test_scores_of_another_folder_or_reference_are_kept(scored, tmp_path, capsys
     assert json_file.read_bytes() == before
     assert run(*scored, "--json", json_file, "--input", more, "--overwrite") == 0
     assert run(*scored, "--json", json_file) == 2  # the last call counts
+
+
+def test_a_picture_too_small_for_scores_has_its_clean_one_on_the_sheet(identity, small_bundle, tmp_path, capsys):
+    crop(8, 40).save(tmp_path / "in.png")
+    flags = ["--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--weights", small_bundle, "--compare"]
+    assert run(*flags, "--degrade", "noise=0.1") == 0
+    assert "in.png: scores need 11 pixels a side" in capsys.readouterr().err
+    with Image.open(tmp_path / "out.png") as sheet:
+        assert sheet.width == 3 * 8 + 2 * GAP
+        assert sheet.crop((sheet.width - 8, 0, sheet.width, 40)).tobytes() == crop(8, 40).tobytes()
 
 
 def test_two_names_that_print_alike_are_named(identity, small_bundle, tmp_path, capsys):
