@@ -816,6 +816,23 @@ def test_exif_with_numbers_instead_of_bytes_is_kept():
     assert again.get_ifd(EXIF)[37510] == b"mine" and again.get_ifd(EXIF)[41728] == b"\3"
 
 
+def test_an_entry_that_cannot_be_written_does_not_take_the_others_with_it(tmp_path):
+    """A height below the sea's as a signed number: Pillow reads it, and writes only numbers without a sign."""
+    exif = Image.Exif()
+    exif[271] = "Leica"
+    exif.get_ifd(GPS).update({2: (1.0, 2.0, 3.0), 6: 430.0})
+    content = exif.tobytes()
+    for name in "<>":
+        unsigned, signed = (struct.pack(f"{name}HHI", 6, kind, 1) for kind in (5, 10))
+        content = content.replace(unsigned, signed)
+        content = content.replace(struct.pack(f"{name}II", 430, 1), struct.pack(f"{name}ii", -430, 1))
+    crop(40, 30).save(tmp_path / "in.jpg", exif=content)
+    file = read(tmp_path / "in.jpg")
+    assert file.notes == ("its tags GPSAltitude: dropped",)
+    kept = pictures._loaded(file.keep["exif"])
+    assert kept[271] == "Leica" and kept.get_ifd(GPS)[2] == (1, 2, 3)
+
+
 def test_parts_of_exif_that_cannot_be_kept_are_named(tmp_path):
     """Camera's notes of numbers beyond a byte; entries of the pixels (37121) are not named."""
     exif = Image.Exif()

@@ -81,7 +81,10 @@ NAMES = ExifTags.TAGS | ExifTags.GPSTAGS
 DROPPED = {37121, 37122, ExifTags.IFD.Interop}
 PLACES = {37396, 41492}  # of the subject, in the pixels before the picture is turned
 # Bytes of the Exif and the GPS part whose type is UNDEFINED: Pillow does not know these, and would write BYTE.
-UNDEFINED = {ExifTags.IFD.Exif: (37500, COMMENT, 41484, 41728, 41729, 41995, 42082), ExifTags.IFD.GPSInfo: (27, 28)}
+UNDEFINED = {
+    ExifTags.IFD.Exif: (34856, 37500, COMMENT, 41484, *range(41728, 41731), 41995, 42082),
+    ExifTags.IFD.GPSInfo: (27, 28),
+}
 for _part, _tags in UNDEFINED.items():
     _known = {tag: TiffTags.TagInfo(tag, str(tag), TiffTags.UNDEFINED, None) for tag in _tags}
     TiffTags.TAGS_V2_GROUPS[_part] = TiffTags.TAGS_V2_GROUPS.get(_part, {}) | _known
@@ -534,7 +537,22 @@ def _exif(image: Image.Image, size: Size, lying: bool) -> tuple[Image.Transpose 
     if not (new or photo or place):
         return turn, None
     new[ExifTags.Base.Orientation] = 1
+    with suppress(Exception):  # Pillow's writer raises anything
+        return turn, new.tobytes()
+    for part in (None, *UNDEFINED):  # some entry can't be written, such as a height below the sea's
+        entries = new.get_ifd(part) if part else new
+        for tag in [tag for tag, value in entries.items() if not _is_writable(part, tag, value)]:
+            del entries[tag]
     return turn, new.tobytes()
+
+
+def _is_writable(part: int | None, tag: int, value: Any) -> bool:
+    """Whether Pillow can write an entry of a part of EXIF, or of its main part."""
+    exif = Image.Exif()
+    (exif.get_ifd(part) if part else exif)[tag] = value
+    with suppress(Exception):
+        return bool(exif.tobytes())
+    return False
 
 
 class _Text(str):
