@@ -829,8 +829,16 @@ def test_an_entry_that_cannot_be_written_does_not_take_the_others_with_it(tmp_pa
     crop(40, 30).save(tmp_path / "in.jpg", exif=content)
     file = read(tmp_path / "in.jpg")
     assert file.notes == ("its tags GPSAltitude: dropped",)
-    kept = pictures._loaded(file.keep["exif"])
-    assert kept[271] == "Leica" and kept.get_ifd(GPS)[2] == (1, 2, 3)
+
+
+def test_an_entry_of_which_only_the_first_value_is_written_is_named(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(GPS)[40] = (2, 2, 0, 0)
+    content = exif.tobytes()
+    for name in "<>":  # as GPSVersionID, in SHORTs instead of bytes
+        content = content.replace(struct.pack(f"{name}HHI", 40, 3, 4), struct.pack(f"{name}HHI", 0, 3, 4))
+    crop(40, 30).save(tmp_path / "in.jpg", exif=content)
+    assert read(tmp_path / "in.jpg").notes == ("its tags GPSVersionID: dropped",)
 
 
 def test_parts_of_exif_that_cannot_be_kept_are_named(tmp_path):

@@ -511,13 +511,20 @@ def _has_own_orientation(image: Image.Image) -> bool:
 
 
 def _tags_dropped(image: Image.Image, kept: bytes | None) -> list[str]:
-    """Names of the tags of EXIF, or of a TIFF, that `kept` lacks and that do not describe the pixels."""
+    """Names of the tags of EXIF, or of a TIFF, that `kept` lacks or cuts, and that do not describe the pixels."""
     old, new = Image.Image.getexif(image), _loaded(kept or b"")
     layout = LAYOUT if image.format == "TIFF" else LAYOUT - OF_TIFF
     found = [tag for tag in {*old} - {*new} - layout if not 0x5000 <= tag < 0x6000]
     for part in UNDEFINED:
-        found += {*old.get_ifd(part)} - {*new.get_ifd(part)} - DROPPED - PLACES
+        theirs, ours = old.get_ifd(part), new.get_ifd(part)
+        found += {*theirs} - {*ours} - DROPPED - PLACES
+        found += [tag for tag in {*theirs} & {*ours} if _count(theirs[tag]) > _count(ours[tag])]
     return [str(NAMES.get(tag, tag)) for tag in sorted(found)]
+
+
+def _count(value: Any) -> int:
+    """How many values an entry has: Pillow writes only the first of a tag that it knows as single."""
+    return len(value) if isinstance(value, tuple | bytes) else 1
 
 
 def _exif(image: Image.Image, size: Size, lying: bool) -> tuple[Image.Transpose | None, bytes | None]:
