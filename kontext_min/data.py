@@ -107,7 +107,7 @@ def scan(root: Path) -> tuple[list[Picture], list[tuple[str, str]]]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected a folder of pictures.")
     pictures, rejected = [], []
-    files = dict(walk(root, lambda error: rejected.append((_text(error.filename), _reason(error)))))
+    files = dict(walk(root, lambda error: rejected.append((as_text(error.filename), _reason(error)))))
     captions = {name[:-4]: path for name, path in files.items() if name.lower().endswith(".txt") and path.is_file()}
     found = {name: path for name, path in files.items() if path.suffix.lower() in ENDINGS}
     with ThreadPoolExecutor(THREADS) as pool:
@@ -131,7 +131,7 @@ def walk(root: Path, failed: Callable[[OSError], None] | None = None) -> Iterato
             folders[:] = sorted(name for name in folders if name[0] != "." and name.lower() not in HIDDEN)
             starts += [path for path in map(Path(folder).joinpath, folders) if path.is_symlink()]
             for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
-                yield _text(path.relative_to(root).as_posix()), path
+                yield as_text(path.relative_to(root).as_posix()), path
 
 
 def _read_header(path: Path) -> Size | str:
@@ -163,10 +163,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"size exceeds limit of {2 * Image.MAX_IMAGE_PIXELS:,} pixels; set KONTEXT_MAX_PIXELS to raise it"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(_text(text).split()) or f"broken, Pillow stops with {type(error).__name__}"
+    return " ".join(as_text(text).split()) or f"broken, Pillow stops with {type(error).__name__}"
 
 
-def _text(name: str | Path) -> str:
+def as_text(name: str | Path) -> str:
     """A file name that can be printed: bytes that are not UTF-8 are written as escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
@@ -220,7 +220,7 @@ def open_picture(path: Path, minimum: Size | None = None, to_srgb: bool = False)
             orientation = _orientation(image)
             rgb = _to_rgb(image, to_srgb, tile)
     except Exception as error:
-        raise UnreadableError(f"{_text(path)}: {_reason(error)}") from error
+        raise UnreadableError(f"{as_text(path)}: {_reason(error)}") from error
     return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
 
 
@@ -354,7 +354,7 @@ def _caption(picture: Picture) -> str:
     try:
         return " ".join(picture.caption.read_text(encoding="utf-8-sig").split()) if picture.caption else ""
     except UnicodeDecodeError as error:
-        raise ValueError(f"{_text(picture.caption)}: not UTF-8 ({error.reason}); save it as UTF-8.") from error
+        raise ValueError(f"{as_text(picture.caption)}: not UTF-8 ({error.reason}); save it as UTF-8.") from error
 
 
 class BucketSampler:

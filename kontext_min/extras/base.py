@@ -36,12 +36,8 @@ FIXED = {  # part: a key of its config.json, and the value that the code takes f
 }
 NOTE = ".comfy_quant"
 CHANGED = re.compile("rot|hadamard|transform|smooth|group|block|svd")  # keys for weights that are not themselves
-PLAIN = (
-    "float8_e4m3fn",
-    "float8_e4m3fn_rowwise",
-    "float8_e5m2",
-    "int8_tensorwise",
-)  # formats of ComfyUI that are a weight times its scale
+# Formats of ComfyUI that are a weight times its scale.
+PLAIN = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e5m2", "int8_tensorwise")
 
 
 @dataclass(frozen=True)
@@ -93,12 +89,12 @@ def _packed(file: Path, part: str) -> str:
     ours = [s for s in headers.values() if s.name.startswith(prefix) and s.name.endswith(NOTE)]
     notes = {s.name: bytes(mapped(s).view(-1).tolist()) for s in ours}
     notes["header"] = metadata(file).get("_quantization_metadata", "{}").encode()
+    others = tuple(p for some in PREFIXES.values() for p in some if p not in PREFIXES[part])
     for name, text in notes.items():
         with suppress(ValueError, TypeError, LookupError, AttributeError):
             told = json.loads(text)
             layers = told.get("layers", {}) if name == "header" else {name: told}
-            other = tuple(p for some in PREFIXES.values() for p in some if p not in PREFIXES[part])
-            layers = [layer for of, layer in layers.items() if not of.startswith(other)]
+            layers = [layer for of, layer in layers.items() if not of.startswith(others)]
             if all(layer["format"] in PLAIN for layer in layers) and not any(
                 layer[key] and CHANGED.search(key) for layer in layers for key in layer
             ):

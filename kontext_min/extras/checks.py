@@ -353,8 +353,9 @@ def check_json(s: Any) -> None:
     old = s.json.exists()
     start = json.dumps({"json": str(json_file)})[:-1]
     last = next((line for line in reversed(_noted(s)) if line.startswith(start)), "")
-    ours = whose_scores(s), re.sub(r'"input": .*, (?="against")', "", whose_scores(s))  # older records lack it
-    of_another = old and s.json.stat().st_size and not (s.overwrite or last in ours)
+    ours = json.loads(whose_scores(s))
+    older = {name: value for name, value in ours.items() if name != "input"}  # as records had it before
+    of_another = old and s.json.stat().st_size and not (s.overwrite or last in map(json.dumps, (ours, older)))
     for holds, problem in (
         (not (s.degrade or s.reference), "scores need a clean picture; add --reference, or --degrade on a clean input"),
         (same(s.json, s.output) or beside, "is written by another flag; name another file"),

@@ -72,10 +72,8 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     _refuse_results(root.resolve(), pictures)
     found = list(walk(root))
     twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
-    files, left_out = (
-        dict(found),
-        [(name, "two files print alike, one name is not UTF-8; rename one") for name in twice],
-    )
+    files = dict(found)
+    left_out = [(name, "two files print alike, one name is not UTF-8; rename one") for name in twice]
     for name, path in files.items():
         ending = path.suffix.lower()
         if ending in UNREAD:

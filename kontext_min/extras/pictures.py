@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffTags
 
-from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, open_picture, scan, srgb_transform
+from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, as_text, open_picture, scan, srgb_transform
 from kontext_min.extras.inventory import (
     RECORD,
     ZEROS,
@@ -163,8 +163,7 @@ def find(
             raise ValueError(
                 f"--output {target}: unknown picture format; use .png, .jpg, .webp or .tif, or an existing folder."
             )
-        name = os.fsencode(source.name).decode("utf-8", "backslashreplace")  # as data.scan has it
-        jobs, rejected = [Job(source, name, target, open_picture(source).size)], []
+        jobs, rejected = [Job(source, as_text(source.name), target, open_picture(source).size)], []
         if source.with_suffix(".txt").is_file():
             print(f"note: {source.with_suffix('.txt')}: a caption for training, not read here", file=sys.stderr)
         if reason := _unwritable(jobs[0], across):
@@ -445,10 +444,10 @@ def read(path: Path) -> File:
             try:
                 turn, exif = _exif(image, rgb.size, lying)
                 others = _tags_dropped(image, exif)
+                broken = len(image.info.get("exif") or b"") > 32 and not Image.Image.getexif(image)
             except Exception:  # the picture itself may be fine
-                turn, exif, others = None if way else TURNS.get(_orientation(image)), None, []
-                notes.append("its EXIF can't be read: dropped")
-            if not exif and len(image.info.get("exif") or b"") > 32 and not Image.Image.getexif(image):
+                turn, exif, others, broken = None if way else TURNS.get(_orientation(image)), None, [], True
+            if broken:
                 notes.append("its EXIF can't be read: dropped")
             if exif:
                 keep["exif"] = exif
