@@ -304,7 +304,7 @@ def train(settings: Settings) -> int:
         if settings.overwrite:
             runs.delete_run(folder)
         written = runs.begun(folder, written)
-        runs.write_json(folder / "settings.json", written | {"defaults": defaults(typed, written)})
+        runs.write_json(folder / "settings.json", written | {"defaults": defaults(typed, to_json(settings))})
         runs.write_text(folder / "left-out.txt", "".join(f"{name}: {reason}\n" for name, reason in left_out))
         runs.rewind_metrics(folder, state["step"] if last else -1)
     board = runs.open_tensorboard(folder, state["step"]) if settings.tensorboard and me.first else None

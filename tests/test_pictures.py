@@ -747,6 +747,21 @@ def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):
         read(tmp_path / "in.png")
 
 
+@pytest.mark.parametrize(("ending", "options", "edit", "text"), [
+    ("tga", {"id_section": b"Bilbao, 1954"}, lambda file: file, "image ID"),
+    ("tga", {}, lambda file: file[:-26] + struct.pack("<II", len(file) - 26, 0) + file[-18:], "extension area"),
+    ("tga", {}, lambda file: file, None),
+    ("ppm", {}, lambda file: b"P6 # a wedding\n" + file[3:], "comment"),
+    ("ppm", {}, lambda file: b"P6\n40\n# a wedding\n30" + file[8:], "comment"),
+    ("ppm", {}, lambda file: file, None),
+])  # fmt: skip
+def test_texts_of_old_formats_are_named(tmp_path, ending, options, edit, text):
+    file = tmp_path / f"in.{ending}"
+    crop(40, 30).save(file, **options)
+    file.write_bytes(edit(file.read_bytes()))
+    assert read(file).notes == (f"its {text}: dropped, as only EXIF and XMP are kept",) * bool(text)
+
+
 def test_texts_outside_of_exif_are_named(tmp_path):
     crop(40, 30).save(tmp_path / "in.jpg", comment=b"a wedding")
     assert read(tmp_path / "in.jpg").notes == ("its comment: dropped, as only EXIF and XMP are kept",)

@@ -305,6 +305,7 @@ def test_a_run_that_continues_keeps_its_start_in_settings_json(run, tmp_path, ca
     assert run("--steps", 2, "--checkpoint-every", 1) == 0
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["init_lora"] == str(tmp_path / "first")
+    assert settings["defaults"]["init_lora"] is None  # so that the report's command has it
     shutil.copy(tmp_path / "run" / "lora.safetensors", tmp_path / "first")  # another LoRA of the same name
     assert run("--steps", 2) == 0
     assert run("--steps", 2, "--init-lora", tmp_path / "first") == 2

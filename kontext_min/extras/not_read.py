@@ -37,7 +37,11 @@ SEGMENTS += (b"Ducky", b"AROT", b"FPXR", b"urn:iso:std:iso:ts:21496")
 # Behind or beside a JPEG: MP4 and the like, WAV; what phones write of it into XMP or a trailer.
 MEDIA = rb"ftyp(mp4|isom|qt  |avc|3gp|MSNV)|RIFF.{4}WAVE|M(otionPhoto|icroVideo)(_Data|(=.|>)1)"
 # Texts; those of a PNG that tell of programs, or repeat what is kept, do not count.
-WORDS = {"comment", "Comment"}
+WORDS = {"comment": "comment", "Comment": "Comment", "id_section": "image ID"}  # of a TGA
+TEXTS = {  # that Pillow does not read
+    "PPM": (rb"^P\w\s(\d+\s+)*#", "comment"),
+    "TGA": (rb"(?!\x00{4}).{8}TRUEVISION-XFILE\.", "extension area"),
+}
 TECHNICAL = re.compile(r"XML:com\.adobe\.xmp|Raw profile type exif|Software|(date|png|icc|Thumb):.*")  # of PNG
 REPEATED = re.compile(r"(exif|tiff):.*")  # what ImageMagick writes besides EXIF, or instead of it
 
@@ -140,7 +144,9 @@ def is_deep(image: Image.Image, ends: bytes) -> bool:
 
 def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     """The entries that a restored picture does not have, from the loaded picture and both `ends` of its file."""
-    words = {*image.info} & WORDS
+    words = {WORDS[name] for name in image.info if name in WORDS}
+    pattern, text = TEXTS.get(image.format, (rb"(?!)", ""))
+    words |= {text} if re.search(pattern, ends, re.DOTALL) else set()
     texts = {name for name in getattr(image, "text", ()) if not TECHNICAL.fullmatch(name)}
     words |= {
         name for name in texts if not (REPEATED.fullmatch(name) and {"exif", "Raw profile type exif"} & {*image.info})
