@@ -33,7 +33,6 @@ from kontext_min.autoencoder import Autoencoder
 from kontext_min.checkpoints import load_autoencoder
 from kontext_min.extras import checks, held_out, inventory, parallel, plan, program, prompts, runs, validation
 from kontext_min.extras.base import Weights, load_base
-from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.flags import defaults, flag, given, parse_flags, to_json
 from kontext_min.extras.lora_files import init_lora, save_lora
 from kontext_min.extras.parallel import COMPUTE_DTYPES, compute_dtype
@@ -189,16 +188,16 @@ def find_pairs(
     return pairs, held, left_out
 
 
-def load_model(settings: Settings, me: parallel.Processes, path: Path, dtype: torch.dtype) -> tuple[Flux, Any]:
+def load_model(settings: Settings, me: parallel.Processes, weights: Weights, dtype: torch.dtype) -> tuple[Flux, Any]:
     """The frozen transformer with its LoRA, ready to train, and its stream if the weights are streamed."""
     with parallel.first_goes_ahead(me) if settings.stream else nullcontext():  # the first may write quantized blocks
-        flux, stream = load_base(settings, path, dtype, me.device, settings.cache_dir)
+        flux, stream = load_base(settings, weights.path("transformer"), dtype, me.device, settings.cache_dir)
     if settings.full:
         flux.requires_grad_(True)
     else:
         add_lora(flux, settings.rank, settings.alpha, settings.lora_targets, settings.seed)
         if settings.init_lora:
-            init_lora(flux, settings.init_lora, vars(settings), fingerprint(path, "transformer"))
+            init_lora(flux, settings.init_lora, vars(settings), prompts.fingerprints(weights))
 
     # Each of these wraps the one before: load a block's weights, recompute it in the backward pass.
     if stream:
@@ -260,7 +259,7 @@ def train(settings: Settings) -> int:
 
     # ---- the transformer and its LoRA, restored from the last checkpoint if there is one
     progress.phase("loading the transformer")
-    flux, stream = load_model(settings, me, weights.path("transformer"), dtype)
+    flux, stream = load_model(settings, me, weights, dtype)
     trained = {name: p for name, p in flux.named_parameters() if p.requires_grad}
     params = list(trained.values())
     ema = [p.detach().clone() for p in params] if settings.ema else []
@@ -455,7 +454,7 @@ def settled(settings: Settings, sizes: plan.Sizes) -> Settings:
     suited = checks.suited(settings.weights / "defaults.json", GUIDE)  # to this base; the official folder has none
     filled = {name: suited[name] for name in GUIDE if getattr(settings, name) is None}
     settings = replace(settings, **filled, degrade=tuple(map(str.strip, settings.degrade)) or ("guide",))
-    prompt = settings.prompt or tuple(degrade.PROMPTS.get(d, degrade.PROMPTS["guide"]) for d in settings.degrade)
+    prompt = checks.prompts_of(settings)
     checks.check_lengths(settings)
     alike = len({" ".join(text.split()) for text in prompt}) < len(prompt)
     checks.refuse((alike, "--degrade: two tasks have the same prompt, so nothing tells them apart; give each its own"))

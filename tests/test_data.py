@@ -195,6 +195,9 @@ def test_scan_survives_links_and_odd_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     smooth((40, 30)).save(os.fsencode(tmp_path) + b"/\xff.png")  # a name that is no UTF-8
     pictures, rejected = data.scan(tmp_path)
+    smooth((40, 30)).save(os.fsencode(tmp_path) + b"/x.j\xffg", "PNG")
+    (left_out,) = (reason for name, reason in inventory.unread(tmp_path, []) if name == "x.j\\xffg")
+    assert left_out == "a picture, but its ending is .j\\xffg; rename or convert it"  # can be written
     assert [p.name for p in pictures] == ["\\xff.png", "a.png", "sub/b.png"]
     assert dict(rejected) == {"gone.jpg": "No such file or directory", "pipe.png": "not a file"}
     print(inventory.describe(tmp_path, pictures, rejected, SMALL))  # can be printed
@@ -906,6 +909,9 @@ def test_a_picture_of_one_color_is_left_out(tmp_path, capsys):
             assert item["name"] not in [p.name for p in pictures[: k + 1]]
             assert "000.png: nearly one color; look at the file" in item["unreadable"]
     assert item["name"] == "000.png" and item["unreadable"] == [], "there is no other"
+    pictures[0].path.write_bytes(b"broken")
+    assert "000.png" in StandIns(pairs)[(0, 0)]["unreadable"][0]
+    Image.new("RGB", (64, 64), (255, 250, 240)).save(pictures[0].path)
     assert len(held_out.load(pairs, torch.device("cpu"))) == 3
     assert capsys.readouterr().out.count("nearly one color; look at the file") == 3
 

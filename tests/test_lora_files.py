@@ -1024,7 +1024,7 @@ def test_fp8_has_the_layout_of_comfyuis_scaled_files(base, tmp_path):
             assert ((x - exact[module]).abs() <= exact[module].abs() / 16 + 2**-10 * scale).all()
 
 
-@pytest.mark.parametrize("stored", ["fp8 scaled", "fp8 without scales", "float32"])
+@pytest.mark.parametrize("stored", ["fp8 scaled", "fp8 without scales", "float32", "float32 beside a T5 in fp8"])
 def test_any_base_is_rounded_once(base, tmp_path, stored):
     """To bfloat16, float32 or fp8 from the float32 sum; matrices without a LoRA keep their fp8 codes."""
     narrowed = tmp_path / "base.safetensors"
@@ -1034,6 +1034,10 @@ def test_any_base_is_rounded_once(base, tmp_path, stored):
         export.save_bfl(flux, narrowed)
     elif stored == "float32":
         export.save_bfl(load_flux(base / "base.safetensors", dtype=torch.float32), narrowed)
+    elif stored.startswith("float32"):
+        tensors = load_flux(base / "base.safetensors", dtype=torch.float32).state_dict()
+        tensors = {f"model.diffusion_model.{name}": x for name, x in tensors.items()}
+        save_file(tensors | {"text_encoders.t5xxl.transformer.shared.weight": torch.zeros(8, 8).to(FP8)}, narrowed)
     else:
         tensors = load_file(base / "base.safetensors")
         save_file({k: v.to(FP8) if v.ndim == 2 else v for k, v in tensors.items()}, narrowed)
@@ -1042,7 +1046,7 @@ def test_any_base_is_rounded_once(base, tmp_path, stored):
     exact = load_flux(narrowed, dtype=torch.float32)
     load_lora(exact, tmp_path / "a.safetensors")
     merge(exact)
-    by_default = torch.float32 if stored == "float32" else torch.bfloat16
+    by_default = torch.float32 if stored.startswith("float32") else torch.bfloat16
     for flag, dtype in ((None, by_default), ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         flags = ("--dtype", flag) if flag else ()
         merged = load_flux(merge_to(tmp_path / str(flag), tmp_path, *flags)).state_dict()

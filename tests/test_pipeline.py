@@ -108,11 +108,27 @@ def test_a_file_of_another_prompt_is_not_used_even_once(tmp_path):
     weights = base.Weights(TINY)
     files = prompts.encode([PROMPT, "b"], weights, tmp_path, torch.float32, "cpu")
     right = states(files, PROMPT)[0].clone()
-    for content in (files["b"].read_bytes(), save({"control": torch.ones(1)}, {"key": files[PROMPT].stem})):
+    for content in (
+        files["b"].read_bytes(),
+        save({"control": torch.ones(1)}, {"key": files[PROMPT].stem + prompts.CODE}),
+    ):
         files[PROMPT].write_bytes(content)
         prompts._read.cache_clear()  # as in a new process
         again = prompts.encode([PROMPT], weights, tmp_path, torch.float32, "cpu")
         assert torch.equal(states(again, PROMPT)[0], right)
+
+
+def test_what_other_code_has_encoded_is_encoded_again(tmp_path, monkeypatch):
+    def encode():
+        encoded = prompts.encode([PROMPT], base.Weights(TINY), tmp_path, torch.float32, "cpu")
+        return states(encoded, PROMPT)[0].clone()
+
+    right = encode()
+    monkeypatch.setattr(prompts, "CODE", "an edit")
+    monkeypatch.setattr(prompts, "load_t5", lambda *a, **k: lambda ids: torch.zeros(1, 512, 8))  # its result
+    assert encode().shape == (512, 8)
+    monkeypatch.undo()
+    assert torch.equal(encode(), right)
 
 
 def test_the_cache_knows_its_weights_and_its_dtype(tmp_path):

@@ -275,6 +275,27 @@ def test_what_a_file_without_its_config_does_not_tell_is_said(tmp_path, capsys):
         assert (assumed.autoencoder == sizes.autoencoder) == (part != "vae")
 
 
+def test_the_config_of_another_autoencoder_is_said(monkeypatch, capsys):
+    """That of SD3 names the sizes of FLUX's; it may lie beside ae.safetensors in a folder of several."""
+    tiny = Sizes.of(Weights(TINY)).autoencoder
+    flux_s = dataclasses.replace(tiny, scale_factor=0.3611, shift_factor=0.1159)
+    for sizes, said in ((tiny, 0), (dataclasses.replace(flux_s, ch=64), 0), (flux_s, 1)):  # taken for FLUX's
+        monkeypatch.setattr(plan, "AutoencoderParams", lambda sizes=sizes: sizes)
+        Sizes.of(Weights(TINY))
+        line = (
+            f"note: {TINY}: scaling_factor and shift_factor are 1.0264 and 0.0024 as its config.json says; FLUX's are"
+        )
+        assert capsys.readouterr().err.count(f"{line} 0.3611 and 0.1159; is it the config.json of another") == said
+
+
+def test_a_plan_for_streamed_weights_needs_no_sysconf(monkeypatch):
+    """Windows has none."""
+    setting = Setting(train=False, stream=True, cuda=True, size=(64, 64))
+    before = plan.network(setting, sizes := Sizes.of(Weights(TINY)))[0]["host"]
+    monkeypatch.delattr("os.sysconf")
+    assert 0 < plan.network(setting, sizes)[0]["host"] < before
+
+
 @pytest.mark.parametrize(
     ("part", "key"), [("vae", "norm_num_groups"), ("clip", "hidden_act"), ("t5", "feed_forward_proj")]
 )

@@ -6,7 +6,7 @@ import pytest
 
 import train
 from kontext_min.extras import plan, progress
-from kontext_min.extras.progress import Progress, Ticker, clock
+from kontext_min.extras.progress import Progress, Ticker, clock, shorter
 from train import Settings
 
 
@@ -94,7 +94,8 @@ def test_the_time_left_leaves_out_the_first_step_and_counts_validations(capsys):
 
 
 def test_a_run_of_days_says_what_would_make_it_shorter(capsys):
-    s = train.settled(Settings(hr_root=Path(), cache_latents=4, steps=3000, resolution=1024), plan.Sizes())
+    sizes = plan.Sizes()
+    s = train.settled(Settings(hr_root=Path(), cache_latents=4, steps=3000, resolution=1024), sizes)
     for seconds, said in ((20.0, 0), (40.0, 1)):  # of 3000 steps
         progress = Progress(every=0)
         for step in range(1, 6):
@@ -102,3 +103,7 @@ def test_a_run_of_days_says_what_would_make_it_shorter(capsys):
         out = capsys.readouterr().out
         assert out.count("Shorter: --resolution 512") == said and "--cache-latents" not in out
     assert "about 1d09h18m left" in out and "a GPU" in out
+    s = train.settled(
+        Settings(hr_root=Path(), degrade=("blur=1", "noise=0.1"), prompt=("a", "b"), resolution=32), sizes
+    )
+    assert "Shorter: fewer --steps," in (line := shorter(s, 1e5, "cpu")) and "--cache-latents" not in line

@@ -28,7 +28,7 @@ import processes
 import sample
 import train
 from kontext_min import data, degrade
-from kontext_min.checkpoints import find, load_flux
+from kontext_min.checkpoints import Stored, find, load_flux
 from kontext_min.extras import base, checks, fidelity, folders, metrics, pictures
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.lora_files import lora_bytes, save_lora
@@ -673,6 +673,19 @@ def test_two_names_that_print_alike_are_named(identity, small_bundle, tmp_path, 
         crop(32, 32).save(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name), "PNG")
     assert run("--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle) == 1
     assert "two files print alike, one name is not UTF-8; rename one" in capsys.readouterr().err
+
+
+def test_a_disk_that_ignores_case_is_asked_before_the_work(identity, small_bundle, tmp_path, capsys):
+    for name in ("in/IMG.png", "in/img.png"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        crop(32, 32).save(tmp_path / name)
+    flags = ["--input", tmp_path / "in", "--weights", small_bundle, "--overwrite", "--output"]
+    assert run(*flags, tmp_path / "out") == 0
+    (tmp_path / "usb").mkdir()
+    (tmp_path / "USB").symlink_to("usb")  # as such a disk shows it
+    assert run(*flags, tmp_path / "usb" / "new") == 2
+    assert "img.png: would replace the output of " in capsys.readouterr().err
+    assert not (tmp_path / "usb" / "new").exists()
 
 
 def test_a_folder_of_another_version_says_so(scored, tmp_path, capsys, monkeypatch):
@@ -1499,7 +1512,7 @@ def test_a_base_of_8_bits_is_not_quantized_again(monkeypatch, capsys):
     monkeypatch.setattr(base, "skip_unread", lambda flux: None)
     monkeypatch.setattr(base, "find", lambda path, part: path)
     for stored, said in (("F8_E4M3", 1), ("BF16", 0)):
-        monkeypatch.setattr(base, "read_headers", lambda path, stored=stored: {"w": SimpleNamespace(dtype=stored)})
+        monkeypatch.setattr(base, "read_headers", lambda path, stored=stored: {"w": Stored((4, 4), stored)})
         settings = sample.Settings(input=Path("a"), output=Path("b"), quantize="int8")
         base.load_base(settings, Path("base"), torch.float32, torch.device("cpu"), Path("cache"))
         assert capsys.readouterr().err.count("--quantize int8: base has 8 bits already and is used as it is") == said

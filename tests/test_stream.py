@@ -206,7 +206,7 @@ def test_nothing_runs_without_its_weights(tmp_path):
     assert all(m.codes is None for m in narrow)
 
 
-def test_cache_of_quantized_blocks(tmp_path):
+def test_cache_of_quantized_blocks(tmp_path, monkeypatch):
     """One file a block; what is missing is made, what is there is left, other weights get a folder of their own."""
     file, cache = write(tmp_path, "bfl"), tmp_path / "cache"
     load = lambda: load_streamed("transformer", file, torch.float32, kind="int8", cache=cache)  # noqa: E731
@@ -219,6 +219,13 @@ def test_cache_of_quantized_blocks(tmp_path):
     load()
     changed = {f.name for f in folder.iterdir() if f.stat().st_mtime_ns != times[f]}
     assert changed == {"single_blocks.0.safetensors"}
+    whole, block = next(iter(times)).read_bytes(), next(iter(times))
+    monkeypatch.setattr(stream, "CODE", "edited")
+    load()
+    assert block.read_bytes() != whole
+    monkeypatch.undo()
+    load()
+    assert block.read_bytes() == whole
     save_file({n: t.bfloat16() for n, t in random_flux(seed=1).state_dict().items()}, file)
     load()
     assert len(list(cache.iterdir())) == 2

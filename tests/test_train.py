@@ -322,8 +322,11 @@ def test_a_base_that_was_trained_for_another_objective_is_said(pictures, capsys)
     for objective in ("bridge", "kontext"):
         checks.check_training(parse_flags(Settings, [*argv, "--objective", objective], ""))
         assert (line in capsys.readouterr().err) == (objective == "kontext")
-    checks.check_training(parse_flags(Settings, [*argv, "--context"], ""))
-    assert "was trained for context False, not for True" in capsys.readouterr().err
+    checks.check_training(parse_flags(Settings, [*argv, "--context", "--guidance", "4"], ""))
+    said = capsys.readouterr().err
+    assert "was trained for context False, not for True" in said and "with --guidance 1.5, not with 4" in said
+    checks.check_training(parse_flags(Settings, [*argv, "--degrade", "low-light"], ""))
+    assert f"not with {degrade.PROMPTS['low-light']!r}" in capsys.readouterr().err
 
 
 def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tmp_path, capsys):
@@ -346,6 +349,14 @@ def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tm
     said = capsys.readouterr().err
     for what in ("context False, not for True", "source noise 0.5, not for 0.0", "start time 0.001, not for 1"):
         assert f"was trained for {what}\n" in said
+    assert "--prompt" not in said and "--guidance" not in said and "on another autoencoder" in said
+    assert run("--steps", 1, "--guidance", 4, "--prompt", "Brighten it.", "--init-lora", file, "--overwrite") == 0
+    said = capsys.readouterr().err
+    assert (
+        f"note: --init-lora {file}: was trained with --prompt {degrade.PROMPTS['guide']!r}, not with 'Brighten it.'\n"
+        in said
+    )
+    assert f"note: --init-lora {file}: was trained with --guidance 1.5, not with 4\n" in said
 
 
 def test_several_tasks_take_turns_and_each_has_its_prompt(run, small_bundle, pictures, tmp_path, capsys):

@@ -8,6 +8,7 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kontext_min.checkpoints import (
     NOUNS,
     PREFIXES,
     WIDENED,
+    by_our_names,
     find,
     load_flux,
     mapped,
@@ -103,13 +105,18 @@ def _packed(file: Path, part: str) -> str:
     return ""
 
 
+def dtypes(path: Path) -> set[str]:
+    """Of the matrices of a transformer as stored; the other networks of an all-in-one file do not count."""
+    sources = by_our_names(read_headers(find(path, "transformer")), "transformer").values()
+    return {s.dtype for s in chain.from_iterable(sources) if len(s.shape) == 2}
+
+
 def load_base(settings: Any, path: Path, dtype: torch.dtype, device: torch.device, cache_dir: Path) -> tuple[Flux, Any]:
     """The transformer, and its stream if the weights are streamed (call `wrap` of it before it runs)."""
     flux, stream = _load(settings, path, dtype, device, cache_dir)
     if not flux.params.guidance_embed and settings.guidance != type(settings).guidance:
         print(f"note: --guidance has no effect: {path} has no guidance embedding", file=sys.stderr)
-    stored = {s.dtype for s in read_headers(find(path, "transformer")).values()} if settings.quantize else set()
-    if settings.quantize in ("int8", "fp8") and not stored.isdisjoint(WIDENED):
+    if settings.quantize in ("int8", "fp8") and not dtypes(path).isdisjoint(WIDENED):
         print(f"note: --quantize {settings.quantize}: {path} has 8 bits already and is used as it is", file=sys.stderr)
     if settings.compile:  # one graph per kind of block, for any number of tokens
         from kontext_min.extras.compiling import compile_blocks

@@ -190,7 +190,12 @@ def check_training(s: Any) -> None:
         if (learned := about.get("objective", s.objective)) != s.objective:
             print(f"note: {base} was trained for {learned}, so {s.objective} starts from far away", file=sys.stderr)
         else:
-            note_other_path(str(base), about, vars(s))
+            note_other_path(str(base), about, vars(s) | {"prompt": prompts_of(s)})
+
+
+def prompts_of(s: Any) -> tuple[str, ...]:
+    """The prompt of each --degrade of train.py, for pictures without a caption; by default the preset's."""
+    return s.prompt or tuple(degrade.PROMPTS.get(d.strip(), degrade.PROMPTS["guide"]) for d in s.degrade or ("guide",))
 
 
 def check_folders(s: Any) -> None:

@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kontext_min.checkpoints import find, flux_modules, load_flux, metadata, read_headers
+from kontext_min.checkpoints import find, flux_modules, load_flux, metadata
 from kontext_min.extras import program
-from kontext_min.extras.base import check_files
+from kontext_min.extras.base import check_files, dtypes
 from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.lora_files import (
     BRIDGE,
@@ -201,8 +201,7 @@ def merge_files(
     check_files(base, "transformer")
     note_other_base(" + ".join(loras), about, {"base": fingerprint(base, "transformer")})
     about = trained_with(metadata(file), file) | about  # as sample.py takes them
-    matrices = [s.dtype for s in read_headers(find(base, "transformer")).values() if len(s.shape) == 2]
-    is_narrow = any(stored.endswith("8") or stored.startswith("F8") for stored in matrices)
+    is_narrow = any(stored.endswith("8") or stored.startswith("F8") for stored in dtypes(base))
     flux = load_flux(base, dtype=torch.float32 if is_narrow else None)
     for lora in loras:
         load_lora(flux, *strength_of(lora))

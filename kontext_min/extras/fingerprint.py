@@ -1,4 +1,4 @@
-"""A hash of a network's weights: it identifies the base of a LoRA, and is part of the cache keys."""
+"""A hash of a network's weights identifies the base of a LoRA. That and a hash of the code are in the cache keys."""
 
 import hashlib
 import json
@@ -41,6 +41,12 @@ def _samples(file: BinaryIO, stored: Stored) -> Iterator[bytes]:
     for place in sorted({last * k // parts for k in range(parts + 1)}):
         file.seek(stored.offset + place)
         yield file.read(min(PAGE, stored.nbytes))
+
+
+def hash_of_code(*names: str) -> str:
+    """16 hex digits of some files of this package, such as "t5.py": what they made is stale once you edit one."""
+    folder = Path(__file__).parents[1]
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:16]
 
 
 def note_zeros(path: str | Path, part: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import ExifTags, Image
 
-from kontext_min.data import ENDINGS, FORMATS, THREADS, Picture, Size, nearest_bucket, scan, walk
+from kontext_min.data import ENDINGS, FORMATS, THREADS, Picture, Size, as_text, nearest_bucket, scan, walk
 from kontext_min.extras.not_read import ends, not_read
 
 RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
@@ -75,7 +75,7 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     files = dict(found)
     left_out = [(name, "two files print alike, one name is not UTF-8; rename one") for name in twice]
     for name, path in files.items():
-        ending = path.suffix.lower()
+        ending = as_text(path.suffix.lower())
         if ending in UNREAD:
             left_out.append((name, f"{ending} files are not read; convert it to PNG or JPEG"))
         elif ending in ENDINGS:

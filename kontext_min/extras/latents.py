@@ -23,15 +23,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kontext_min import data, degrade
 from kontext_min.data import THREADS, Pairs, Size, UnreadableError, load
 from kontext_min.extras import parallel
+from kontext_min.extras.fingerprint import hash_of_code
 from kontext_min.extras.paired import PairedFolders
 from kontext_min.extras.saving import checksum, save_file
 from kontext_min.extras.stand_ins import StandIns
 
-# The code of crops and degradations: latents of another are made again.
-CODE = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (data, degrade))).hexdigest()[:16]
+CODE = hash_of_code("data.py", "degrade.py", "autoencoder.py", "extras/paired.py")  # latents of another are made again
 PIECE, PIECES = 4096, 16  # bytes
 
 

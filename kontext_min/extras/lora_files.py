@@ -556,7 +556,7 @@ def note_other_base(whose: str, about: Mapping[str, Any], here: Mapping[str, Any
 
 
 def note_other_path(whose: str, about: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """A line if a header says that something was trained on another path than that of `settings`."""
+    """A line if a header says that something was trained on another path, or otherwise asked, than `settings` say."""
     for key in ("objective", "context", "source_noise", "start_time"):
         then, now = about.get(key), settings.get(key)
         if None not in (then, now) and now != "auto" and then != (float(now) if key == "start_time" else now):
@@ -564,6 +564,12 @@ def note_other_path(whose: str, about: Mapping[str, Any], settings: Mapping[str,
             print(f"note: {whose}: was trained for {what}, not for {now}", file=sys.stderr)
             if key == "objective":  # the others are parts of a bridge
                 break
+    learned, asked = {about.get("prompt"), *about.get("prompts", ())} - {None}, settings.get("prompt")
+    if learned and asked and learned.isdisjoint(asked):
+        print(f"note: {whose}: was trained with --prompt {min(learned)!r}, not with {asked[0]!r}", file=sys.stderr)
+    then, now = about.get("guidance"), settings.get("guidance")
+    if None not in (then, now) and then != now:
+        print(f"note: {whose}: was trained with --guidance {then:g}, not with {now:g}", file=sys.stderr)
 
 
 def purpose(loras: Sequence[str]) -> dict[str, Any]:
@@ -755,12 +761,12 @@ def _note_if_idle(path: str | Path, lora: Mapping[str, Factors], strength: float
 
 @torch.no_grad()
 def init_lora(
-    model: Flux, path: str | Path, settings: Mapping[str, Any] | None = None, base: str | None = None
+    model: Flux, path: str | Path, settings: Mapping[str, Any] | None = None, base: Mapping[str, str] | None = None
 ) -> None:
     """Start the LoRA that add_lora put on a model from that of a file.
 
     A note says so if the file was trained on another path than that of these `settings`, such as {"objective":
-    "bridge"}, or on another `base` (a fingerprint): it then starts from far away.
+    "bridge"}, with another prompt or guidance, or on another `base` (prompts.fingerprints): it starts from far away.
 
     Where the model's rank is higher, the rows of A that the file lacks keep their random start and their columns of B
     are zero, as at any start; modules that the file lacks start at zero. So the first step runs what the file holds.
@@ -772,7 +778,8 @@ def init_lora(
     _note_if_idle(path, lora, 1)
     about = trained_with(metadata, path)
     note_other_path(f"--init-lora {path}", about, settings or {})
-    note_other_base(f"--init-lora {path}", about, {"base": base})
+    base = base or {}
+    note_other_base(f"--init-lora {path}", about, {**base, "base": base.get("transformer")})
     apart = [name for name in lora if name not in layers]
     if apart:
         raise ValueError(f"{path}: has {', '.join(apart[:3])}, which do not train here; choose other --lora-targets.")

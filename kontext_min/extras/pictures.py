@@ -279,12 +279,14 @@ def _unwritable(job: Job, across: int = 1) -> str | None:
 
 
 def _identity(path: Path) -> object:
-    """What two paths to one file share: links and the case of letters do not matter."""
+    """What two paths to one file share: links do not matter, nor the case of letters on a disk that ignores it."""
     try:
         inode = path.stat()
         return inode.st_dev, inode.st_ino
     except OSError:
-        return path.resolve()
+        folder = existing(path.parent).resolve()
+        ignores_case = folder.with_name(folder.name.swapcase()).exists() if folder.name.swapcase() != folder.name else 0
+        return str(path.resolve()).casefold() if ignores_case else path.resolve()
 
 
 def existing(path: Path) -> Path:

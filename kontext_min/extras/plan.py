@@ -21,7 +21,6 @@ Sources: torch._subclasses.FakeTensorMode, torch.utils._python_dispatch.TorchDis
 """
 
 import math
-import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -114,6 +113,13 @@ class Sizes:
             if assumed := [key for key, ours in NOT_IN_SHAPES[part].items() if ours not in known]:
                 what = f"not of FLUX's size, and no config.json beside it gives its {' and '.join(assumed)}"
                 print(f"note: {file}: {what}; as in FLUX is assumed", file=sys.stderr)
+        ours, flux_s = autoencoder.params, AutoencoderParams()
+        if ours != flux_s == replace(ours, scale_factor=flux_s.scale_factor, shift_factor=flux_s.shift_factor):
+            said, expected = (f"{p.scale_factor} and {p.shift_factor}" for p in (ours, flux_s))
+            what = f"scaling_factor and shift_factor are {said} as its config.json says; FLUX's are {expected}"
+            print(
+                f"note: {weights.path('vae')}: {what}; is it the config.json of another autoencoder?", file=sys.stderr
+            )
         for part in ("transformer", "vae", "clip", "t5"):
             check_files(weights.path(part), part)
         length, config = prompts.max_length(weights), weights.root / "tokenizer_2" / "tokenizer_config.json"
@@ -282,10 +288,11 @@ def network(setting: Setting, sizes: Sizes) -> tuple[dict[str, float], float, fl
         trained = whole(lambda m: size_of(m, lambda x: x.requires_grad))
         parts = {"weights": whole(size_of) - (0 if setting.full else trained)}
         if setting.stream:  # two slots; page-locked memory holds all, if it is at most half of the machine's
+            from kontext_min.extras.stream import most_page_locked
+
             codes, slot = whole(streamed), max(map(streamed, blocks))
             parts["weights"] += 2 * slot - codes
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            parts["host"] = (codes if codes <= memory / 2 else slot) if setting.cuda else 0.0
+            parts["host"] = (codes if codes <= most_page_locked() else slot) if setting.cuda else 0.0
         copies = 1 + 2 * setting.train + setting.averages - setting.full  # themselves, AdamW's two moments
         parts["optimizer" if setting.full else "LoRA, optimizer"] = copies * trained
 

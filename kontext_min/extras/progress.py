@@ -80,12 +80,12 @@ def clock(seconds: float) -> str:
 
 def shorter(settings: Any, left: float, device: str) -> str:
     """What would make a long training run shorter, of what its settings do not have already."""
-    half = max(settings.resolution // 2, 16)
-    advice = [f"--resolution {half} (a quarter of the pixels)", "fewer --steps"]
+    half = settings.resolution // 2
+    advice = [f"--resolution {half} (a quarter of the pixels)"] * (half >= 24) + ["fewer --steps"]
     pictures = settings.batch_size * settings.accumulate
     advice += [f"fewer than {pictures} pictures a step (--accumulate)"] * (settings.accumulate > 1)
     advice += ["--quantize instead of --stream"] * settings.stream
-    advice += ["--cache-latents 4"] * (not settings.cache_latents)
+    advice += ["--cache-latents 4"] * (not settings.cache_latents and len(settings.degrade) == 1)
     advice += ["a GPU"] * (device == "cpu")
     return f"note: about {clock(left)} left. Shorter: {', '.join(advice)}."
 

@@ -23,13 +23,14 @@ from torch import Tensor
 from kontext_min.checkpoints import NOUNS, Device, load_clip, load_t5, metadata, outline, read_headers, read_json
 from kontext_min.clip import LENGTH, ClipTokenizer
 from kontext_min.extras.base import Weights
-from kontext_min.extras.fingerprint import fingerprint
+from kontext_min.extras.fingerprint import fingerprint, hash_of_code
 from kontext_min.extras.saving import checksum, save_file
 from kontext_min.flow import Prompt
 from kontext_min.t5 import SENTINELS, T5Tokenizer
 
 Encoded = dict[str, tuple[Tensor, Tensor] | Path]  # text -> ((L_txt, context_in_dim), (vec_in_dim,)) or their file
 MANY = 100  # prompts that are read at the start
+CODE = hash_of_code("clip.py", "t5.py")  # what another has encoded is encoded again
 VOCABULARIES = (("tokenizer", ("vocab.json", "merges.txt")), ("tokenizer_2", ("spiece.model",)))
 
 
@@ -130,7 +131,7 @@ def encode(
             cache.mkdir(parents=True, exist_ok=True)
             done[text] = files[text]
             tensors = {"txt": txt, "y": pooled}
-            save_file(tensors, files[text], {"key": names[text], "checksum": checksum(tensors)})
+            save_file(tensors, files[text], {"key": names[text] + CODE, "checksum": checksum(tensors)})
             _read.cache_clear()  # another file may have been there
     if blocks:
         print(f"T5 {blocks.report()}")
@@ -162,7 +163,7 @@ def _is_of(file: Path, read: bool) -> bool:
     Not all of ten thousand captions are read at the start.
     """
     try:
-        whole = read_headers([file]).keys() == {"txt", "y"} and metadata(file).get("key") == file.stem
+        whole = read_headers([file]).keys() == {"txt", "y"} and metadata(file).get("key") == file.stem + CODE
         if whole and read:
             _read(file)
         return whole

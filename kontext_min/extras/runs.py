@@ -697,22 +697,24 @@ class _Output:
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
 
     def isatty(self) -> bool:
         return self.stream.isatty()
 
-    def _give_up(self) -> None:
+    def _give_up(self, error: OSError) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes there
         self.stop.received = True
+        with suppress(OSError):  # of a terminal that is gone
+            print(f"stopping after this step, as its output can't be printed: {error.strerror}", file=sys.stderr)
 
 
 def outlive_signals(worker: int) -> None:

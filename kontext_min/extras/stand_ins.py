@@ -34,10 +34,12 @@ class StandIns(torch.utils.data.Dataset):
         """
         epoch, index = place
         bucket, lines, plain = self.pairs.buckets[self.pairs.bucket_of[index]], [], None
+        broken: list[str] = []
         for i in self._candidates(epoch, index):
             try:
                 item = self.pairs.item(epoch, i, bucket)
             except UnreadableError as error:
+                broken.append(str(error))
                 lines.append(str(error))
                 continue
             if not (line := shows_nothing(self.pairs, i, item["control"], item["target"])):
@@ -45,7 +47,7 @@ class StandIns(torch.utils.data.Dataset):
             lines.append(line)
             plain = plain or item
         if plain:  # as all of the others are
-            return plain | {"unreadable": []}
+            return plain | {"unreadable": broken}
         raise OSError(f"{len(lines)} pictures in a row cannot be read; is the disk there? {lines[-1]}")
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:

@@ -47,10 +47,11 @@ from kontext_min.checkpoints import (
     outline,
     read_headers,
 )  # fmt: skip
-from kontext_min.extras.fingerprint import fingerprint
+from kontext_min.extras.fingerprint import fingerprint, hash_of_code
 from kontext_min.extras.quantize import QUANTIZED, QuantizedLinear, narrow, scales_of, storage
 from kontext_min.extras.saving import checksum, save_file
 
+CODE = hash_of_code("extras/quantize.py")  # blocks of another are made again
 ALIGN = 64  # codes start at multiples of so many bytes in a slot
 
 
@@ -82,9 +83,7 @@ class Stream:
         self.seconds_waited, self.began = 0.0, 0.0
         if device.type == "cuda":
             self.side = torch.cuda.Stream(device)
-            known = hasattr(os, "sysconf")  # not on Windows: there blocks come from the file at every pass
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
-            self.kept = [None] * len(blocks) if sum(self.sizes) <= memory // 2 else None  # in page-locked memory
+            self.kept = [None] * len(blocks) if sum(self.sizes) <= most_page_locked() else None
             self.staging = _page_locked(max(self.sizes)) if self.kept is None else None
             self.copied: torch.cuda.Event | None = None
         else:
@@ -196,6 +195,12 @@ def _read_at(file: BinaryIO, offset: int, data: Tensor) -> None:
         view = view[got:]
 
 
+def most_page_locked() -> int:
+    """Bytes of page-locked memory that blocks may take: half of the machine's; 0 on Windows, which has no sysconf."""
+    known = hasattr(os, "sysconf")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else 0
+
+
 def _page_locked(nbytes: int) -> Tensor:
     """Host memory of this size that a GPU reads by itself: pin_memory=True would round it up to a power of two.
 
@@ -287,7 +292,7 @@ def load_streamed(
 
 def _quantized(file: Path, linears: dict[str, list[Stored]], kind: str, device: torch.device) -> Headers:
     """Codes and scales of a block's Linears, from the cache, or made on the device if the file there is not whole."""
-    key = f"{file.parent.name}/{file.stem}"
+    key = f"{file.parent.name}/{file.stem}/{CODE}"
     try:
         about = metadata(file)
         if about.get("key") == key and about.get("checksum") == checksum(load_file(file)):
