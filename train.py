@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from kontext_min import __version__, data, degrade, flow
+from kontext_min import data, degrade, flow
 from kontext_min.autoencoder import Autoencoder
 from kontext_min.checkpoints import load_autoencoder
 from kontext_min.extras import checks, held_out, inventory, parallel, plan, program, prompts, runs, validation
@@ -240,7 +240,7 @@ def train(settings: Settings) -> int:
     pairs, held, left_out = find_pairs(settings, me, buckets)
     folder = settings.output_dir or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     written = to_json(settings) | {
-        "versions": {"kontext_min": __version__, "torch": torch.__version__, "device": f"{me.device} {dtype}"},
+        "versions": runs.versions(f"{me.device} {dtype}", __file__),
         "fingerprint": prompts.fingerprints(weights),
         "pictures": runs.hash_of_pictures(pairs),
         "files": runs.hash_of_files(pairs, held),
@@ -278,7 +278,8 @@ def train(settings: Settings) -> int:
             runs.keep_best(folder, state["best_step"] if me.first else None)
             state |= {"best_psnr": None, "best_step": None}
     alike = {"pictures": [written["pictures"], written["files"]], "weights": written["fingerprint"]}
-    parallel.refuse_different(folder, alike | {"checkpoint": state["step"]})
+    alike |= {"checkpoint": state["step"], "flags": runs.flags_of_all(written)}
+    parallel.refuse_different(folder, alike)
 
     # ---- endless batches; a resumed run continues with the batch after the last one
     sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed, me.rank, me.world)

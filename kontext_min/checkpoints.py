@@ -62,7 +62,7 @@ def find(path: str | Path, part: str) -> list[Path]:
         return [path]
     if (path / FOLDERS[part]).is_dir():
         return find(path / FOLDERS[part], part)
-    for index in sorted(path.glob("*.safetensors.index.json")):
+    for index in sorted(path.glob("[!.]*.safetensors.index.json")):
         names = read_json(index).get("weight_map")
         if not names or not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"{index}: expected a weight_map from tensor names to files.")

@@ -225,11 +225,11 @@ def open_picture(path: Path, minimum: Size | None = None, to_srgb: bool = False)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; it is 1 for a TIFF, which Pillow turns by itself, and where the EXIF is broken."""
+    """EXIF orientation, 1 to 8; it is 1 for a TIFF with a tag, which Pillow turns itself, and where EXIF is broken."""
     try:
         # Not image.getexif(): for a PNG it decodes the whole picture to look for EXIF after the pixels.
         found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-        return found if found in TURNS and image.format != "TIFF" else 1
+        return found if found in TURNS and ExifTags.Base.Orientation not in getattr(image, "tag_v2", ()) else 1
     except Exception:
         return 1
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageFilter
+from PIL import ExifTags, Image, ImageCms, ImageFilter
 from safetensors.torch import load_file, save_file
 
 from kontext_min import data, degrade
@@ -895,6 +895,32 @@ def test_a_link_to_a_folder_beside_it_gives_no_names(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "b")
     smooth((40, 30)).save(tmp_path / "b" / "x.png")
     assert [p.name for p in data.scan(tmp_path)[0]] == ["b/x.png"]
+
+
+def test_pairs_that_lost_their_exif_or_profile_are_named(tmp_path):
+    """As a script of three lines writes the degraded ones: open, filter, save."""
+    photos = sorted(PHOTOS.glob("*.jpg"))
+    for name in ("hr", "lr"):
+        (tmp_path / name).mkdir()
+    exif = Image.Exif()
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for k, content in enumerate((profile("p3"), srgb, b"")):
+        picture = Image.open(photos[k]).convert("RGB").resize((96, 64))
+        picture.save(tmp_path / "hr" / f"{k}.png", icc_profile=content)
+        picture.filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "lr" / f"{k}.png")
+
+    def lines():
+        pairs = Pairs(data.scan(tmp_path / "hr")[0], SMALL, noisy, 1, "restore")
+        return [line for line in pair_up(pairs, None, tmp_path / "lr")[2] if "color profile" in line]
+
+    (line,) = lines()
+    assert line.startswith(f"note: {tmp_path / 'lr'}: 1 of 3 lack the color profile of their clean pictures")
+    exif[ExifTags.Base.Orientation] = 3
+    picture.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "hr" / "2.png", exif=exif)  # as seen it is the same
+    assert lines() == [line]
+    picture.save(tmp_path / "hr" / "2.png", exif=exif)  # its partner was read without EXIF
+    with pytest.raises(ValueError, match=r"1 of 3 are turned against their clean pictures, such as 2\.png: their EXIF"):
+        lines()
 
 
 def test_a_picture_of_one_color_is_left_out(tmp_path, capsys):

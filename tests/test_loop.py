@@ -729,6 +729,8 @@ def test_pictures_held_out_are_never_trained_on_and_stay_the_same(tmp_path):
     assert held_out.split(settings, told, [(64, 64)])[2] == [
         "note: every picture to train on has a caption; none trains with --prompt, sample.py's default"
     ]
+    none = dataclasses.replace(settings, validate_every_epochs=0)
+    assert "every picture to train on has a caption" in held_out.split(none, told, [(64, 64)])[2][0]
     two = dataclasses.replace(settings, degrade=("denoise", "deblur"))
     assert held_out.split(two, many, [(64, 64)])[2] == ["note: only the first --degrade is validated, denoise"]
 

@@ -107,6 +107,31 @@ def sees_other_pictures():
         runs.hash_of_pictures = lambda pairs: "others"
 
 
+def is_given_other_flags():
+    """torchrun is typed once on each machine."""
+    if os.environ["RANK"] == "1":
+        real = runs.flags_of_all
+        runs.flags_of_all = lambda settings: real(settings | {"lr": 0.5})
+
+
+def test_processes_with_other_flags_are_refused(launch, tmp_path):
+    launch(2, folder=tmp_path / "run", setup=is_given_other_flags, silent=False, code=2)
+    assert "run: not all processes see the same flags; " in (tmp_path / "run.log.0").read_text()
+
+
+def test_what_all_processes_are_given_knows_the_lora_to_start_from(tmp_path):
+    lora, settings = tmp_path / "a.safetensors", {"lr": 1e-3, "batch_size": 2, "output_dir": "a", "lr_root": "b"}
+    lora.write_bytes(bytes(20_000))
+    settings["init_lora"] = str(lora)
+    before = runs.flags_of_all(settings)
+    assert before == runs.flags_of_all(settings | {"output_dir": "c", "lr_root": "d"})
+    assert before != runs.flags_of_all(settings | {"batch_size": 1}) and before != runs.flags_of_all(
+        settings | {"lr": 1}
+    )
+    lora.write_bytes(bytes(10_000) + b"x" + bytes(9_999))
+    assert before != runs.flags_of_all(settings)
+
+
 def test_processes_that_see_other_pictures_are_refused(launch, tmp_path):
     launch(2, folder=tmp_path / "run", setup=sees_other_pictures, silent=False, code=2)
     for rank in range(2):

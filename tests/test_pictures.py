@@ -762,6 +762,28 @@ def test_texts_of_old_formats_are_named(tmp_path, ending, options, edit, text):
     assert read(file).notes == (f"its {text}: dropped, as only EXIF and XMP are kept",) * bool(text)
 
 
+def test_a_tiff_that_its_xmp_turns_is_scanned_as_seen(tmp_path):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    note = "turned as its XMP says; some viewers show it as it lies"
+    for tags, size in (({700: xmp}, (30, 40)), ({700: xmp, 274: 1}, (40, 30))):
+        crop(40, 30).save(tmp_path / "in.tif", tiffinfo=tags)
+        (found,) = data.scan(tmp_path)[0]
+        file = read(tmp_path / "in.tif")
+        assert (found.width, found.height) == file.rgb.size == size
+        assert (note in file.notes) == (size == (30, 40))
+
+
+def test_a_cmyk_without_the_mark_of_adobe_is_named(tmp_path):
+    """Pillow reads each as Adobe writes it, as light; without the mark it may be ink."""
+    crop(40, 30).convert("CMYK").save(tmp_path / "in.jpg")
+    plain = (tmp_path / "in.jpg").read_bytes()
+    start = plain.index(b"\xff\xee")  # APP14
+    length = int.from_bytes(plain[start + 2 : start + 4], "big")
+    for content, said in ((plain, False), (plain[:start] + plain[start + 2 + length :], True)):
+        (tmp_path / "in.jpg").write_bytes(content)
+        assert any("perhaps as a negative" in note for note in read(tmp_path / "in.jpg").notes) == said
+
+
 def test_texts_outside_of_exif_are_named(tmp_path):
     crop(40, 30).save(tmp_path / "in.jpg", comment=b"a wedding")
     assert read(tmp_path / "in.jpg").notes == ("its comment: dropped, as only EXIF and XMP are kept",)

@@ -224,6 +224,9 @@ def test_the_fastest_setting_that_fits_is_named(monkeypatch, capsys, tmp_path):
         assert text.endswith(f"GB free here: {flags}")
     monkeypatch.setattr(plan, "free_bytes", lambda _: 0)
     assert plan.show(asked, sizes, (128, 128), torch.device("cpu")).endswith("GB free here: none")
+    monkeypatch.setattr(plan, "free_bytes", lambda device: math.inf)  # neither Linux nor CUDA
+    said = plan.show(asked, sizes, (128, 128), torch.device("cpu"))
+    assert said.endswith("is not told: this system does not say how much memory is free")
 
 
 def test_the_seconds_of_the_plan_are_those_of_a_step():
@@ -353,6 +356,15 @@ def test_weights_beside_an_index_are_named(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [
         f"note: {folder}: its index names the weights; not read: diffusion_pytorch_model.safetensors"
     ]
+    hidden = folder / "._diffusion_pytorch_model.safetensors.index.json"  # as a Mac leaves it on other disks
+    hidden.write_bytes(b"\xb0")
+    plan.Sizes.of(Weights(weights))
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    (folder / "shard.safetensors").rename(folder / "flux1-mine.safetensors")
+    plan.Sizes.of(Weights(weights))
+    said = f"note: {folder}: read is flux1-mine.safetensors; not read: diffusion_pytorch_model.safetensors\n"
+    assert capsys.readouterr().err == said
 
 
 def test_smallest_card_with_a_tenth_to_spare():

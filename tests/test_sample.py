@@ -694,6 +694,10 @@ def test_a_folder_of_another_version_says_so(scored, tmp_path, capsys, monkeypat
     monkeypatch.setattr("kontext_min.extras.folders.__version__", "99.0")
     assert run(*scored) == 0
     assert "restored some of these pictures, this is 99.0; --overwrite restores all" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("kontext_min.extras.folders.CODE", "edited")
+    assert run(*scored) == 0
+    assert "code that was edited since restored some; --overwrite restores all" in capsys.readouterr().err
 
 
 def test_sample_is_one_process(scored, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from kontext_min.checkpoints import (
     NETWORKS,
     NOUNS,
     PREFIXES,
+    SINGLE_FILES,
     WIDENED,
     by_our_names,
     find,
@@ -36,6 +37,7 @@ FIXED = {  # part: a key of its config.json, and the value that the code takes f
     "clip": ("hidden_act", "quick_gelu"),
     "t5": ("feed_forward_proj", "gated-gelu"),
 }
+HUB_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 NOTE = ".comfy_quant"
 CHANGED = re.compile("rot|hadamard|transform|smooth|group|block|svd")  # keys for weights that are not themselves
 # Formats of ComfyUI that are a weight times its scale.
@@ -74,10 +76,15 @@ def check_files(path: Path, part: str) -> None:
             raise ValueError(f"{file}: packed as {packed:.80}, which is not read; take bfloat16 or scaled fp8.")
     note_zeros(path, part)
     folder = files[0].parent
-    others = [file.name for file in sorted(folder.glob("*.safetensors")) if file not in files]
-    if others and Path(path).is_dir() and any(folder.glob("*.safetensors.index.json")):
-        more = " ..." * (len(others) > 1)
-        print(f"note: {folder}: its index names the weights; not read: {others[0]}{more}", file=sys.stderr)
+    patterns, named = ("*.safetensors",), "its index names the weights"
+    if not any(folder.glob("[!.]*.safetensors.index.json")):  # a folder may hold other networks too
+        patterns, named = (*SINGLE_FILES[part], *HUB_FILES), f"read is {files[0].name}"
+    others = sorted(
+        {file.name for pattern in patterns for file in folder.glob(pattern)} - {file.name for file in files}
+    )
+    others = [name for name in others if name[0] != "."]
+    if others and Path(path).is_dir():
+        print(f"note: {folder}: {named}; not read: {others[0]}{' ...' * (len(others) > 1)}", file=sys.stderr)
 
 
 def _packed(file: Path, part: str) -> str:

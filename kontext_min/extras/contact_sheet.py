@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kontext_min.data import FORMATS, open_picture
 from kontext_min.degrade import PRESETS, parse
-from kontext_min.extras.inventory import ZEROS, marked, zeros_at_end
+from kontext_min.extras.inventory import ZEROS, is_result, marked, printable, zeros_at_end
 from kontext_min.extras.metrics import psnr
 from kontext_min.extras.not_read import ends, not_read
 from kontext_min.extras.pictures import KINDS, working_size
@@ -64,6 +64,8 @@ def main(arguments: Sequence[str]) -> int:
         photo = open_picture(path, to_srgb=True)
         if zeros_at_end(path):
             raise ValueError(f"{path}: {ZEROS}.")
+        if is_result(path):
+            print(f"note: {path}: is a result of this program, not clean", file=sys.stderr)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             for what in not_read(image, ends(file)):
                 print(f"note: {path}: {what}", file=sys.stderr)
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
             photo = photo.resize(working_size(*photo.size, SIDE), Image.Resampling.LANCZOS)
         pictures = {name: parse(name)(photo, np.random.default_rng(seed)) for name in PRESETS}
         table.append([psnr(picture, photo) for picture in pictures.values()])
-        print(_row(path.name, table[-1]), flush=True)
+        print(_row(printable(path.name), table[-1]), flush=True)
         first = first or {"clean": photo, **pictures}
     print(_row("mean", np.mean(table, axis=0)))
     write_picture(contact_sheet(first), sheet, KINDS[sheet.suffix.lower()], quality=85, exif=marked(Image.Exif()))

@@ -49,6 +49,11 @@ def hash_of_code(*names: str) -> str:
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:16]
 
 
+def core_files() -> list[str]:
+    """What reads pictures, and the networks, the flow and the LoRA: kontext_min without extras."""
+    return sorted(file.name for file in Path(__file__).parents[1].glob("*.py"))
+
+
 def note_zeros(path: str | Path, part: str) -> None:
     """A line if whole weights are zero, as a download that was cut leaves them in a file of full size.
 

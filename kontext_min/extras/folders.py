@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kontext_min import __version__
-from kontext_min.extras.fingerprint import size_and_samples
-from kontext_min.extras.inventory import RECORD
+from kontext_min.extras.fingerprint import core_files, hash_of_code, size_and_samples
+from kontext_min.extras.inventory import RECORD, printable
 from kontext_min.extras.pictures import ASIDE, Job, reference_of, writable_name
 from kontext_min.extras.runs import in_words, lock
 from kontext_min.extras.saving import append_line
@@ -23,6 +23,7 @@ from kontext_min.extras.saving import append_line
 # Every further picture would fail as this one did: a disk that is full, gone, broken or not yours, a limit, a pipe.
 ENDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
 ENDS += (errno.ENODEV, errno.EPIPE)
+CODE = hash_of_code(*core_files())
 
 
 def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], overwrite: bool) -> list[Job]:
@@ -70,6 +71,8 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
     if before := {made[j.name]["program"] for j in there} - {__version__}:
         text = f"{', '.join(map(str, before))} restored some of these pictures, this is {__version__}"
         print(f"note: {target}: kontext_min {text}; --overwrite restores all", file=sys.stderr)
+    elif {made[j.name]["code"] for j in there} - {CODE}:
+        print(f"note: {target}: code that was edited since restored some; --overwrite restores all", file=sys.stderr)
     others = [name for name in sorted(made) if not (source / name).exists()]
     if others := [name for name in others if (target / writable_name(name)).exists()]:
         print(f"note: {target}: also holds pictures that are not in --input: {_few(others)}", file=sys.stderr)
@@ -78,7 +81,7 @@ def to_do(jobs: Sequence[Job], source: Path, target: Path, how: dict[str, Any], 
 
 
 def _few(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:3])}{' ...' * (len(names) > 3)}"
+    return printable(f"{', '.join(names[:3])}{' ...' * (len(names) > 3)}")
 
 
 def _read(record: Path) -> dict[str, dict[str, Any]]:
@@ -88,7 +91,7 @@ def _read(record: Path) -> dict[str, dict[str, Any]]:
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             line = json.loads(text)
             made[str(line["picture"])] = {"how": dict(line["how"]), "input": line["input"], "file": line.get("file")}
-            made[str(line["picture"])]["program"] = line.get("program", __version__)
+            made[str(line["picture"])] |= {"program": line.get("program", __version__), "code": line.get("code", CODE)}
     return made
 
 
@@ -126,8 +129,8 @@ def noted(job: Job, target: Path, how: dict[str, Any], state: list[int], overwri
 
     def note(file: tuple[int, int] | None) -> None:
         if how:
-            line = {"picture": job.name, "input": state, "file": file, "how": how, "program": __version__}
-            append_line(record, json.dumps(line))
+            line = {"picture": job.name, "input": state, "file": file, "how": how}
+            append_line(record, json.dumps(line | {"program": __version__, "code": CODE}))
 
     if not replaces:
         note(None)
@@ -161,5 +164,5 @@ def spared(
             )
             error.add_note(f"{there} of {len(jobs)} pictures are there, {then}")
             raise
-        print(f"not restored: {job.name}: {in_words(error)}", file=sys.stderr)
+        print(f"not restored: {printable(job.name)}: {in_words(error)}", file=sys.stderr)
         failed.append((job.name, in_words(error)))

@@ -31,9 +31,10 @@ def split(
     Raises:
         ValueError: --val-root has no usable picture.
     """
+    held, kept, lines = [], list(pictures), []
     if settings.validate_every_epochs == 0:
-        return list(pictures), [], []
-    if settings.val_root:
+        pass
+    elif settings.val_root:
         found, rejected = scan_whole(settings.val_root)
         found, small = data.usable(found, buckets)
         unused = rejected + small + unread(settings.val_root, found)
@@ -43,7 +44,7 @@ def split(
         text = describe(settings.val_root, found, unused, buckets, captions=False)  # --validation-prompt is theirs
         lines = [f"--val-root {settings.val_root}: {text}"]
         lines += [f"note: {MOST} of its {len(found)} pictures are used"] * (len(found) > MOST)
-        held, kept = sorted(found, key=_by_name)[:MOST], list(pictures)
+        held = sorted(found, key=_by_name)[:MOST]
     else:
         names = {p.name for p in sorted(pictures, key=_by_name)[: min(MOST, len(pictures) // 8)]}
         held, kept = [p for p in pictures if p.name in names], [p for p in pictures if p.name not in names]
@@ -59,7 +60,7 @@ def split(
         lines.append(f"note: {len(known)} of {len(held)} to validate on are to train on too, such as {known[0]}")
     if held and settings.init_lora:
         lines.append("note: --init-lora may have trained on pictures to validate on, which score too high then")
-    if len(settings.degrade) > 1:
+    if held and len(settings.degrade) > 1:
         lines.append(f"note: only the first --degrade is validated, {settings.degrade[0]}")
     return kept, held, lines
 
@@ -84,6 +85,8 @@ def load(held: data.Pairs | None, device: torch.device) -> list[tuple[Tensor, Te
         (alike if torch.equal(control, target) else loaded).append(pair)
     if loaded and alike:  # the PSNR of such a one is infinite, and so would be the mean
         print(f"not used for validation: {len(alike)}, whose degraded picture is the clean one")
+    elif alike:
+        print("note: every picture to validate on is degraded by nothing: its degraded picture is the clean one")
     return loaded or alike
 
 

@@ -43,10 +43,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kontext_min.checkpoints import SWAPPED, flux_modules, read_headers
+from kontext_min.data import as_text
 from kontext_min.extras.flags import TINY
 from kontext_min.extras.saving import checksum, save_file, split_rows
 from kontext_min.flux import Flux, FluxParams
@@ -495,9 +496,12 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     path = lora_file(path)
     read_headers([path])  # names what is wrong with a file that is cut or of another kind
-    with safe_open(path, framework="pt") as f:
-        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, this is no dict
-        metadata = f.metadata() or {}
+    try:
+        with safe_open(path, framework="pt") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, this is no dict
+            metadata = f.metadata() or {}
+    except SafetensorError as error:  # of a name that is not UTF-8
+        raise ValueError(f"{as_text(path)}: {error}; rename it.") from None
     if not tensors:
         raise ValueError(f"{path}: no tensors in it; expected a LoRA.")
     if not any(map(ADAPTER.search, tensors)):

@@ -17,6 +17,7 @@ Pictures are PIL images or arrays (H, W, 3) or (H, W). They become float64 a few
 24 megapixels would take 576 MB, several times over.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -85,8 +86,12 @@ def shift(a: Picture, b: Picture) -> tuple[int, int]:
     low = np.exp(-((frequency / 0.1) ** 2))
     peaks = np.fft.irfft2(cross * low / np.maximum(np.abs(cross), 1e-12), sides)
     dy, dx = np.unravel_index(peaks.argmax(), peaks.shape)
-    # Between two pixels, or less than a third of the peak of equal pictures: no clear answer.
-    if peaks[dy, dx] < max(1.5 * peaks[0, 0], 0.35 * np.fft.irfft2(low, sides)[0, 0]):
+    # The peak of equal pictures is wide: one pixel away it is still 0.9 of its height. Of a clear answer the peak is
+    # higher than the place of no shift by half of what that width tells (as a ratio, of at most 1.5), and it is at
+    # least a third of the peak of equal pictures.
+    equal = np.fft.irfft2(low, sides)
+    higher = min(1.5, math.sqrt(equal[0, 0] / max(equal[dy, dx], 1e-12)))
+    if peaks[dy, dx] < max(higher * peaks[0, 0], 0.35 * equal[0, 0]):
         return 0, 0
     return tuple(int(d - side if d > side // 2 else d) for d, side in ((dx, sides[1]), (dy, sides[0])))
 

@@ -85,6 +85,10 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
         fits = space == {"L": "GRAY"}.get(kind, kind)
         fault = "can't be read: taken for sRGB" if fits else "does not fit its pixels: dropped"
         found.append(f"its {space} color profile {fault}")
+    guess = image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info
+    found += [
+        "its CMYK has no mark of Adobe, which tells ink from light: read as Adobe's, perhaps as a negative"
+    ] * guess
     told = "srgb" in image.info or image.info.get("icc_profile")
     if told and not (apart and image.format == "PNG"):  # there cICP comes first
         return found
@@ -93,6 +97,7 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     linear = image.format == "QOI" and ends[13:14] == b"\1"
     gamma, primaries = image.info.get("gamma", 1.0 if linear else 1 / 2.2), image.info.get("chromaticity", PRIMARIES)
     found += [f"its gamma of {gamma:g} is not applied"] * (abs(gamma - 1 / 2.2) > 0.01)
+    found += ["its gamma (TransferFunction) is not applied"] * (301 in tags)
     if {318, 319} <= set(tags):  # of a TIFF
         primaries = (*tags[318], *tags[319])
     apart |= max(abs(a - b) for a, b in zip(primaries, PRIMARIES, strict=True)) > 0.01

@@ -10,16 +10,33 @@ import math
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
-from kontext_min.data import Pairs, Picture, Size, crop, open_picture, to_tensor
+from kontext_min.data import (
+    FORMATS,
+    THREADS,
+    TURNS,
+    Pairs,
+    Picture,
+    Size,
+    crop,
+    open_picture,
+    srgb_transform,
+    to_tensor,
+)
 from kontext_min.extras.inventory import parts_not_read, scan_whole, unread, unused
 from kontext_min.utils import numpy_generator
 
 SHOWN = 10  # problems
+SEEN = 32  # pixels a side, to see which way up a picture is
 
 
 class PairedFolders(Pairs):
@@ -57,6 +74,37 @@ class PairedFolders(Pairs):
         return control, target
 
 
+@lru_cache(16)
+def _shifts_colors(profile: bytes) -> bool:
+    """Whether a color profile of RGB says other colors than sRGB does."""
+    steps = np.linspace(0, 255, 6).astype(np.uint8)
+    chart = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+    transform = srgb_transform(profile, "RGB")
+    shown = transform and ImageCms.applyTransform(Image.fromarray(chart), transform)
+    return bool(shown) and np.abs(np.subtract(shown, chart, dtype=float)).max() > 8  # LittleCMS rounds by a few
+
+
+def _differs(pair: tuple[Picture, Picture]) -> tuple[bool, bool]:
+    """Of a partner and its picture: whether only one has a profile of other colors; one is turned against the other.
+
+    Programs that write a degraded picture without the EXIF and the profile of the clean one do this.
+    """
+    found = []
+    for file in pair:
+        with suppress(Exception), Image.open(file.path, formats=FORMATS) as image:  # as in data.open_picture
+            profile = image.info.get("icc_profile") or b""
+            found.append((_shifts_colors(profile), Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)))
+    if len(found) < 2:  # train.py says why, as it reads them
+        return False, False
+    (profile, way), (other_profile, other_way) = found
+    apart = [0.0]
+    if way != other_way:
+        degraded, clean = (open_picture(p.path, (SEEN, SEEN)).convert("L").resize((SEEN, SEEN)) for p in pair)
+        ways = [clean, *map(clean.transpose, TURNS.values())]
+        apart = [np.abs(np.subtract(degraded, picture, dtype=float)).mean() for picture in ways]
+    return profile != other_profile, min(apart) < apart[0] / 2
+
+
 def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders, PairedFolders | None, list[str]]:
     """The pairs to train on and to validate on with their partners below `root`, and lines to print.
 
@@ -69,8 +117,23 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
         if partner.name in owners and not filecmp.cmp(p.path, owners[partner.name], shallow=False):
             raise ValueError(f"{root / partner.name}: goes with {p.path} and {owners[partner.name]}; rename one.")
         owners[partner.name] = p.path
+    both = [*zip(pairs.partners, pairs.pictures, strict=True)]
+    both += [*zip(held.partners, held.pictures, strict=True)] if held else []
+    with ThreadPoolExecutor(THREADS) as pool:
+        profiles, turned = zip(*pool.map(_differs, both), strict=True)
+    if any(turned):
+        first = both[turned.index(True)]
+        raise ValueError(
+            f"{root}: {sum(turned)} of {len(both)} are turned against their clean pictures, such as {first[0].name}: "
+            "their EXIF orientations differ, but not their pixels; write both with one orientation."
+        )
     lines = parts_not_read(root, [*pairs.partners, *(held.partners if held else ())])
     lines += unused(root, owners, "usable clean picture")
+    if any(profiles):
+        lines.append(
+            f"note: {root}: {sum(profiles)} of {len(both)} lack the color profile of their clean pictures, or have one "
+            "that these lack; where both have the same values, the LoRA learns a shift of color"
+        )
     shown = [pairs.buckets[k][0] for k in pairs.bucket_of]
     if smaller := sum(p.width < 0.95 * width for p, width in zip(pairs.partners, shown, strict=True)):
         lines.append(

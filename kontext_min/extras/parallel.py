@@ -161,7 +161,7 @@ def refuse_different(folder: Path, values: Mapping[str, Any]) -> None:
         if any_of(from_first(mark) != mark):
             raise ValueError(
                 f"{folder}: not all processes see the same {what}; they need one disk that they share, or of pictures "
-                "and weights equal copies (cp -p)."
+                "and weights equal copies (cp -p), and the same flags."
             )
 
 

@@ -420,6 +420,7 @@ def read(path: Path) -> File:
             both_ends = ends(opened, FAR)
             deep, notes = is_deep(image, both_ends), not_read(image, both_ends)
             way = _orientation(image) if image.format == "TIFF" else None  # which has it only until Pillow turns it
+            by_xmp = way in TURNS and ExifTags.Base.Orientation not in image.tag_v2
             # In a PNG, EXIF and text may stand behind the pixels.
             image.load()
             lying = (way or _orientation(image)) in (5, 6, 7, 8)  # its x is y as seen
@@ -455,7 +456,8 @@ def read(path: Path) -> File:
                 keep["exif"] = exif
             if others:
                 notes.append(f"its tags {', '.join(others[:5])}{' ...' * (len(others) > 5)}: dropped")
-            if turn is not None and b"tiff:Orientation" in (xmp or b"") and not _has_own_orientation(image):
+            by_xmp |= turn is not None and b"tiff:Orientation" in (xmp or b"") and not _has_own_orientation(image)
+            if by_xmp:
                 notes.append("turned as its XMP says; some viewers show it as it lies")
             if image.has_transparency_data:
                 straight = image.convert("RGBA")

@@ -602,6 +602,8 @@ def show(asked: Setting, sizes: Sizes, small: tuple[int, int], device: torch.dev
         peak = measure(setting, sizes).device
         lines.append(f"  {flags:60} {peak / GB:8.2f}  {card(peak)}")
         fastest = fastest or (flags if peak <= free else None)
+    if math.isinf(free):
+        return "\n".join([*lines, "which of them fits is not told: this system does not say how much memory is free"])
     return "\n".join(
         [*lines, f"the fastest of them that fits into the {free / GB:.1f} GB free here: {fastest or 'none'}"]
     )

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from kontext_min.extras.inventory import printable
+
 DAY = 24 * 3600.0
 KEPT = 100  # steps whose time is averaged
 
@@ -40,7 +42,7 @@ class Progress:
         now = time.monotonic()
         if not self.shown or (now - self.last < (every or self.every) and not last):
             return
-        self.last = now
+        self.last, text = now, printable(text)
         if last or not self.terminal:
             self.say(text)
         else:

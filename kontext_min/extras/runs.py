@@ -37,9 +37,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kontext_min import __version__
 from kontext_min.checkpoints import metadata, read_json
 from kontext_min.data import THREADS
-from kontext_min.extras.fingerprint import PAGE, size_and_samples
+from kontext_min.extras.fingerprint import PAGE, core_files, hash_of_code, size_and_samples
 from kontext_min.extras.inventory import marked
 from kontext_min.extras.lora_files import lora_file
 from kontext_min.extras.saving import append_line, checksum, naming, save_file, write_picture
@@ -222,6 +223,18 @@ def _result_settings(folder: Path) -> str:
     """A hash of the settings in settings.json that the result depends on."""
     settings = _settings_of_a_run(folder) or {}
     return hash_of(sorted((k, v) for k, v in settings.items() if k not in MAY_CHANGE))
+
+
+def flags_of_all(settings: Mapping[str, Any]) -> list[Any]:
+    """What all processes of a run have to be given. Where pictures are may differ: what they hold is compared."""
+    known = sorted((k, v) for k, v in settings.items() if k not in (*MAY_CHANGE, "lr_root", "val_root"))
+    return [*known, settings["batch_size"], _holds(settings["init_lora"])]
+
+
+def versions(device: str, program: str) -> dict[str, str]:
+    """Of what a run's numbers depend on besides its settings; the code is that of the core and of the program."""
+    known = {"kontext_min": __version__, "torch": torch.__version__, "device": device}
+    return known | {"code": hash_of_code(*core_files(), program)}
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def find_start_time(settings: Any, pairs: Any, encode: Any) -> float:
         return float(settings.start_time)
     few = [data.collate([pairs[0, i]]) for i in range(min(COUNT, len(pairs)))]
     times = [flow.start_time(encode(x["control"]), encode(x["target"]), settings.source_noise) for x in few]
-    found = sum(times) / len(times)
+    found = f"{sum(times) / len(times):.3g}"  # rounded, so that another machine finds the same one after a resume
     if parallel.place()[0] == 0:
-        print(f"--start-time auto: {found:.3g}")
-    return found
+        print(f"--start-time auto: {found}")
+    return float(found)
