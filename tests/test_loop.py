@@ -624,8 +624,10 @@ def test_a_report_of_lost_rows_says_how_many(whole, tmp_path, capsys):
     assert report.main([str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
     (folder / "metrics.jsonl").write_text("")
-    assert report.main([str(folder)]) == 0
-    assert re.search(r"metrics\.jsonl is broken; it has lost the rows of [1-9]\d* steps\n", capsys.readouterr().out)
+    for _ in range(2):
+        assert report.main([str(folder)]) == 0
+        assert re.search(r"metrics\.jsonl is broken; it has lost the rows of [1-9]\d* steps\n", capsys.readouterr().out)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # to save disk; pictures of validations are left
 
 
 # ----------------------------------------------------------------------------------------------- what the loop computes

@@ -34,7 +34,7 @@ from PIL import Image
 
 from kontext_min.extras.flags import as_words
 from kontext_min.extras.progress import clock
-from kontext_min.extras.runs import latest_checkpoint, note_lost_rows, read_metrics, write_text
+from kontext_min.extras.runs import latest_checkpoint, note_lost_rows, read_metrics, validated, write_text
 
 GAP = 4  # white pixels between the pictures of a sheet, see validation.grid
 SIDE, QUALITY = 1280, 85  # embedded pictures: longest side in pixels, JPEG quality
@@ -367,8 +367,9 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"{folder}: is no run; expected a folder with a metrics.jsonl, which train.py writes.")
     if (page := folder / "report.html").exists() and not is_report(page):
         raise ValueError(f"{page}: is not that of a run; move it.")
-    if last := latest_checkpoint(folder):
-        note_lost_rows(folder, read_metrics(folder), int(last.name[5:]))
+    last = latest_checkpoint(folder)
+    known = max([0, *validated(folder), *([int(last.name[5:])] if last else [])])  # steps that the run has done
+    note_lost_rows(folder, read_metrics(folder), known)
     print(write_report(folder))
     return 0
 

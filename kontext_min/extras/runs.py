@@ -653,19 +653,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def note_lost_rows(folder: Path, rows: list[dict[str, Any]], step: int) -> None:
     """A line if rows of metrics.jsonl up to a step are missing."""
     # (step, whether it is of a validation); each of these has left a picture.
-    due = {(n, True) for n in _validated(folder) if n <= step} | {(n, False) for n in range(1, step + 1)}
+    due = {(n, True) for n in validated(folder) if n <= step} | {(n, False) for n in range(1, step + 1)}
     if lost := {n for n, _ in due - {(row["step"], bool(row.get("validation"))) for row in rows}}:
         print(f"note: {folder / 'metrics.jsonl'} is broken; it has lost the rows of {len(lost)} steps")
 
 
-def _validated(folder: Path) -> dict[int, Path]:
+def validated(folder: Path) -> dict[int, Path]:
     """The validation pictures by step."""
     return {int(p.stem[5:]): p for p in folder.glob("validation/step-*.png") if p.stem[5:].isdigit()}
 
 
 def rewind_metrics(folder: Path, step: int) -> None:
     """Drop the rows and the validation pictures after a checkpoint, which the resumed run writes again."""
-    for n, picture in _validated(folder).items():
+    for n, picture in validated(folder).items():
         if n > step:
             picture.unlink()
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
