@@ -630,6 +630,7 @@ def test_a_gray_profile_takes_no_color_away(tmp_path):
 @pytest.mark.parametrize(("tags", "said"), [
     ({330: 8}, "it holds further pictures (SubIFDs), of which it may be a smaller version"),
     ({34377: b"8BIM\4\4\0\0\0\0\0\0"}, "its IPTC: dropped, as only EXIF and XMP are kept"),
+    ({301: tuple(range(0, 65536, 257))}, "its gamma (TransferFunction) is not applied"),
 ])  # fmt: skip
 def test_parts_of_a_tiff_that_are_not_read_are_named(tmp_path, tags, said):
     crop(40, 30).save(tmp_path / "in.tif", tiffinfo=tags)
