@@ -755,6 +755,7 @@ def test_a_scan_of_12_bits_in_16_is_refused(tmp_path):
     ("ppm", {}, lambda file: b"P6 # a wedding\n" + file[3:], "comment"),
     ("ppm", {}, lambda file: b"P6\n40\n# a wedding\n30" + file[8:], "comment"),
     ("ppm", {}, lambda file: file, None),
+    ("ppm", {}, lambda file: file[:13] + b"#" + file[14:], None),  # the first pixel
 ])  # fmt: skip
 def test_texts_of_old_formats_are_named(tmp_path, ending, options, edit, text):
     file = tmp_path / f"in.{ending}"

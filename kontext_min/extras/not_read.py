@@ -39,7 +39,7 @@ MEDIA = rb"ftyp(mp4|isom|qt  |avc|3gp|MSNV)|RIFF.{4}WAVE|M(otionPhoto|icroVideo)
 # Texts; those of a PNG that tell of programs, or repeat what is kept, do not count.
 WORDS = {"comment": "comment", "Comment": "Comment", "id_section": "image ID"}  # of a TGA
 TEXTS = {  # that Pillow does not read
-    "PPM": (rb"^P\w\s(\d+\s+)*#", "comment"),
+    "PPM": (rb"^P(4\s(\d+\s+)?|[^4]\s(\d+\s+){0,2})#", "comment"),  # before its last number
     "TGA": (rb"(?!\x00{4}).{8}TRUEVISION-XFILE\.", "extension area"),
 }
 TECHNICAL = re.compile(r"XML:com\.adobe\.xmp|Raw profile type exif|Software|(date|png|icc|Thumb):.*")  # of PNG
