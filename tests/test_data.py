@@ -919,8 +919,14 @@ def test_pairs_that_lost_their_exif_or_profile_are_named(tmp_path):
     picture.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "hr" / "2.png", exif=exif)  # as seen it is the same
     assert lines() == [line]
     picture.save(tmp_path / "hr" / "2.png", exif=exif)  # its partner was read without EXIF
-    with pytest.raises(ValueError, match=r"1 of 3 are turned against their clean pictures, such as 2\.png: their EXIF"):
+    with pytest.raises(ValueError, match=r"1 of 1 pairs whose EXIF .* are turned against each other, such as 2\.png"):
         lines()
+    Image.eval(Image.open(tmp_path / "lr" / "2.png"), lambda x: x // 8).save(tmp_path / "lr" / "2.png")  # a dark one
+    with pytest.raises(ValueError, match="are turned against each other"):
+        lines()
+    whole = (tmp_path / "lr" / "2.png").read_bytes()
+    (tmp_path / "lr" / "2.png").write_bytes(whole[:900] + b"xxxx" + whole[904:])  # train.py leaves it out
+    assert lines() == [line]
 
 
 def test_a_picture_of_one_color_is_left_out(tmp_path, capsys):

@@ -452,7 +452,12 @@ def test_colors_that_are_taken_for_srgb_are_named(tmp_path):
     crop(40, 30).convert("CMYK").save(tmp_path / "in.tif")
     assert read(tmp_path / "in.tif").notes == ("CMYK without a color profile: its colors are a guess",)
     exif = Image.Exif()
-    exif.get_ifd(EXIF)[40965] = {1: "R03"}  # as cameras write Adobe RGB
+    exif.get_ifd(EXIF)[40961] = 2  # as some programs write Adobe RGB
+    for ending in ("jpg", "png", "webp"):
+        crop(40, 30).save(tmp_path / f"in.{ending}", exif=exif)
+        assert any("Adobe RGB" in note for note in read(tmp_path / f"in.{ending}").notes)
+    exif = Image.Exif()
+    exif.get_ifd(EXIF)[40965] = {1: "R03"}  # as cameras write it
     for profile in (None, swapped_profile()):
         crop(40, 30).save(tmp_path / "in.jpg", exif=exif, icc_profile=profile)
         with Image.open(tmp_path / "in.jpg") as image:
@@ -764,6 +769,67 @@ def test_texts_of_old_formats_are_named(tmp_path, ending, options, edit, text):
     assert read(file).notes == (f"its {text}: dropped, as only EXIF and XMP are kept",) * bool(text)
 
 
+SECOND = "its second picture, such as a gain map (HDR): dropped"
+
+
+def test_second_pictures_are_named_in_each_format(tmp_path):
+    """Pillow tells them only where an MPO's index says that their kind is undefined."""
+    crop(40, 30).save(tmp_path / "in.jpg", xmp=b'<x:xmpmeta hdrgm:Version="1.0"/>')
+    assert SECOND in read(tmp_path / "in.jpg").notes
+    kinds = [{"Attribute": {"MPType": kind}} for kind in ("Baseline MP Primary Image", "Unknown")]
+    for image, ends in (
+        (SimpleNamespace(format="MPO", info={}, mpinfo={0xB002: kinds}), b""),
+        (SimpleNamespace(format="AVIF", info={}), b"infe\2\0\0\0\0\3\0\0tmap"),
+        (SimpleNamespace(format="AVIF", info={}), b"auxCurn:mpeg:mpegB:cicp:systems:auxiliary:depth"),
+    ):
+        assert not_read.not_kept(image, ends) == [SECOND]
+    assert not_read.not_kept(SimpleNamespace(format="AVIF", info={}), b"av01") == []
+
+
+def test_a_cut_out_and_channels_that_pillow_does_not_read_are_named(tmp_path):
+    image = SimpleNamespace(format="AVIF", mode="RGB", info={})
+    assert not_read.not_read(image, b"pixi clap") == ["its cut-out (clap) is not applied"]
+    image = SimpleNamespace(format="PSD", mode="RGB", info={}, resources=[(1057, "", b"\0\0\0\1\0")])
+    assert not_read.not_read(image, b"")[0].startswith("it was saved without its picture")
+    image.resources = [(1057, "", b"\0\0\0\1\1"), (2000, "", b""), (1035, "", b""), (1060, "", b"")]
+    assert not_read.not_read(image, b"") == []
+    assert not_read.not_kept(image, b"") == [
+        "its URL, paths: dropped, as only EXIF and XMP are kept",
+        "its XMP: dropped, as they are not read from a PSD",
+    ]
+    for mode, said in (("RGB", False), ("RGBA", True)):
+        crop(40, 30).convert(mode).save(tmp_path / "in.jp2")
+        assert any("order of channels" in note for note in read(tmp_path / "in.jp2").notes) == said
+
+
+def test_xmp_and_comments_in_unusual_places_are_named(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("XML:com.adobe.xmp", "<x/>")  # tEXt; Pillow reads iTXt
+    crop(40, 30).save(tmp_path / "in.png", pnginfo=info)
+    assert read(tmp_path / "in.png").notes == ("its XMP: dropped, as only EXIF and XMP are kept",)
+    crop(40, 30).save(tmp_path / "in.gif")
+    assert read(tmp_path / "in.gif").notes == ()
+    gif = (tmp_path / "in.gif").read_bytes()
+    (tmp_path / "in.gif").write_bytes(gif[:-1] + b"!\xfe\x04here\0;")
+    assert read(tmp_path / "in.gif").notes == ("its comment: dropped, as only EXIF and XMP are kept",)
+
+
+@pytest.mark.parametrize(("tags", "dpi"), [
+    ({282: 300.0, 283: 150.0}, (300, 150)),
+    ({282: 300.0, 283: 300.0, 296: 2}, (300, 300)),
+    ({282: 100.0, 283: 100.0, 296: 3}, (254, 254)),
+])  # fmt: skip
+def test_the_resolution_of_exif_in_a_jpeg(tmp_path, tags, dpi):
+    """The unit is inches where EXIF names none."""
+    exif = Image.Exif()
+    exif.update(tags)
+    crop(40, 30).save(tmp_path / "in.jpg", exif=exif)
+    jpeg = (tmp_path / "in.jpg").read_bytes()
+    start = jpeg.index(b"\xff\xe0")  # JFIF, which a camera does not write
+    (tmp_path / "in.jpg").write_bytes(jpeg[:start] + jpeg[start + 2 + int.from_bytes(jpeg[start + 2 : start + 4]) :])
+    assert read(tmp_path / "in.jpg").keep["dpi"] == dpi
+
+
 def test_a_tiff_that_its_xmp_turns_is_scanned_as_seen(tmp_path):
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
     note = "turned as its XMP says; some viewers show it as it lies"
@@ -807,6 +873,8 @@ def test_parts_of_a_jpeg_that_are_not_kept_are_named(tmp_path):
 
     assert notes(12, b"[picture info]\r\nType=C-2020Z") == ("its parts APP12 [picture info]: dropped",)
     assert notes(1, b"FLIR\0\1") == ("its parts APP1 FLIR: dropped",)
+    assert notes(13, b"Adobe_Photoshop2.5:\0") == ("its parts APP13 Adobe_Photoshop2.5:: dropped",)
+    assert notes(11, b"JP\0\1\0\0\0\1jumb") == ("its parts APP11 JP: dropped",)
     assert notes(12, b"Ducky\0\1") == notes(2, b"urn:iso:std:iso:ts:21496:-1\0") == ()
     assert notes(1, b"http://ns.adobe.com/xap/1.0/\0<x/>") == ()
     assert notes(1, b'http://ns.adobe.com/xap/1.0/\0<x Camera:MotionPhoto="0"/>') == ()

@@ -303,11 +303,16 @@ def test_a_run_that_continues_keeps_its_start_in_settings_json(run, tmp_path, ca
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000002")
     (tmp_path / "run" / "lora.safetensors").unlink()
     assert run("--steps", 2, "--checkpoint-every", 1) == 0
+    assert "the code was edited" not in capsys.readouterr().out
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["init_lora"] == str(tmp_path / "first")
     assert settings["defaults"]["init_lora"] is None  # so that the report's command has it
     shutil.copy(tmp_path / "run" / "lora.safetensors", tmp_path / "first")  # another LoRA of the same name
+    (tmp_path / "run" / "settings.json").write_text(
+        json.dumps(settings | {"versions": settings["versions"] | {"code": "0"}})
+    )
     assert run("--steps", 2) == 0
+    assert "the code was edited or updated since; the result may differ" in capsys.readouterr().out
     assert run("--steps", 2, "--init-lora", tmp_path / "first") == 2
     assert "continues from step-000002; leave the flag out" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run" / "checkpoints")

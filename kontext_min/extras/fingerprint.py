@@ -51,7 +51,7 @@ def hash_of_code(*names: str) -> str:
 
 def core_files() -> list[str]:
     """What reads pictures, and the networks, the flow and the LoRA: kontext_min without extras."""
-    return sorted(file.name for file in Path(__file__).parents[1].glob("*.py"))
+    return sorted(file.name for file in Path(__file__).parents[1].glob("[!._]*.py"))
 
 
 def note_zeros(path: str | Path, part: str) -> None:

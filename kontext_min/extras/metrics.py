@@ -27,6 +27,7 @@ from PIL import Image
 Picture = Image.Image | np.ndarray
 ROWS = 256
 MIDDLE = 1024  # pixels a side that `shift` looks at
+NEAR = 256  # pixels a side from which on it tells a shift of one or two pixels
 
 
 def psnr(a: Picture, b: Picture) -> float:
@@ -63,6 +64,8 @@ def texture(a: Picture, clean: Picture) -> float:
 def shift(a: Picture, b: Picture) -> tuple[int, int]:
     """How many pixels `a` lies to the right of `b` and below it: (dx, dy), reliable from 64 pixels a side on.
 
+    One or two pixels are told from 256 pixels a side on.
+
     The middle 1024 pixels are compared; shifts of up to about a quarter of them are found. (0, 0) if there is no clear
     answer, as of flat pictures.
 
@@ -86,11 +89,11 @@ def shift(a: Picture, b: Picture) -> tuple[int, int]:
     low = np.exp(-((frequency / 0.1) ** 2))
     peaks = np.fft.irfft2(cross * low / np.maximum(np.abs(cross), 1e-12), sides)
     dy, dx = np.unravel_index(peaks.argmax(), peaks.shape)
-    # The peak of equal pictures is wide: one pixel away it is still 0.9 of its height. Of a clear answer the peak is
-    # higher than the place of no shift by half of what that width tells (as a ratio, of at most 1.5), and it is at
-    # least a third of the peak of equal pictures.
+    # No clear answer: a peak of less than a third of that of equal pictures, or one that is not much higher than the
+    # place of no shift. That of equal pictures is wide: one pixel away it is still 0.9 of its height, two away 0.67.
+    # So the peak of a shift of one or two pixels is higher by little; a small picture has as much by chance.
     equal = np.fft.irfft2(low, sides)
-    higher = min(1.5, math.sqrt(equal[0, 0] / max(equal[dy, dx], 1e-12)))
+    higher = min(1.5, math.sqrt(equal[0, 0] / max(equal[dy, dx], 1e-12))) if min(sides) >= NEAR else 1.5
     if peaks[dy, dx] < max(higher * peaks[0, 0], 0.35 * equal[0, 0]):
         return 0, 0
     return tuple(int(d - side if d > side // 2 else d) for d, side in ((dx, sides[1]), (dy, sides[0])))

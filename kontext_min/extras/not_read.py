@@ -16,9 +16,9 @@ from PIL import ExifTags, Image
 
 from kontext_min.data import srgb_transform
 
-NEAR, FAR = 1 << 16, 1 << 22  # bytes at either end of a file that are searched: of many files, of one
+NEAR, FAR = 1 << 16, 1 << 24  # bytes at either end of a file that are searched: of many files, of one
 PROFILES = {  # of color, that Pillow does not read
-    "JPEG2000": rb"colr[\x02\x03]",
+    "JPEG2000": rb"colr([\x02\x03]|\x01..\x00\x00\x00[^\x10-\x12])",  # as a profile, or another space by number
     "BMP": rb"^BM.{12}[\x6c-\xff]\x00{3}.{52}(DEBM|KNIL)",  # MBED or LINK, the other way around
     "GIF": rb"ICCRGBG1",
 }
@@ -32,13 +32,15 @@ FULL = (0.0, 255.0, 128.0, 255.0, 128.0, 255.0)  # the range of YCbCr in a TIFF 
 GEO, LAYERS = 34735, 37724  # tags of a TIFF: where it lies, what Photoshop shows
 BOXES = {rb"resd": "dpi", rb"uuid": "EXIF or XMP", rb"xml ": "XML"}  # of a JPEG 2000
 # Parts of a JPEG that are kept, named by another line, or technical.
-SEGMENTS = (b"Exif", b"http://ns.adobe.com/x", b"ICC_PROFILE", b"MPF", b"Photoshop", b"Adobe", b"JP")
+SEGMENTS = (b"Exif", b"http://ns.adobe.com/x", b"ICC_PROFILE", b"MPF", b"Photoshop", b"Adobe\0")
 SEGMENTS += (b"Ducky", b"AROT", b"FPXR", b"urn:iso:std:iso:ts:21496")
 # Behind or beside a JPEG: MP4 and the like, WAV; what phones write of it into XMP or a trailer.
 MEDIA = rb"ftyp(mp4|isom|qt  |avc|3gp|MSNV)|RIFF.{4}WAVE|M(otionPhoto|icroVideo)(_Data|(=.|>)1)"
+SECOND = {"JPEG": rb"hdrgm:", "MPO": rb"hdrgm:", "AVIF": rb"tmap|auxiliary:depth|auxid:2"}  # a gain map, a depth map
 # Texts; those of a PNG that tell of programs, or repeat what is kept, do not count.
 WORDS = {"comment": "comment", "Comment": "Comment", "id_section": "image ID"}  # of a TGA
 TEXTS = {  # that Pillow does not read
+    "GIF": (rb"\x00!\xfe.+\x00;\x00*$", "comment"),  # behind the picture
     "PPM": (rb"^P(4\s(\d+\s+)?|[^4]\s(\d+\s+){0,2})#", "comment"),  # before its last number
     "TGA": (rb"(?!\x00{4}).{8}TRUEVISION-XFILE\.", "extension area"),
 }
@@ -71,6 +73,13 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     found += ["its own levels of YCbCr (ReferenceBlackWhite, YCbCrCoefficients) are not applied"] * levels
     found += ["it holds further pictures (SubIFDs), of which it may be a smaller version"] * (330 in tags)
     found += ["its further channel is not read"] * (0 in tags.get(338, ()))
+    found += ["its cut-out (clap) is not applied"] * (image.format == "AVIF" and b"clap" in ends)
+    channels = image.format == "JPEG2000" and (b"pclr" in ends or b"cdef" in ends)
+    found += ["its palette or order of channels (pclr, cdef) may be read wrong; look at its colors"] * channels
+    hollow = any(k == 1057 and data[4:5] == b"\0" for k, _, data in getattr(image, "resources", ()))
+    found += [
+        "it was saved without its picture, for which layers are no substitute; save it for compatibility"
+    ] * hollow
     kind = ends[25:26] if image.format == "PSD" else b""
     found += ["it is multichannel or duotone, and read as gray"] * (kind in (b"\7", b"\x08"))
     more = image.format == "PSD" and int.from_bytes(ends[12:14], "big") > Image.getmodebands(image.mode)
@@ -129,10 +138,13 @@ def _mpo_kinds(image: Image.Image) -> list[str]:
 
 
 def _is_adobe_rgb(image: Image.Image) -> bool:
-    """Whether the EXIF of a JPEG or WebP says so, as that of a camera does: index R03 of the interoperability part."""
+    """Whether its EXIF says so, as that of a camera does: index R03 of the interoperability part, or ColorSpace 2."""
+    if "exif" not in image.info:  # that of a PNG may follow its pixels, and once asked for it is not read again
+        return False
     with suppress(Exception):
-        if image.format in ("JPEG", "MPO", "WEBP"):
-            return Image.Image.getexif(image).get_ifd(ExifTags.IFD.Interop).get(1) == "R03"
+        exif = Image.Image.getexif(image)
+        color_space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
+        return exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03" or color_space == 2
     return False
 
 
@@ -160,6 +172,8 @@ def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     tags = getattr(image, "tag_v2", {})
     resources = re.findall(rb"8BIM(..)", bytes(tags.get(34377, b"")), re.DOTALL)
     resources = {int.from_bytes(number, "big") for number in resources} | {*(image.info.get("photoshop") or ())}
+    resources |= {kind for kind, *_ in getattr(image, "resources", ()) if kind not in RESOURCES}
+    words |= {"XMP"} if "XML:com.adobe.xmp" in getattr(image, "text", ()) and "xmp" not in image.info else set()
     words |= {"IPTC"} if 1028 in resources or not isinstance(tags.get(33723, b""), bytes) else set()
     words |= {"URL"} if 1035 in resources else set()
     words |= {"paths"} if not resources.isdisjoint(PATHS) else set()
@@ -172,10 +186,12 @@ def not_kept(image: Image.Image, ends: bytes) -> list[str]:
     found += ["its Photoshop layers: dropped"] * bool(layered)
     media = image.format in ("JPEG", "MPO") and re.search(MEDIA, ends, re.DOTALL)
     found += ["its film or sound (a motion photo): dropped"] * bool(media)
-    found += ["its second picture, such as a gain map (HDR): dropped"] * ("Undefined" in _mpo_kinds(image)[1:])
+    others = not {"Undefined", "Unknown"}.isdisjoint(_mpo_kinds(image)[1:])
+    second = others or re.search(SECOND.get(image.format, rb"(?!)"), ends)
+    found += ["its second picture, such as a gain map (HDR): dropped"] * bool(second)
     found += ["its content credentials (C2PA): dropped, as they hold for the old pixels"] * (b"jumdc2pa" in ends)
     of_psd = {RESOURCES[kind] for kind, *_ in getattr(image, "resources", ()) if kind in RESOURCES}
-    parts = _segments(image)
+    parts = [name for name in _segments(image) if not (name.startswith("APP11 JP") and b"jumdc2pa" in ends)]
     found += [f"its parts {', '.join(parts[:5])}{' ...' * (len(parts) > 5)}: dropped"] * bool(parts)
     of_jp2 = {name for box, name in BOXES.items() if image.format == "JPEG2000" and box in ends}
     of_gif = {"XMP"} if image.format == "GIF" and b"XMP DataXMP" in ends and "xmp" not in info else set()

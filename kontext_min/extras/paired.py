@@ -27,6 +27,7 @@ from kontext_min.data import (
     Pairs,
     Picture,
     Size,
+    UnreadableError,
     crop,
     open_picture,
     srgb_transform,
@@ -37,6 +38,7 @@ from kontext_min.utils import numpy_generator
 
 SHOWN = 10  # problems
 SEEN = 32  # pixels a side, to see which way up a picture is
+TRIED = 32  # pairs of different orientation that are looked at
 
 
 class PairedFolders(Pairs):
@@ -84,25 +86,26 @@ def _shifts_colors(profile: bytes) -> bool:
     return bool(shown) and np.abs(np.subtract(shown, chart, dtype=float)).max() > 8  # LittleCMS rounds by a few
 
 
-def _differs(pair: tuple[Picture, Picture]) -> tuple[bool, bool]:
-    """Of a partner and its picture: whether only one has a profile of other colors; one is turned against the other.
+def _header(file: Picture) -> tuple[bool, int]:
+    """Whether a file has a profile of other colors, and its EXIF orientation."""
+    with suppress(Exception), Image.open(file.path, formats=FORMATS) as image:  # as in data.open_picture
+        profile = image.info.get("icc_profile") or b""
+        return _shifts_colors(profile), Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    return False, 1  # as it is read, train.py says why it can't be
 
-    Programs that write a degraded picture without the EXIF and the profile of the clean one do this.
-    """
-    found = []
+
+def _is_turned(pair: tuple[Picture, Picture]) -> bool:
+    """Whether a degraded picture fits its clean one best in another orientation than the one that EXIF tells."""
+    seen = []
     for file in pair:
-        with suppress(Exception), Image.open(file.path, formats=FORMATS) as image:  # as in data.open_picture
-            profile = image.info.get("icc_profile") or b""
-            found.append((_shifts_colors(profile), Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)))
-    if len(found) < 2:  # train.py says why, as it reads them
-        return False, False
-    (profile, way), (other_profile, other_way) = found
-    apart = [0.0]
-    if way != other_way:
-        degraded, clean = (open_picture(p.path, (SEEN, SEEN)).convert("L").resize((SEEN, SEEN)) for p in pair)
-        ways = [clean, *map(clean.transpose, TURNS.values())]
-        apart = [np.abs(np.subtract(degraded, picture, dtype=float)).mean() for picture in ways]
-    return profile != other_profile, min(apart) < apart[0] / 2
+        try:
+            x = np.asarray(open_picture(file.path, (SEEN, SEEN)).convert("L").resize((SEEN, SEEN)), dtype=np.float32)
+        except UnreadableError:
+            return False
+        seen.append((x - x.mean()) / (x.std() + 1))  # a dark picture fits a light one
+    clean = Image.fromarray(seen[1])
+    apart = [np.abs(seen[0] - np.asarray(way)).mean() for way in (clean, *map(clean.transpose, TURNS.values()))]
+    return min(apart) < apart[0] / 2
 
 
 def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders, PairedFolders | None, list[str]]:
@@ -119,19 +122,21 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
         owners[partner.name] = p.path
     both = [*zip(pairs.partners, pairs.pictures, strict=True)]
     both += [*zip(held.partners, held.pictures, strict=True)] if held else []
-    with ThreadPoolExecutor(THREADS) as pool:
-        profiles, turned = zip(*pool.map(_differs, both), strict=True)
-    if any(turned):
-        first = both[turned.index(True)]
+    with ThreadPoolExecutor(THREADS) as pool:  # programs that write the degraded ones may drop the EXIF and the profile
+        headers = [[*pool.map(_header, files)] for files in zip(*both, strict=True)]
+    of_pairs = [*zip(both, *headers, strict=True)]
+    profiles = sum(degraded[0] != clean[0] for _, degraded, clean in of_pairs)
+    differ = [pair for pair, degraded, clean in of_pairs if degraded[1] != clean[1]][:TRIED]
+    if turned := [pair[0].name for pair in differ if _is_turned(pair)]:
         raise ValueError(
-            f"{root}: {sum(turned)} of {len(both)} are turned against their clean pictures, such as {first[0].name}: "
-            "their EXIF orientations differ, but not their pixels; write both with one orientation."
+            f"{root}: {len(turned)} of {len(differ)} pairs whose EXIF orientations differ are turned against each "
+            f"other, such as {turned[0]}; write both pictures with one orientation."
         )
     lines = parts_not_read(root, [*pairs.partners, *(held.partners if held else ())])
     lines += unused(root, owners, "usable clean picture")
-    if any(profiles):
+    if profiles:
         lines.append(
-            f"note: {root}: {sum(profiles)} of {len(both)} lack the color profile of their clean pictures, or have one "
+            f"note: {root}: {profiles} of {len(both)} lack the color profile of their clean pictures, or have one "
             "that these lack; where both have the same values, the LoRA learns a shift of color"
         )
     shown = [pairs.buckets[k][0] for k in pairs.bucket_of]

@@ -126,9 +126,10 @@ def open_run(
     lines = _changes(before, settings) if before else []
     if last and before and write:
         then, now = before["versions"], settings.get("versions", {})
-        if others := [
-            f"{k} was {then[k]}, is {now[k]}" for k in now if then.get(k) not in (None, now[k], now[k].split()[0])
-        ]:
+        others = [k for k in now if then.get(k) not in (None, now[k], now[k].split()[0])]
+        if "code" in others:
+            print(f"note: {folder}: the code was edited or updated since; the result may differ")
+        if others := [f"{k} was {then[k]}, is {now[k]}" for k in others if k != "code"]:
             print(f"note: {folder}: {'; '.join(others)}; the result may differ, as by rounding")
     if before and not last and not start and before.get("init_lora"):  # it begins again, and not from there
         lines.append(f"init_lora was {before['init_lora']}, is None")
