@@ -124,7 +124,8 @@ def test_what_all_processes_are_given_knows_the_lora_to_start_from(tmp_path):
     lora.write_bytes(bytes(20_000))
     settings["init_lora"] = str(lora)
     before = runs.flags_of_all(settings)
-    assert before == runs.flags_of_all(settings | {"output_dir": "c", "lr_root": "d"})
+    assert before == runs.flags_of_all(settings | {"output_dir": "c", "lr_root": "d", "device": "cuda:1"})
+    assert before != runs.flags_of_all(settings | {"validate_every_epochs": 2})  # they wait for each other there
     assert before != runs.flags_of_all(settings | {"batch_size": 1}) and before != runs.flags_of_all(
         settings | {"lr": 1}
     )

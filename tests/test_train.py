@@ -25,9 +25,9 @@ import memorise
 import peer_training
 import sample
 import train
-from conftest import make_pictures
+from conftest import TINY, make_pictures
 from kontext_min import data, degrade, flow
-from kontext_min.checkpoints import metadata
+from kontext_min.checkpoints import find, metadata
 from kontext_min.extras import (
     base,
     checkpointing,
@@ -322,7 +322,7 @@ def test_a_run_that_continues_keeps_its_start_in_settings_json(run, tmp_path, ca
     assert run("--steps", 2, "--init-lora", tmp_path / "first") == 0
 
 
-def test_a_base_that_was_trained_for_another_objective_is_said(pictures, capsys):
+def test_a_base_that_was_trained_for_another_objective_is_said(pictures, capsys, monkeypatch):
     argv, line = ["--hr-root", str(pictures), "--plan", "--steps", "1"], " was trained for bridge, so kontext starts "
     for objective in ("bridge", "kontext"):
         checks.check_training(parse_flags(Settings, [*argv, "--objective", objective], ""))
@@ -331,7 +331,12 @@ def test_a_base_that_was_trained_for_another_objective_is_said(pictures, capsys)
     said = capsys.readouterr().err
     assert "was trained for context False, not for True" in said and "with --guidance 1.5, not with 4" in said
     checks.check_training(parse_flags(Settings, [*argv, "--degrade", "low-light"], ""))
-    assert f"not with {degrade.PROMPTS['low-light']!r}" in capsys.readouterr().err
+    assert not capsys.readouterr().err
+    about = trained_with(metadata(base := find(TINY, "transformer")[0]), base) | {"prompts": ["Fix it.", "a"]}
+    monkeypatch.setattr(checks, "trained_with", lambda *_: about)
+    checks.check_training(parse_flags(Settings, [*argv, "--degrade", "low-light"], ""))
+    said = f"was trained with --prompt 'Fix it.', not with {degrade.PROMPTS['low-light']!r}\n"
+    assert capsys.readouterr().err.endswith(f"{base.name}: {said}")
 
 
 def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tmp_path, capsys):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kontext_min.checkpoints import (
+    FOLDERS,
     NETWORKS,
     NOUNS,
     PREFIXES,
@@ -78,7 +79,8 @@ def check_files(path: Path, part: str) -> None:
     folder = files[0].parent
     patterns, named = ("*.safetensors",), "its index names the weights"
     if not any(folder.glob("[!.]*.safetensors.index.json")):  # a folder may hold other networks too
-        patterns, named = (*SINGLE_FILES[part], *HUB_FILES), f"read is {files[0].name}"
+        hub = HUB_FILES if folder.name == FOLDERS[part] else ()
+        patterns, named = (*SINGLE_FILES[part], *hub), f"read is {files[0].name}"
     others = sorted(
         {file.name for pattern in patterns for file in folder.glob(pattern)} - {file.name for file in files}
     )

@@ -190,6 +190,7 @@ def check_training(s: Any) -> None:
         if (learned := about.get("objective", s.objective)) != s.objective:
             print(f"note: {base} was trained for {learned}, so {s.objective} starts from far away", file=sys.stderr)
         else:
+            about.pop("prompt", None)  # that of weights/tiny need not be yours; a run of --full names its `prompts`
             note_other_path(str(base), about, vars(s) | {"prompt": prompts_of(s)})
 
 

@@ -52,7 +52,7 @@ def split(
     if kept and all(p.caption for p in kept) and len(settings.degrade) < 2:
         lines.append("note: every picture to train on has a caption; none trains with --prompt, sample.py's default")
     sizes: dict[int, list[Path]] = {}  # each file is asked once, and read only where another has its size
-    for p in kept:
+    for p in kept if held else ():
         sizes.setdefault(p.path.stat().st_size, []).append(p.path)
     alike = ((p, sizes.get(p.path.stat().st_size, ())) for p in held)
     known = [p.name for p, paths in alike if any(filecmp.cmp(p.path, path, shallow=False) for path in paths)]

@@ -568,9 +568,9 @@ def note_other_path(whose: str, about: Mapping[str, Any], settings: Mapping[str,
             print(f"note: {whose}: was trained for {what}, not for {now}", file=sys.stderr)
             if key == "objective":  # the others are parts of a bridge
                 break
-    learned, asked = {about.get("prompt"), *about.get("prompts", ())} - {None}, settings.get("prompt")
-    if learned and asked and learned.isdisjoint(asked):
-        print(f"note: {whose}: was trained with --prompt {min(learned)!r}, not with {asked[0]!r}", file=sys.stderr)
+    learned, asked = about.get("prompts") or [about.get("prompt")], settings.get("prompt")
+    if learned[0] and asked and not {*learned} & {*asked}:
+        print(f"note: {whose}: was trained with --prompt {learned[0]!r}, not with {asked[0]!r}", file=sys.stderr)
     then, now = about.get("guidance"), settings.get("guidance")
     if None not in (then, now) and then != now:
         print(f"note: {whose}: was trained with --guidance {then:g}, not with {now:g}", file=sys.stderr)

@@ -159,10 +159,9 @@ def refuse_different(folder: Path, values: Mapping[str, Any]) -> None:
     for what, value in values.items():
         mark = zlib.crc32(str(value).encode())
         if any_of(from_first(mark) != mark):
-            raise ValueError(
-                f"{folder}: not all processes see the same {what}; they need one disk that they share, or of pictures "
-                "and weights equal copies (cp -p), and the same flags."
-            )
+            hint = "they need one disk that they share, or of pictures and weights equal copies (cp -p)"
+            hint = "start all with one command" if what == "flags" else hint
+            raise ValueError(f"{folder}: not all processes see the same {what}; {hint}.")
 
 
 def wait() -> None:

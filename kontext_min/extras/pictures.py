@@ -284,9 +284,15 @@ def _identity(path: Path) -> object:
         inode = path.stat()
         return inode.st_dev, inode.st_ino
     except OSError:
-        folder = existing(path.parent).resolve()
-        ignores_case = folder.with_name(folder.name.swapcase()).exists() if folder.name.swapcase() != folder.name else 0
-        return str(path.resolve()).casefold() if ignores_case else path.resolve()
+        return str(path.resolve()).casefold() if _ignores_case(existing(path.parent)) else path.resolve()
+
+
+@functools.lru_cache(1000)
+def _ignores_case(folder: Path) -> bool:
+    """Whether a.png and A.png are one file in a folder, as on most disks of Windows, a Mac, and on memory cards."""
+    with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".Case") as file:
+        return Path(file.name).with_name(Path(file.name).name.swapcase()).exists()
+    return False  # a folder that can't be written is named later
 
 
 def existing(path: Path) -> Path:

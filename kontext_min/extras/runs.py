@@ -66,6 +66,11 @@ MAY_CHANGE = (  # settings that change no result, apart from rounding
     "batch_size",  # its product with the number of processes counts: pictures_a_batch
 )
 
+OWN = (  # what each of several processes may have of its own: places, and its part of the machine
+    *("hr_root", "lr_root", "val_root", "output_dir", "cache_dir", "init_lora", "weights"),
+    *("transformer", "vae", "clip", "t5", "device", "workers", "versions"),
+)
+
 # --------------------------------------------------------------------------------------------------------- the folder
 
 
@@ -228,8 +233,7 @@ def _result_settings(folder: Path) -> str:
 
 def flags_of_all(settings: Mapping[str, Any]) -> list[Any]:
     """What all processes of a run have to be given. Where pictures are may differ: what they hold is compared."""
-    known = sorted((k, v) for k, v in settings.items() if k not in (*MAY_CHANGE, "lr_root", "val_root"))
-    return [*known, settings["batch_size"], _holds(settings["init_lora"])]
+    return [*sorted((k, v) for k, v in settings.items() if k not in OWN), _holds(settings["init_lora"])]
 
 
 def versions(device: str, program: str) -> dict[str, str]:
