@@ -849,7 +849,7 @@ def test_a_cmyk_without_the_mark_of_adobe_is_named(tmp_path):
     length = int.from_bytes(plain[start + 2 : start + 4], "big")
     for content, said in ((plain, False), (plain[:start] + plain[start + 2 + length :], True)):
         (tmp_path / "in.jpg").write_bytes(content)
-        assert any("perhaps as a negative" in note for note in read(tmp_path / "in.jpg").notes) == said
+        assert any("perhaps read as a negative" in note for note in read(tmp_path / "in.jpg").notes) == said
 
 
 def test_texts_outside_of_exif_are_named(tmp_path):

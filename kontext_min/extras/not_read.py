@@ -77,9 +77,7 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     channels = image.format == "JPEG2000" and (b"pclr" in ends or b"cdef" in ends)
     found += ["its palette or order of channels (pclr, cdef) may be read wrong; look at its colors"] * channels
     hollow = any(k == 1057 and data[4:5] == b"\0" for k, _, data in getattr(image, "resources", ()))
-    found += [
-        "it was saved without its picture, for which layers are no substitute; save it for compatibility"
-    ] * hollow
+    found += ["it was saved without its picture; save it with maximum compatibility"] * hollow
     kind = ends[25:26] if image.format == "PSD" else b""
     found += ["it is multichannel or duotone, and read as gray"] * (kind in (b"\7", b"\x08"))
     more = image.format == "PSD" and int.from_bytes(ends[12:14], "big") > Image.getmodebands(image.mode)
@@ -95,9 +93,7 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
         fault = "can't be read: taken for sRGB" if fits else "does not fit its pixels: dropped"
         found.append(f"its {space} color profile {fault}")
     guess = image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info
-    found += [
-        "its CMYK has no mark of Adobe, which tells ink from light: read as Adobe's, perhaps as a negative"
-    ] * guess
+    found += ["its CMYK lacks Adobe's mark, which tells ink from light: perhaps read as a negative"] * guess
     told = "srgb" in image.info or image.info.get("icc_profile")
     if told and not (apart and image.format == "PNG"):  # there cICP comes first
         return found

@@ -489,12 +489,10 @@ def _dpi(image: Image.Image) -> tuple[float, float]:
     info, has = image.info, image.format not in ("JPEG", "MPO", "TIFF") or image.info.get("jfif_unit")
     with suppress(Exception):  # the picture itself may be fine
         has = has or 282 in (image.tag_v2 if image.format == "TIFF" else Image.Image.getexif(image))
-    if (
-        has and image.format in ("JPEG", "MPO") and not info.get("jfif_unit")
-    ):  # Pillow takes one side, and 72 for no unit
-        return _dpi_of_exif(image)
+    # Of the EXIF of a JPEG Pillow takes one side for both, and 72 where it names no unit.
+    told = None if image.format in ("JPEG", "MPO") and not info.get("jfif_unit") else info.get("dpi")
     if has:
-        return info.get("dpi") or _dpi_of_exif(image)
+        return told or _dpi_of_exif(image)
     block = (info.get("photoshop") or {}).get(0x03ED)  # Photoshop's own, of a JPEG
     return (block["XResolution"], block["YResolution"]) if isinstance(block, dict) else (0, 0)
 
