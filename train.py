@@ -285,6 +285,7 @@ def train(settings: Settings) -> int:
     sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed, me.rank, me.world)
     step_in_epochs = settings.accumulate / sampler.batches_per_epoch
     sampler.start = round(state.setdefault("epochs", state["step"] * step_in_epochs) * sampler.batches_per_epoch)
+    start_time = find_start_time(settings, StandIns(pairs), encode)  # of the pictures, as a cache may be damaged
     if settings.cache_latents:  # encode each picture once
         from kontext_min.extras.latents import CachedPairs, fill, variants
 
@@ -295,7 +296,6 @@ def train(settings: Settings) -> int:
         parallel.wait()
     readable = StandIns(pairs)  # another picture stands in for one that can no longer be read
     batches = iter(data.load(readable, sampler, settings.workers, me.device.type == "cuda", runs.outlive_signals))
-    start_time = find_start_time(settings, readable, encode)
     objective = Objective(settings.objective, settings.context, settings.source_noise, start_time)
     between = held_out.batches_between(settings, sampler.batches_per_epoch, len(validation_pairs))
 

@@ -452,9 +452,10 @@ def test_colors_that_are_taken_for_srgb_are_named(tmp_path):
     crop(40, 30).convert("CMYK").save(tmp_path / "in.tif")
     assert read(tmp_path / "in.tif").notes == ("CMYK without a color profile: its colors are a guess",)
     exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "Leica"
     exif.get_ifd(EXIF)[40961] = 2  # as some programs write Adobe RGB
-    for ending in ("jpg", "webp"):
-        crop(40, 30).save(tmp_path / f"in.{ending}", exif=exif)
+    for ending in ("jpg", "webp", "png", "tif"):
+        crop(40, 30).save(tmp_path / f"in.{ending}", exif=exif.tobytes())
         assert any("Adobe RGB" in note for note in read(tmp_path / f"in.{ending}").notes)
     exif = Image.Exif()
     exif.get_ifd(EXIF)[40965] = {1: "R03"}  # as cameras write it

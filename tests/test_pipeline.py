@@ -98,10 +98,13 @@ def test_prompts_are_cached_by_content_and_the_encoders_stay_closed(tmp_path, mo
     prompts._read.cache_clear()
     with pytest.raises(pytest.fail.Exception):
         prompts.encode([PROMPT], weights, tmp_path, torch.float32, "cpu")
+    assert not again[PROMPT].exists()
+    again[PROMPT].write_bytes(a[:-1] + bytes([a[-1] ^ 1]))
     monkeypatch.setattr(prompts, "MANY", 0)
     broken = prompts.encode([PROMPT], weights, tmp_path, torch.float32, "cpu")
-    with pytest.raises(OSError, match="its values are not those that were written; delete it"):
+    with pytest.raises(OSError, match="its values are not those that were written; deleted, and made again"):
         prompts.batch(broken, [PROMPT], 1.0, torch.float32, "cpu")
+    assert not again[PROMPT].exists() and again["b"].exists()
 
 
 def test_a_file_of_another_prompt_is_not_used_even_once(tmp_path):

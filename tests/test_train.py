@@ -973,6 +973,28 @@ def test_text_encoders_are_loaded_once_and_gone_before_the_transformer(two_runs)
     assert again.code == 0 and again.t5 == []
 
 
+def test_a_damaged_cache_does_not_change_the_start_time(run, tmp_path, capsys):
+    flags = [
+        "--steps",
+        2,
+        "--cache-latents",
+        1,
+        "--start-time",
+        "auto",
+        "--cache-dir",
+        tmp_path / "cache",
+        "--overwrite",
+    ]
+    assert run(*flags) == 0
+    (found,) = re.findall(r"--start-time auto: \S+", capsys.readouterr().out)
+    for file in (tmp_path / "cache" / "latents").rglob("*.safetensors"):
+        content = file.read_bytes()
+        file.write_bytes(content[:-500] + bytes(500))
+        assert run(*flags) in (0, 2)
+        assert found in capsys.readouterr().out
+        file.write_bytes(content)
+
+
 def test_small_pictures_are_left_out_and_a_start_time_can_be_found(run, tmp_path, capsys):
     few = ("--steps", 1, "--validate-every-epochs", 0)
     assert run(*few, "--resolution", 96) == 2

@@ -135,7 +135,8 @@ def _mpo_kinds(image: Image.Image) -> list[str]:
 
 def _is_adobe_rgb(image: Image.Image) -> bool:
     """Whether its EXIF says so, as that of a camera does: index R03 of the interoperability part, or ColorSpace 2."""
-    if "exif" not in image.info:  # that of a PNG may follow its pixels, and once asked for it is not read again
+    # That of a PNG may follow its pixels, and once asked for it is not read again.
+    if "exif" not in image.info and image.format != "TIFF":
         return False
     with suppress(Exception):
         exif = Image.Image.getexif(image)

@@ -175,7 +175,8 @@ def _is_of(file: Path, read: bool) -> bool:
 def _read(file: Path) -> tuple[Tensor, Tensor]:
     tensors = load_file(file)
     if checksum(tensors) != metadata(file).get("checksum"):
-        raise OSError(f"{file}: its values are not those that were written; delete it.")
+        file.unlink(missing_ok=True)
+        raise OSError(f"{file}: its values are not those that were written; deleted, and made again at the next start.")
     return tensors["txt"], tensors["y"]
 
 
