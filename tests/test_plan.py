@@ -278,6 +278,19 @@ def test_what_a_file_without_its_config_does_not_tell_is_said(tmp_path, capsys):
         assert (assumed.autoencoder == sizes.autoencoder) == (part != "vae")
 
 
+def test_a_tokenizer_that_tells_no_length_is_named(tmp_path, capsys):
+    weights = shutil.copytree(TINY, tmp_path / "w")
+    config = weights / "tokenizer_2" / "tokenizer_config.json"
+    for content, said in (({"model_max_length": 1e30}, ""), ({}, "no model_max_length"), (None, "no such file")):
+        config.unlink()
+        if content is not None:
+            config.write_text(json.dumps(content))
+        Sizes.of(Weights(weights))
+        line = f"note: {config}: {said}, which gives the length of prompts; FLUX's 512\n"
+        assert capsys.readouterr().err == line * bool(said)
+        config.touch()
+
+
 def test_the_config_of_another_autoencoder_is_said(monkeypatch, capsys):
     """That of SD3 names the sizes of FLUX's; it may lie beside ae.safetensors in a folder of several."""
     tiny = Sizes.of(Weights(TINY)).autoencoder

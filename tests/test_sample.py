@@ -708,6 +708,28 @@ def test_sample_is_one_process(scored, monkeypatch, capsys):
     assert "WORLD_SIZE=2 in the environment: sample.py is one process" in capsys.readouterr().err
 
 
+def test_what_a_reference_has_besides_the_scene_is_named(scored, tmp_path, capsys):
+    """Its alpha, and what the script that wrote the inputs has dropped: orientation and profile."""
+    clean = crop(192, 160)
+    for folder in ("in", "clean"):
+        clean.save(tmp_path / folder / "a.png")
+    assert run(*scored) == 0
+    assert "note: a.png" not in capsys.readouterr().err
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    clean.save(tmp_path / "clean" / "a.png", exif=exif)
+    assert run(*scored, "--overwrite") == 0
+    assert "a.png: its pixels are turned against the input; write both" in capsys.readouterr().err
+    clean.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "clean" / "a.png", exif=exif)
+    assert run(*scored, "--overwrite") == 0
+    assert "note: a.png" not in capsys.readouterr().err
+    mask = Image.linear_gradient("L").resize(clean.size)
+    clean.putalpha(mask)
+    clean.save(tmp_path / "clean" / "a.png")
+    assert run(*scored, "--overwrite") == 0
+    assert "a.png: it has an alpha channel: laid on white where it is transparent" in capsys.readouterr().err
+
+
 def test_a_reference_of_another_size_is_named(scored, tmp_path, capsys):
     crop(47, 40).save(tmp_path / "clean" / "a.png")
     assert run(*scored) == 1

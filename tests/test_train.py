@@ -332,6 +332,8 @@ def test_a_base_that_was_trained_for_another_objective_is_said(pictures, capsys,
     assert "was trained for context False, not for True" in said and "with --guidance 1.5, not with 4" in said
     checks.check_training(parse_flags(Settings, [*argv, "--degrade", "low-light"], ""))
     assert not capsys.readouterr().err
+    checks.check_training(parse_flags(Settings, [*argv, "--start-time", "auto"], ""))
+    assert "was trained for start time 1.0; auto may find another" in capsys.readouterr().err
     about = trained_with(metadata(base := find(TINY, "transformer")[0]), base) | {"prompts": ["Fix it.", "a"]}
     monkeypatch.setattr(checks, "trained_with", lambda *_: about)
     checks.check_training(parse_flags(Settings, [*argv, "--degrade", "low-light"], ""))

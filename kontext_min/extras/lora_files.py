@@ -568,6 +568,8 @@ def note_other_path(whose: str, about: Mapping[str, Any], settings: Mapping[str,
             print(f"note: {whose}: was trained for {what}, not for {now}", file=sys.stderr)
             if key == "objective":  # the others are parts of a bridge
                 break
+        elif then is not None and now == "auto":
+            print(f"note: {whose}: was trained for start time {then}; auto may find another", file=sys.stderr)
     learned, asked = about.get("prompts") or [about.get("prompt")], settings.get("prompt")
     if learned[0] and asked and not {*learned} & {*asked}:
         print(f"note: {whose}: was trained with --prompt {learned[0]!r}, not with {asked[0]!r}", file=sys.stderr)

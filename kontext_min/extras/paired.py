@@ -11,33 +11,17 @@ import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
-from kontext_min.data import (
-    FORMATS,
-    THREADS,
-    TURNS,
-    Pairs,
-    Picture,
-    Size,
-    UnreadableError,
-    crop,
-    open_picture,
-    srgb_transform,
-    to_tensor,
-)
+from kontext_min.data import THREADS, Pairs, Picture, Size, crop, open_picture, to_tensor
+from kontext_min.extras.alike import are_turned, looks
 from kontext_min.extras.inventory import parts_not_read, scan_whole, unread, unused
 from kontext_min.utils import numpy_generator
 
 SHOWN = 10  # problems
-SEEN = 32  # pixels a side, to see which way up a picture is
 TRIED = 32  # pairs of different orientation that are looked at
 
 
@@ -76,38 +60,6 @@ class PairedFolders(Pairs):
         return control, target
 
 
-@lru_cache(16)
-def _shifts_colors(profile: bytes) -> bool:
-    """Whether a color profile of RGB says other colors than sRGB does."""
-    steps = np.linspace(0, 255, 6).astype(np.uint8)
-    chart = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
-    transform = srgb_transform(profile, "RGB")
-    shown = transform and ImageCms.applyTransform(Image.fromarray(chart), transform)
-    return bool(shown) and np.abs(np.subtract(shown, chart, dtype=float)).max() > 8  # LittleCMS rounds by a few
-
-
-def _header(file: Picture) -> tuple[bool, int]:
-    """Whether a file has a profile of other colors, and its EXIF orientation."""
-    with suppress(Exception), Image.open(file.path, formats=FORMATS) as image:  # as in data.open_picture
-        profile = image.info.get("icc_profile") or b""
-        return _shifts_colors(profile), Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    return False, 1  # as it is read, train.py says why it can't be
-
-
-def _is_turned(pair: tuple[Picture, Picture]) -> bool:
-    """Whether a degraded picture fits its clean one best in another orientation than the one that EXIF tells."""
-    seen = []
-    for file in pair:
-        try:
-            x = np.asarray(open_picture(file.path, (SEEN, SEEN)).convert("L").resize((SEEN, SEEN)), dtype=np.float32)
-        except UnreadableError:
-            return False
-        seen.append((x - x.mean()) / (x.std() + 1))  # a dark picture fits a light one
-    clean = Image.fromarray(seen[1])
-    apart = [np.abs(seen[0] - np.asarray(way)).mean() for way in (clean, *map(clean.transpose, TURNS.values()))]
-    return min(apart) < apart[0] / 2
-
-
 def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders, PairedFolders | None, list[str]]:
     """The pairs to train on and to validate on with their partners below `root`, and lines to print.
 
@@ -123,11 +75,11 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
     both = [*zip(pairs.partners, pairs.pictures, strict=True)]
     both += [*zip(held.partners, held.pictures, strict=True)] if held else []
     with ThreadPoolExecutor(THREADS) as pool:  # programs that write the degraded ones may drop the EXIF and the profile
-        headers = [[*pool.map(_header, files)] for files in zip(*both, strict=True)]
+        headers = [[*pool.map(looks, (file.path for file in files))] for files in zip(*both, strict=True)]
     of_pairs = [*zip(both, *headers, strict=True)]
     profiles = sum(degraded[0] != clean[0] for _, degraded, clean in of_pairs)
     differ = [pair for pair, degraded, clean in of_pairs if degraded[1] != clean[1]][:TRIED]
-    if turned := [pair[0].name for pair in differ if _is_turned(pair)]:
+    if turned := [degraded.name for degraded, clean in differ if are_turned(degraded.path, clean.path)]:
         raise ValueError(
             f"{root}: {len(turned)} of {len(differ)} pairs whose EXIF orientations differ are turned against each "
             f"other, such as {turned[0]}; write both pictures with one orientation."

@@ -43,6 +43,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffTags
 
 from kontext_min.data import ENDINGS, FORMATS, TURNS, Size, UnreadableError, as_text, open_picture, scan, srgb_transform
+from kontext_min.extras.alike import differences
 from kontext_min.extras.inventory import (
     RECORD,
     ZEROS,
@@ -55,7 +56,7 @@ from kontext_min.extras.inventory import (
     unused,
     zeros_at_end,
 )
-from kontext_min.extras.not_read import FAR, ends, is_deep, kind_of, not_kept, not_read, space_of
+from kontext_min.extras.not_read import ALPHA, FAR, ends, is_deep, kind_of, not_kept, not_read, space_of
 from kontext_min.extras.saving import naming, write_picture
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
@@ -359,7 +360,9 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
         if path := reference_of(job, reference):
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
             with suppress(Exception), open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
-                notes += [f"{path}: {what}" for what in not_read(image, ends(opened, FAR))]
+                found = [*not_read(image, ends(opened, FAR)), *[ALPHA] * image.has_transparency_data]
+                notes += [f"{path}: {what}" for what in found]
+            notes += [f"{path}: {what}" for what in differences(job.path, path)]
             if zeros_at_end(path):
                 raise UnreadableError(f"{path}: {ZEROS}.")
             clean = open_picture(path, to_srgb=True)  # says what is wrong with the file, if anything is

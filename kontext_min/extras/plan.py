@@ -38,7 +38,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from kontext_min import data, flow
 from kontext_min.autoencoder import Autoencoder, AutoencoderParams
-from kontext_min.checkpoints import DTYPES, NOT_IN_SHAPES, NOUNS, find, outline, told
+from kontext_min.checkpoints import DTYPES, NOT_IN_SHAPES, NOUNS, find, outline, read_json, told
 from kontext_min.extras import held_out, prompts, speed
 from kontext_min.extras.base import Weights, check_files
 from kontext_min.extras.checkpointing import checkpoint_blocks
@@ -123,8 +123,9 @@ class Sizes:
         for part in ("transformer", "vae", "clip", "t5"):
             check_files(weights.path(part), part)
         length, config = prompts.max_length(weights), weights.root / "tokenizer_2" / "tokenizer_config.json"
-        if not config.is_file():
-            print(f"note: {config}: no such file, which gives the length of prompts; FLUX's {length}", file=sys.stderr)
+        lacks = "" if config.is_file() else "no such file"
+        if lacks := lacks or "no model_max_length" * ("model_max_length" not in read_json(config)):
+            print(f"note: {config}: {lacks}, which gives the length of prompts; FLUX's {length}", file=sys.stderr)
         return cls(flux.params, autoencoder.params, t5.encoder.params, length, DTYPES[largest.dtype])
 
     @property
