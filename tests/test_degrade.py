@@ -464,6 +464,11 @@ def test_contact_sheet_command(tmp_path, capsys):
     Image.new("L", (1300, 1300)).save(tmp_path / "black.png")
     contact_sheet.main([str(tmp_path / "black.png"), str(tmp_path / "black.jpg")])
     assert "inf" in capsys.readouterr().out
+    clear = Image.open(photo).convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    clear.save(tmp_path / "clear.png")
+    contact_sheet.main([str(tmp_path / "clear.png"), str(tmp_path / "clear.jpg")])
+    assert "it has an alpha channel: laid on white" in capsys.readouterr().err
     (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:900])
     with pytest.raises(ValueError, match=r"cut\.png: "):
         contact_sheet.main([str(photo), str(tmp_path / "cut.png"), str(tmp_path / "none.jpg")])

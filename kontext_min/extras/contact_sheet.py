@@ -18,7 +18,7 @@ from kontext_min.data import FORMATS, open_picture
 from kontext_min.degrade import PRESETS, parse
 from kontext_min.extras.inventory import ZEROS, is_result, marked, printable, zeros_at_end
 from kontext_min.extras.metrics import psnr
-from kontext_min.extras.not_read import ends, not_read
+from kontext_min.extras.not_read import ends, not_shown
 from kontext_min.extras.pictures import KINDS, working_size
 from kontext_min.extras.saving import write_picture
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         if is_result(path):
             print(f"note: {path}: is a result of this program, not clean", file=sys.stderr)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            for what in not_read(image, ends(file)):
+            for what in not_shown(image, ends(file)):
                 print(f"note: {path}: {what}", file=sys.stderr)
         if max(photo.size) > 20 * min(photo.size):
             raise ValueError(f"{path}: {photo.width} x {photo.height} pixels, too long for a sheet; leave it out.")

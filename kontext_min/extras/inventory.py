@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from kontext_min.data import ENDINGS, FORMATS, THREADS, Picture, Size, as_text, nearest_bucket, scan, walk
-from kontext_min.extras.not_read import ALPHA, ends, not_read
+from kontext_min.extras.not_read import ends, not_shown
 
 RECORD = ".restored-with.jsonl"  # marks a folder of restored pictures: see folders.py
 MARK = "kontext_min"  # how the software of a restored picture or a sheet starts, in its EXIF
@@ -150,8 +150,7 @@ def parts_not_read(root: Path, pictures: Sequence[Picture]) -> list[str]:
 
     def parts(picture: Picture) -> list[str]:
         with suppress(Exception), picture.path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-            clear = [ALPHA] * image.has_transparency_data
-            return not_read(image, b"" if image.format == "JPEG" else ends(file)) + clear
+            return not_shown(image, b"" if image.format == "JPEG" else ends(file))
         return []  # as in data.open_picture, anything is raised
 
     kinds: dict[str, list[str]] = {}

@@ -37,7 +37,6 @@ SEGMENTS += (b"Ducky", b"AROT", b"FPXR", b"urn:iso:std:iso:ts:21496")
 # Behind or beside a JPEG: MP4 and the like, WAV; what phones write of it into XMP or a trailer.
 MEDIA = rb"ftyp(mp4|isom|qt  |avc|3gp|MSNV)|RIFF.{4}WAVE|M(otionPhoto|icroVideo)(_Data|(=.|>)1)"
 SECOND = {"JPEG": rb"hdrgm:", "MPO": rb"hdrgm:", "AVIF": rb"tmap|auxiliary:depth|auxid:2"}  # a gain map, a depth map
-ALPHA = "it has an alpha channel: laid on white where it is transparent"
 # Texts; those of a PNG that tell of programs, or repeat what is kept, do not count.
 WORDS = {"comment": "comment", "Comment": "Comment", "id_section": "image ID"}  # of a TGA
 TEXTS = {  # that Pillow does not read
@@ -110,6 +109,12 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     found += ["its colors are not those of sRGB (cHRM, cICP or nclx), and are not converted"] * apart
     profile = re.search(PROFILES.get(image.format, rb"(?!)"), ends, re.DOTALL)
     return found + ["its color profile is not read, so its colors are taken for sRGB"] * bool(profile)
+
+
+def not_shown(image: Image.Image, ends: bytes) -> list[str]:
+    """As not_read, and the transparency, which is not read of a clean picture."""
+    clear = ["it has an alpha channel: laid on white where it is transparent"] * image.has_transparency_data
+    return not_read(image, ends) + clear
 
 
 def kind_of(image: Image.Image) -> str:

@@ -56,7 +56,7 @@ from kontext_min.extras.inventory import (
     unused,
     zeros_at_end,
 )
-from kontext_min.extras.not_read import ALPHA, FAR, ends, is_deep, kind_of, not_kept, not_read, space_of
+from kontext_min.extras.not_read import FAR, ends, is_deep, kind_of, not_kept, not_read, not_shown, space_of
 from kontext_min.extras.saving import naming, write_picture
 from kontext_min.extras.validation import GAP
 from kontext_min.utils import numpy_generator
@@ -360,8 +360,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
         if path := reference_of(job, reference):
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
             with suppress(Exception), open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
-                found = [*not_read(image, ends(opened, FAR)), *[ALPHA] * image.has_transparency_data]
-                notes += [f"{path}: {what}" for what in found]
+                notes += [f"{path}: {what}" for what in not_shown(image, ends(opened, FAR))]
             notes += [f"{path}: {what}" for what in differences(job.path, path)]
             if zeros_at_end(path):
                 raise UnreadableError(f"{path}: {ZEROS}.")
