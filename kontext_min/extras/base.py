@@ -77,16 +77,13 @@ def check_files(path: Path, part: str) -> None:
             raise ValueError(f"{file}: packed as {packed:.80}, which is not read; take bfloat16 or scaled fp8.")
     note_zeros(path, part)
     folder = files[0].parent
-    patterns, named = ("*.safetensors",), "its index names the weights"
+    patterns, named = ("[!.]*.safetensors",), "its index names the weights"
     if not any(folder.glob("[!.]*.safetensors.index.json")):  # a folder may hold other networks too
         hub = HUB_FILES if folder.name == FOLDERS[part] else ()
         patterns, named = (*SINGLE_FILES[part], *hub), f"read is {files[0].name}"
-    others = sorted(
-        {file.name for pattern in patterns for file in folder.glob(pattern)} - {file.name for file in files}
-    )
-    others = [name for name in others if name[0] != "."]
+    others = sorted({file for pattern in patterns for file in folder.glob(pattern)} - {*files})
     if others and Path(path).is_dir():
-        print(f"note: {folder}: {named}; not read: {others[0]}{' ...' * (len(others) > 1)}", file=sys.stderr)
+        print(f"note: {folder}: {named}; not read: {others[0].name}{' ...' * (len(others) > 1)}", file=sys.stderr)
 
 
 def _packed(file: Path, part: str) -> str:

@@ -31,9 +31,8 @@ def split(
     Raises:
         ValueError: --val-root has no usable picture.
     """
-    held, kept, lines = [], list(pictures), []
     if settings.validate_every_epochs == 0:
-        pass
+        held, kept, lines = [], list(pictures), []
     elif settings.val_root:
         found, rejected = scan_whole(settings.val_root)
         found, small = data.usable(found, buckets)
@@ -44,7 +43,7 @@ def split(
         text = describe(settings.val_root, found, unused, buckets, captions=False)  # --validation-prompt is theirs
         lines = [f"--val-root {settings.val_root}: {text}"]
         lines += [f"note: {MOST} of its {len(found)} pictures are used"] * (len(found) > MOST)
-        held = sorted(found, key=_by_name)[:MOST]
+        held, kept = sorted(found, key=_by_name)[:MOST], list(pictures)
     else:
         names = {p.name for p in sorted(pictures, key=_by_name)[: min(MOST, len(pictures) // 8)]}
         held, kept = [p for p in pictures if p.name in names], [p for p in pictures if p.name not in names]

@@ -49,11 +49,11 @@ REPEATED = re.compile(r"(exif|tiff):.*")  # what ImageMagick writes besides EXIF
 
 
 def ends(file: BinaryIO, most: int = NEAR) -> bytes:
-    """The first and the last bytes of a file, where headers and entries are."""
+    """The first and the last bytes of a file, where headers and entries are; a small file once."""
     place = file.tell()
     file.seek(0)
     first = file.read(most)
-    file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+    file.seek(max(len(first), file.seek(0, os.SEEK_END) - most))
     last = file.read(most)
     file.seek(place)
     return first + last
