@@ -727,6 +727,23 @@ def test_a_training_starts_from_a_lora(pair, tmp_path):
         init_lora(flux, tmp_path / "a.safetensors")
 
 
+def test_a_training_says_which_of_several_loras_it_starts_from(pair, tmp_path, capsys):
+    save_lora(
+        with_lora(pair[0], 4, 6, "attention"), tmp_path / "lora.safetensors", None, {"kontext_min": '{"steps": 6}'}
+    )
+    later = tmp_path / "checkpoints" / "step-000042" / "lora.safetensors"
+    later.parent.mkdir(parents=True)
+    for copied in (tmp_path / "adapter_model.safetensors", later):
+        shutil.copy(tmp_path / "lora.safetensors", copied)
+    flux = copy.deepcopy(pair[0])
+    add_lora(flux, 4, 6, "attention")
+    init_lora(flux, tmp_path)
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: --init-lora {tmp_path}: is lora.safetensors there; not read is adapter_model.safetensors",
+        f"note: --init-lora {tmp_path}: is of step 6; its run went on to {later}, and is not at its end",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------------ bad files
 
 

@@ -652,6 +652,22 @@ def test_further_channels_are_named(tmp_path):
     assert not_read.not_read(image, b"") == ["its fourth channel is taken for transparency"]
 
 
+@pytest.mark.parametrize("way", [1, 3, 6])
+def test_the_first_of_several_lying_pages_is_seen_upright(tmp_path, way):
+    """Counting the pages of a TIFF reads the first one again, as it lies."""
+    picture, seen = crop(40, 30), {}
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    for pages in (1, 2):
+        more = [picture] * (pages - 1)
+        picture.save(tmp_path / "in.tif", save_all=True, append_images=more, tiffinfo={274: way, 271: "Leica"})
+        file = read(tmp_path / "in.tif")
+        assert ("2 frames or pages: the first is read" in file.notes) == (pages == 2)
+        seen[pages] = file.rgb.size, file.rgb.tobytes(), file.alpha.tobytes(), file.keep["exif"]
+    assert seen[1] == seen[2]
+    upright = picture if way == 1 else picture.transpose(data.TURNS[way])
+    assert seen[2][:3] == (upright.size, upright.convert("RGB").tobytes(), upright.getchannel("A").tobytes())
+
+
 def test_places_in_a_lying_picture_do_not_stay(tmp_path):
     """Of the subject in EXIF, of faces in XMP: they count the pixels as they lay."""
     for way in (1, 6):

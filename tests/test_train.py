@@ -832,6 +832,12 @@ def test_all_weights_train_in_float32_on_a_machine_that_multiplies_bfloat16(run,
         assert run(*flags) == 2
         assert re.search(f"step-000004: broken .*{name}.*; delete it to continue", capsys.readouterr().err)
         file.write_bytes(whole)
+    shutil.copytree(tmp_path / "run/checkpoints/step-000004", tmp_path / "run/checkpoints/step-000009")  # it went on
+    result = tmp_path / "run" / "transformer"
+    assert run("--transformer", result, "--output-dir", tmp_path / "next", "--plan") == 0
+    later = tmp_path / "run/checkpoints/step-000009/transformer"
+    said = f"note: {result}: is of step 4; its run went on to {later}, and is not at its end\n"
+    assert said in capsys.readouterr().err
 
 
 def test_one_broken_picture_among_good_ones_is_named_and_the_run_goes_on(run, pictures, tmp_path, capsys):

@@ -52,7 +52,7 @@ def are_turned(degraded: Path, clean: Path) -> bool:
 def differences(degraded: Path, clean: Path) -> list[str]:
     """In words, what a score of the two would count besides the damage."""
     (profile, way), (other_profile, other_way) = looks(degraded), looks(clean)
-    found = ["only one of the two has a color profile; if both hold the same values, scores count a shift of color"]
+    found = ["only one of the two has a color profile other than sRGB; equal values then score as a shift of color"]
     found *= profile != other_profile
     turned = way != other_way and are_turned(degraded, clean)
     return found + ["its pixels are turned against the input; write both with one EXIF orientation"] * turned

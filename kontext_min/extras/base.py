@@ -31,6 +31,7 @@ from kontext_min.checkpoints import (
 )
 from kontext_min.extras.fingerprint import note_zeros
 from kontext_min.extras.last_block import skip_unread
+from kontext_min.extras.lora_files import note_which, trained_with
 from kontext_min.flux import Flux
 
 FIXED = {  # part: a key of its config.json, and the value that the code takes for granted
@@ -77,6 +78,8 @@ def check_files(path: Path, part: str) -> None:
             raise ValueError(f"{file}: packed as {packed:.80}, which is not read; take bfloat16 or scaled fp8.")
     note_zeros(path, part)
     folder = files[0].parent
+    if part == "transformer":
+        note_which(str(path), path, files[0], trained_with(metadata(files[0]), files[0]))
     patterns, named = ("[!.]*.safetensors",), "its index names the weights"
     if not any(folder.glob("[!.]*.safetensors.index.json")):  # a folder may hold other networks too
         hub = HUB_FILES if folder.name == FOLDERS[part] else ()

@@ -477,13 +477,8 @@ def lora_file(path: str | Path) -> Path:
 
 def _unfinished(folder: Path) -> str:
     """Where the LoRA of a run that is not at its end lies."""
-    found = _checkpoints(folder)
+    found = sorted(file for where in ("checkpoints/step-*", "step-*") for file in folder.glob(f"{where}/{FILES[0]}"))
     return f", such as {found[-1]}" if found else ""
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The LoRAs in the checkpoints of a run."""
-    return sorted(file for where in ("checkpoints/step-*", "step-*") for file in folder.glob(f"{where}/{FILES[0]}"))
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -578,6 +573,26 @@ def note_other_path(whose: str, about: Mapping[str, Any], settings: Mapping[str,
         print(f"note: {whose}: was trained with --guidance {then:g}, not with {now:g}", file=sys.stderr)
 
 
+def note_which(whose: str, path: Path, file: Path, about: Mapping[str, Any]) -> None:
+    """A line if there are other files than the one that is read: in the folder that was named, or later in its run.
+
+    Args:
+        whose: the flag and its value.
+        path: what was named: the file or its folder.
+        file: a LoRA, or the first file of a transformer of --full.
+        about: what its header says of the training.
+    """
+    if file.name in FILES and (others := [n for n in FILES if n != file.name and (path / n).is_file()]):
+        print(f"note: {whose}: is {file.name} there; not read is {' and '.join(others)}", file=sys.stderr)
+    # At its top a run has what it ended with; one that went on and was stopped has something later.
+    result = file if file.name == FILES[0] else file.parent
+    found = {p.parent.name[5:]: p for p in result.parent.glob(f"checkpoints/step-*/{result.name}")}
+    last = max(filter(str.isdecimal, found), key=int, default="0")
+    if int(last) > about.get("steps", math.inf):
+        text = f"is of step {about['steps']}; its run went on to {found[last]}, and is not at its end"
+        print(f"note: {whose}: {text}", file=sys.stderr)
+
+
 def purpose(loras: Sequence[str]) -> dict[str, Any]:
     """What several LoRAs (FILE or FILE=STRENGTH) were trained for: each setting from the first that has it.
 
@@ -593,14 +608,8 @@ def purpose(loras: Sequence[str]) -> dict[str, Any]:
         if any(filecmp.cmp(file, other, shallow=False) for other in files):
             print(f"note: --lora {lora}: is a copy of another; their strengths add up", file=sys.stderr)
         files.add(file)
-        folder = strength_of(lora)[0]
-        if others := [name for name in FILES if (folder / name).is_file() and name != file.name]:
-            print(f"note: --lora {lora}: is {file.name} there; not read is {' and '.join(others)}", file=sys.stderr)
         about = trained_with(read_lora(file)[1], file)
-        steps = {int(p.parent.name[5:]): p for p in _checkpoints(file.parent) if p.parent.name[5:].isdecimal()}
-        if file.name == FILES[0] and max(steps, default=0) > about.get("steps", math.inf):
-            text = f"is of step {about['steps']}; its run went on to {steps[max(steps)]}, and is not at its end"
-            print(f"note: --lora {lora}: {text}", file=sys.stderr)
+        note_which(f"--lora {lora}", strength_of(lora)[0], file, about)
         note_other_base(f"--lora {lora}", about, known)
         other = [k for k in ("prompt", "guidance", "resolution") if k in about and known.get(k, about[k]) != about[k]]
         for key in other:
@@ -782,10 +791,11 @@ def init_lora(
     """
     (lora, metadata), layers = factors_for(model, path), lora_layers(model)
     _note_if_idle(path, lora, 1)
-    about = trained_with(metadata, path)
-    note_other_path(f"--init-lora {path}", about, settings or {})
+    about, whose = trained_with(metadata, path), f"--init-lora {path}"
+    note_which(whose, Path(path), lora_file(path), about)
+    note_other_path(whose, about, settings or {})
     base = base or {}
-    note_other_base(f"--init-lora {path}", about, {**base, "base": base.get("transformer")})
+    note_other_base(whose, about, {**base, "base": base.get("transformer")})
     apart = [name for name in lora if name not in layers]
     if apart:
         raise ValueError(f"{path}: has {', '.join(apart[:3])}, which do not train here; choose other --lora-targets.")

@@ -426,12 +426,13 @@ def read(path: Path) -> File:
         with open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
             keep, alpha, foreign = {}, None, None
             both_ends = ends(opened, FAR)
-            deep = is_deep(image, both_ends)
+            deep, is_png = is_deep(image, both_ends), image.format == "PNG"
+            # Before the pixels: counting the pages of a TIFF reads its first one again, which turns it back.
+            notes = [] if is_png else not_read(image, both_ends)
             way = _orientation(image) if image.format == "TIFF" else None  # which has it only until Pillow turns it
             by_xmp = way in TURNS and ExifTags.Base.Orientation not in image.tag_v2
-            # In a PNG, EXIF and text may stand behind the pixels.
             image.load()
-            notes = not_read(image, both_ends)
+            notes += not_read(image, both_ends) if is_png else []  # its EXIF and text may stand behind the pixels
             lying = (way or _orientation(image)) in (5, 6, 7, 8)  # its x is y as seen
             if deep:
                 notes.append("more than 8 bits a channel: restored and written with 8")
