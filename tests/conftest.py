@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,18 @@ def make_pictures(folder, count=12, side=72, texts=2):
         if k < texts:
             (folder / f"{k:02d}.txt").write_text(f"fix photo {k}")
     return folder
+
+
+def linear_gray_profile():
+    """The smallest ICC profile of linear gray: a white point and a curve of gamma 1."""
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + white, b"kTRC": b"curv\0\0\0\0" + struct.pack(">I", 0)}
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for kind, content in tags.items():
+        table += kind + struct.pack(">II", start + len(body), len(content))
+        body += content
+    head = struct.pack(">I", start + len(body)) + b"lcms\x02\x40\0\0mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28)
+    return head + white + bytes(48) + table + body
 
 
 @pytest.fixture(scope="session")

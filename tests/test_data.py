@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageFilter
 from safetensors.torch import load_file, save_file
 
+from conftest import linear_gray_profile
 from kontext_min import data, degrade
 from kontext_min.data import BucketSampler, Pairs, Picture
 from kontext_min.extras import checks, held_out, inventory
@@ -915,6 +916,13 @@ def test_pairs_that_lost_their_exif_or_profile_are_named(tmp_path):
 
     (line,) = lines()
     assert line.startswith(f"note: {tmp_path / 'lr'}: 1 of 3 lack the color profile of their clean pictures")
+    for name in ("hr", "lr"):  # the same with a profile of gray
+        content = linear_gray_profile() if name == "hr" else b""
+        picture.convert("L").save(tmp_path / name / "1.png", icc_profile=content)
+        picture.save(tmp_path / "hr" / "2.png")
+    assert lines() == [line.replace("1 of 3", "2 of 3")]
+    for name in ("hr", "lr"):
+        picture.save(tmp_path / name / "1.png")
     exif[ExifTags.Base.Orientation] = 3
     picture.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "hr" / "2.png", exif=exif)  # as seen it is the same
     assert lines() == [line]
@@ -927,6 +935,27 @@ def test_pairs_that_lost_their_exif_or_profile_are_named(tmp_path):
     whole = (tmp_path / "lr" / "2.png").read_bytes()
     (tmp_path / "lr" / "2.png").write_bytes(whole[:900] + b"xxxx" + whole[904:])  # train.py leaves it out
     assert lines() == [line]
+
+
+def test_partners_that_are_enlarged_or_shrunk_are_named(tmp_path):
+    """Also those of pictures to validate on: they are scored with another damage than that of training."""
+    rng = np.random.default_rng(0)
+
+    def lines(*sides):
+        for name, size in {"hr": [64] * 4, "lr": sides}.items():
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            (tmp_path / name).mkdir()
+            for k, side in enumerate(size):
+                noise = rng.integers(0, 255, (side, side, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path / name / f"{k}.png")
+        pictures = data.scan(tmp_path / "hr")[0]
+        pairs, held = (Pairs(some, SMALL, noisy, 1, "restore") for some in (pictures[:2], pictures[2:]))
+        return [line.partition("lr: ")[2].partition(",")[0] for line in pair_up(pairs, held, tmp_path / "lr")[2]]
+
+    assert lines(64, 64, 64, 64) == []
+    assert lines(64, 64, 64, 16) == ["1 of 4 are smaller than their bucket"]
+    assert lines(16, 64, 64, 16) == ["2 of 4 are smaller than their bucket"]
+    assert lines(128, 128, 64, 128) == ["shrunk 2.0 times to train"]
 
 
 def test_a_picture_of_one_color_is_left_out(tmp_path, capsys):

@@ -448,7 +448,7 @@ def test_too_many_parentheses_are_one_short_line():
     assert len(str(caught.value)) < 2000
 
 
-def test_contact_sheet_command(tmp_path, capsys):
+def test_contact_sheet_command(tmp_path, capsys, monkeypatch):
     photo = tmp_path / "photo.png"
     PHOTO.resize((400, 300)).save(photo)
     contact_sheet.main([str(photo), str(tmp_path / "sheet.jpg")])
@@ -461,6 +461,10 @@ def test_contact_sheet_command(tmp_path, capsys):
     assert heads.split()[2:] == list(PRESETS) and row.split()[1:] == mean.split()[1:]
     assert all(5 < float(value) < 45 for value in row.split()[1:])
     assert inventory.is_result(tmp_path / "sheet.jpg")  # among photographs it does not train
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"new\.jpg: exists; name a new file"):
+        patch.setattr(contact_sheet, "psnr", lambda *_: (tmp_path / "new.jpg").write_text("yours") and 20.0)
+        contact_sheet.main([str(photo), str(tmp_path / "new.jpg")])
+    assert (tmp_path / "new.jpg").read_text() == "yours"  # it has come while the sheet was made
     Image.new("L", (1300, 1300)).save(tmp_path / "black.png")
     contact_sheet.main([str(tmp_path / "black.png"), str(tmp_path / "black.jpg")])
     assert "inf" in capsys.readouterr().out

@@ -733,6 +733,14 @@ def test_pictures_held_out_are_never_trained_on_and_stay_the_same(tmp_path):
     ]
     none = dataclasses.replace(settings, validate_every_epochs=0)
     assert "every picture to train on has a caption" in held_out.split(none, told, [(64, 64)])[2][0]
+    for prompts in ("", '"prompts": ["restore"]'):  # a transformer of --full, or one that a LoRA was merged into
+        base = tmp_path / "base.safetensors"
+        save_file({"x": torch.zeros(1)}, base, {"kontext_min": f"{{{prompts}}}"})
+        said = held_out.split(dataclasses.replace(settings, transformer=base), many, [(64, 64)])[2]
+        assert (
+            said
+            == [f"note: {base} may have trained on pictures to validate on, which score too high then"][: len(prompts)]
+        )
     two = dataclasses.replace(settings, degrade=("denoise", "deblur"))
     assert held_out.split(two, many, [(64, 64)])[2] == ["note: only the first --degrade is validated, denoise"]
 

@@ -1217,6 +1217,26 @@ def test_a_damaged_lora_is_named_when_it_is_converted(kontext_run, tmp_path, cap
         f.write(bytes(3000))
     export.convert(file, tmp_path / "new.safetensors", "peft")
     assert capsys.readouterr().err == f"note: {file}: its values are not those that train.py wrote\n"
+    tensors, theirs = load_file(tmp_path / "whole.safetensors"), tmp_path / "theirs.safetensors"  # without a checksum
+    first, second = sorted(name for name in tensors if "lora_A" in name)[:2]
+    for zeros, more in (((), ""), ((first,), ""), ((first, second), " and 1 more")):
+        save_file({k: x * (k not in zeros) for k, x in tensors.items()}, theirs)
+        lora_files.note_doubts(theirs, *read_lora(theirs))
+        said = "" if not zeros else f"note: {theirs}: {first}{more}: all zeros; was the download or the copy cut?\n"
+        assert capsys.readouterr().err == said
+
+
+def test_a_file_that_comes_while_another_is_exported_is_kept(kontext_run, tmp_path, monkeypatch):
+    target, parse = tmp_path / "new.safetensors", export.parse
+    monkeypatch.setattr(export, "parse", lambda *a: target.write_text("yours") and parse(*a))
+    with pytest.raises(ValueError, match="exists already; name another place"):
+        export.convert(kontext_run / "run" / "lora.safetensors", target, "peft")
+    assert target.read_text() == "yours"
+    target, merge = tmp_path / "merged.safetensors", export.merge
+    monkeypatch.setattr(export, "merge", lambda *a: (merge(*a), target.write_text("yours"))[0])
+    with pytest.raises(ValueError, match="exists already; name another place"):
+        export.merge_files(TINY, [str(kontext_run / "run" / "lora.safetensors")], target, "bfl")
+    assert target.read_text() == "yours"
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])

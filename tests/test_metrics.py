@@ -9,7 +9,7 @@ from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from kontext_min.extras import metrics
-from kontext_min.extras.metrics import luma, mean_row, psnr, psnr_y, row, scores, shift, ssim, table, texture
+from kontext_min.extras.metrics import counted, luma, mean_row, psnr, psnr_y, row, scores, shift, ssim, table, texture
 
 PHOTOS = sorted(Path(__file__).parent.glob("photos/*.jpg"))
 
@@ -151,6 +151,7 @@ def test_inputs_that_are_clean_are_no_part_of_the_mean():
     assert mean_row(rows)["input"] == rows[0]["input"] and mean_row(rows)["restored"] == rows[0]["restored"]
     assert table([*rows, mean_row(rows)]).endswith("\nthe mean leaves out 1: its input equals the clean picture")
     assert "leaves out" not in table([rows[1], mean_row(rows[1:])])
+    assert counted(rows) == rows[:1] and counted(rows[1:]) == rows[1:]
 
 
 def test_shapes_that_do_not_match():

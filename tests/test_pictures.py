@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, TiffTags
 
+from conftest import linear_gray_profile
 from kontext_min import data, degrade
 from kontext_min.extras import inventory, metrics, not_read, pictures
 from kontext_min.extras.pictures import find, load, load_restored, read, write
@@ -28,18 +29,6 @@ def swapped_profile():
     """sRGB with the primaries of red and green exchanged, the name of an odd colour space."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return profile.replace(b"rXYZ", b"?XYZ", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"?XYZ", b"gXYZ", 1)
-
-
-def linear_gray_profile():
-    """The smallest ICC profile of linear gray: a white point and a curve of gamma 1."""
-    white = struct.pack(">3i", 63190, 65536, 54061)
-    tags = {b"wtpt": b"XYZ \0\0\0\0" + white, b"kTRC": b"curv\0\0\0\0" + struct.pack(">I", 0)}
-    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
-    for kind, content in tags.items():
-        table += kind + struct.pack(">II", start + len(body), len(content))
-        body += content
-    head = struct.pack(">I", start + len(body)) + b"lcms\x02\x40\0\0mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28)
-    return head + white + bytes(48) + table + body
 
 
 def swapped(picture):

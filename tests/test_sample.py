@@ -1264,6 +1264,27 @@ def test_every_flag_that_decides_how_a_picture_looks_is_in_the_record(small, sma
         assert record(dataclasses.replace(plain, **{name: value})) != record(plain), name
 
 
+def test_why_an_objective_is_taken_is_said(small, small_bundle, tmp_path):
+    """A LoRA of another trainer does not say its objective; a base that train.py wrote says its own."""
+    theirs = tmp_path / "theirs.safetensors"
+    save_file(load_file(small / "lora.safetensors"), theirs)
+    base_of_run = find(TINY, "transformer")[0]
+    for flags, said in (
+        (
+            ["--weights", small_bundle, "--lora", theirs],
+            "(a bridge is assumed; FLUX.1-Kontext and LoRAs of others",
+        ),
+        (["--lora", theirs], f"(as {base_of_run} was trained; the LoRA does not say what for)"),
+        (["--lora", theirs, "--objective", "bridge"], ""),
+        (["--lora", small / "lora.safetensors"], ""),
+        ([], ""),
+    ):
+        argv = [str(f) for f in ["--input", small, "--output", "o", "--weights", TINY, *flags]]
+        settings = sample.parse_flags(sample.Settings, argv, "")
+        shown = str(method_of(settings, base.Weights(settings.weights)))
+        assert (said in shown) if said else "(" not in shown
+
+
 @pytest.mark.parametrize("when", ["while it is restored", "with its time kept"])
 def test_a_picture_that_is_replaced_is_restored_again(identity, small_bundle, tmp_path, capsys, monkeypatch, when):
     """While it is restored, or by another of the same size and time, such as one that a tool has turned."""

@@ -18,12 +18,14 @@ SEEN = 32  # pixels a side, to see which way up a picture is
 
 @lru_cache(16)
 def _shifts_colors(profile: bytes) -> bool:
-    """Whether a color profile of RGB says other colors than sRGB does."""
+    """Whether a color profile, of RGB or of gray, says other colors than sRGB does."""
     steps = np.linspace(0, 255, 6).astype(np.uint8)
     chart = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
-    transform = srgb_transform(profile, "RGB")
-    shown = transform and ImageCms.applyTransform(Image.fromarray(chart), transform)
-    return bool(shown and np.abs(np.subtract(shown, chart, dtype=float)).max() > 8)  # LittleCMS rounds by a few
+    for kind, values in (("RGB", Image.fromarray(chart)), ("L", Image.fromarray(steps[None]))):
+        if transform := srgb_transform(profile, kind):
+            shown = np.subtract(ImageCms.applyTransform(values, transform), values.convert("RGB"), dtype=float)
+            return bool(np.abs(shown).max() > 8)  # LittleCMS rounds by a few
+    return False
 
 
 def looks(path: Path) -> tuple[bool, int]:

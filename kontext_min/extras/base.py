@@ -61,6 +61,16 @@ class Weights:
         return getattr(self, part) or self.root
 
 
+def training_of(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The first file of a transformer, and what its header says of its training: nothing but for one of train.py.
+
+    Raises:
+        OSError, ValueError: as for find and trained_with.
+    """
+    file = find(path, "transformer")[0]
+    return file, trained_with(metadata(file), file)
+
+
 def check_files(path: Path, part: str) -> None:
     """Look at the files of a network for what its names and shapes do not tell.
 
@@ -79,7 +89,7 @@ def check_files(path: Path, part: str) -> None:
     note_zeros(path, part)
     folder = files[0].parent
     if part == "transformer":
-        note_which(str(path), path, files[0], trained_with(metadata(files[0]), files[0]))
+        note_which(str(path), path, *training_of(path))
     patterns, named = ("[!.]*.safetensors",), "its index names the weights"
     if not any(folder.glob("[!.]*.safetensors.index.json")):  # a folder may hold other networks too
         hub = HUB_FILES if folder.name == FOLDERS[part] else ()

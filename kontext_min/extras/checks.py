@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from kontext_min import degrade
-from kontext_min.checkpoints import FOLDERS, find, metadata, read_json
+from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
 from kontext_min.extras import parallel, runs
+from kontext_min.extras.base import training_of
 from kontext_min.extras.effect import check_degradation
 from kontext_min.extras.flags import changed, check_values, name_of
 from kontext_min.extras.inventory import RECORD
-from kontext_min.extras.lora_files import note_other_path, trained_with
+from kontext_min.extras.lora_files import note_other_path
 from kontext_min.extras.pictures import existing
 from kontext_min.extras.report import is_report
 
@@ -185,8 +186,7 @@ def check_training(s: Any) -> None:
         (tasks > 1 and s.cache_latents, "--cache-latents keeps the latents of one --degrade; leave it out"),
     )
     with suppress(OSError, ValueError):  # what is wrong with it is said where it is loaded
-        base = find(s.transformer or s.weights, "transformer")[0]
-        about = trained_with(metadata(base), base)
+        base, about = training_of(s.transformer or s.weights)
         if (learned := about.get("objective", s.objective)) != s.objective:
             print(f"note: {base} was trained for {learned}, so {s.objective} starts from far away", file=sys.stderr)
         else:

@@ -52,8 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) < 2:
         raise ValueError("usage: python -m kontext_min.extras.contact_sheet PHOTO... SHEET.jpg.")
     *photos, sheet = (Path(name) for name in arguments)
-    if sheet.exists():  # perhaps a photograph, if you forgot to name the sheet
-        raise ValueError(f"{sheet}: exists; name a new file for the sheet, behind the photographs.")
+    _check_new(sheet)
     if not sheet.parent.is_dir():
         raise ValueError(f"{sheet}: no such folder; make it first.")
     if sheet.suffix.lower() not in KINDS:
@@ -78,9 +77,15 @@ def main(arguments: Sequence[str]) -> int:
         print(_row(printable(path.name), table[-1]), flush=True)
         first = first or {"clean": photo, **pictures}
     print(_row("mean", np.mean(table, axis=0)))
+    _check_new(sheet)  # a file may have come since
     write_picture(contact_sheet(first), sheet, KINDS[sheet.suffix.lower()], quality=85, exif=marked(Image.Exif()))
     print(f"{sheet}: what they do to {photos[0]}")
     return 0
+
+
+def _check_new(sheet: Path) -> None:
+    if sheet.exists():  # perhaps a photograph, if you forgot to name the sheet
+        raise ValueError(f"{sheet}: exists; name a new file for the sheet, behind the photographs.")
 
 
 def _row(name: str, values: Iterable[float]) -> str:

@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kontext_min.checkpoints import find, flux_modules, load_flux, metadata
+from kontext_min.checkpoints import flux_modules, load_flux
 from kontext_min.extras import program
-from kontext_min.extras.base import check_files, dtypes
+from kontext_min.extras.base import check_files, dtypes, training_of
 from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.lora_files import (
     BRIDGE,
@@ -47,7 +47,6 @@ from kontext_min.extras.lora_files import (
     purpose,
     read_lora,
     strength_of,
-    trained_with,
     write_lora,
 )
 from kontext_min.extras.saving import save_file, save_flux
@@ -82,6 +81,7 @@ def convert(source: str | Path, target: str | Path, format: str, drop: Sequence[
     if not kept:
         raise ValueError(f"--drop {' '.join(drop)}: leaves no tensor of {source}.")
     lora = parse(kept, metadata, flux_modules(FluxParams()), lora_file(source))
+    _prepare(Path(target))  # again: a file may have come since
     write_lora(target, lora, format, metadata)
     left_out = f", {len(tensors) - len(kept)} tensors left out" if len(kept) < len(tensors) else ""
     ranks = ", ".join(map(str, sorted({f.rank for f in lora.values()})))
@@ -197,10 +197,10 @@ def merge_files(
     if layout == "hub" and dtype == FP8:
         raise ValueError(f"{output}: the hub layout has no 8-bit weights; add --layout bfl.")
     _prepare(output, folder=layout == "hub")
-    about, file = purpose(loras), find(base, "transformer")[0]
+    about = purpose(loras)
     check_files(base, "transformer")
     note_other_base(" + ".join(loras), about, {"base": fingerprint(base, "transformer")})
-    about = trained_with(metadata(file), file) | about  # as sample.py takes them
+    about = training_of(base)[1] | about  # as sample.py takes them
     is_narrow = any(stored.endswith("8") or stored.startswith("F8") for stored in dtypes(base))
     flux = load_flux(base, dtype=torch.float32 if is_narrow else None)
     for lora in loras:
@@ -208,6 +208,7 @@ def merge_files(
     rounding = merge(flux, dtype or (torch.bfloat16 if is_narrow else None))
     merged = [*about.get("merged", ()), *(Path(lora).name for lora in loras)]
     header = {"kontext_min": json.dumps(about | {"merged": merged})}
+    _prepare(output, folder=layout == "hub")  # again: a file may have come since
     (save_flux if layout == "hub" else save_bfl)(flux, output, header)
     return rounding
 

@@ -8,6 +8,7 @@ import filecmp
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kontext_min import data
+from kontext_min.extras.base import training_of
 from kontext_min.extras.inventory import describe, scan_whole, unread
 from kontext_min.extras.stand_ins import shows_nothing
 
@@ -57,8 +59,12 @@ def split(
     known = [p.name for p, paths in alike if any(filecmp.cmp(p.path, path, shallow=False) for path in paths)]
     if known:
         lines.append(f"note: {len(known)} of {len(held)} to validate on are to train on too, such as {known[0]}")
-    if held and settings.init_lora:
-        lines.append("note: --init-lora may have trained on pictures to validate on, which score too high then")
+    starts = ["--init-lora"] * bool(settings.init_lora)
+    with suppress(OSError, ValueError):  # what is wrong with it is said where it is loaded
+        base, about = training_of(settings.transformer or settings.weights)
+        starts += [str(base)] * ("prompts" in about)  # that of a run, or merged from one, but for weights/tiny
+    for start in starts if held else ():
+        lines.append(f"note: {start} may have trained on pictures to validate on, which score too high then")
     if held and len(settings.degrade) > 1:
         lines.append(f"note: only the first --degrade is validated, {settings.degrade[0]}")
     return kept, held, lines

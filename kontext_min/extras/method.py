@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 
 from kontext_min import degrade
-from kontext_min.checkpoints import find, metadata
 from kontext_min.extras import prompts
-from kontext_min.extras.base import Weights
+from kontext_min.extras.base import Weights, training_of
 from kontext_min.extras.fingerprint import fingerprint
 from kontext_min.extras.lora_files import (
     load_lora,
@@ -26,7 +25,6 @@ from kontext_min.extras.lora_files import (
     note_other_base,
     purpose,
     strength_of,
-    trained_with,
 )
 from kontext_min.flow import Objective, evaluations
 from kontext_min.flux import Flux
@@ -46,12 +44,11 @@ class Method:
     solver: str  # of flow.SOLVERS
     resolution: int | None  # that the LoRA was trained at, in pixels
     lora: tuple[str, ...]  # of each LoRA: its name, a hash of what it holds, its strength
-    assumed: bool  # neither a flag nor the LoRA nor the base says which objective
+    assumed: str  # why this objective, where neither a flag nor the LoRA says which
 
     def __str__(self) -> str:
-        assumed = " (a bridge is assumed; FLUX.1-Kontext and LoRAs of others need --objective kontext)" * self.assumed
         how = f"{evaluations(self.steps, self.solver)} network evaluations, {self.solver}"
-        return f"{self.objective.name}, {how}{assumed}"
+        return f"{self.objective.name}, {how}{self.assumed}"
 
 
 def method_of(settings: Any, weights: Weights) -> Method:
@@ -60,9 +57,8 @@ def method_of(settings: Any, weights: Weights) -> Method:
     Raises:
         ValueError: a flag does not fit what was trained.
     """
-    base = find(weights.path("transformer"), "transformer")[0]
-    loras = purpose(settings.lora)
-    about = trained_with(metadata(base), base) | loras
+    (base, of_base), loras = training_of(weights.path("transformer")), purpose(settings.lora)
+    about = of_base | loras
     name = settings.objective or about.get("objective", "bridge")
     model = " + ".join(settings.lora) if "objective" in loras else str(base)
     if name != about.get("objective", name):
@@ -85,6 +81,9 @@ def method_of(settings: Any, weights: Weights) -> Method:
     drawn = objective.source_noise or name == "kontext" or (settings.degrade and _draws(settings.degrade))
     if settings.seed != type(settings).seed and not drawn:
         print("note: --seed has no effect: this bridge has no source noise, and --degrade draws none", file=sys.stderr)
+    assumed = " (a bridge is assumed; FLUX.1-Kontext and LoRAs of others need --objective kontext)"
+    if "objective" in of_base:
+        assumed = f" (as {base} was trained; the LoRA does not say what for)"
     return Method(
         prompt=settings.prompt or about.get("prompt") or degrade.PROMPTS["guide"],
         guidance=settings.guidance if settings.guidance is not None else about.get("guidance", 1.5),
@@ -93,7 +92,7 @@ def method_of(settings: Any, weights: Weights) -> Method:
         solver=solver,
         resolution=about.get("resolution"),
         lora=_contents(settings.lora),
-        assumed=not settings.objective and "objective" not in about,
+        assumed="" if settings.objective or "objective" in (loras if settings.lora else about) else assumed,
     )
 
 

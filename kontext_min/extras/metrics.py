@@ -120,10 +120,15 @@ def mean_row(rows: Sequence[Row]) -> Row:
     Inputs that equal their clean picture do not count, unless all do: their PSNR is infinite.
     """
     row: Row = {"name": "mean", "shift": max(r["shift"] for r in rows)}
-    rows = [r for r in rows if not _is_clean(r)] or rows
+    rows = counted(rows)
     for part in ("input", "restored"):
         row[part] = {key: sum(r[part][key] for r in rows) / len(rows) for key in SCORES}
     return row
+
+
+def counted(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows that a mean is of."""
+    return [r for r in rows if not _is_clean(r)] or rows
 
 
 def _is_clean(row: Row) -> bool:

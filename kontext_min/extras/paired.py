@@ -91,14 +91,13 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
             f"note: {root}: {profiles} of {len(both)} lack the color profile of their clean pictures, or have one "
             "that these lack; where both have the same values, the LoRA learns a shift of color"
         )
-    shown = [pairs.buckets[k][0] for k in pairs.bucket_of]
-    if smaller := sum(p.width < 0.95 * width for p, width in zip(pairs.partners, shown, strict=True)):
+    shown = [(p, of.buckets[k]) for of in (pairs, held) if of for p, k in zip(of.partners, of.bucket_of, strict=True)]
+    if smaller := sum(p.width < 0.95 * bucket[0] for p, bucket in shown):
         lines.append(
             f"note: {root}: {smaller} of {len(shown)} are smaller than their bucket, and are enlarged to train; "
             "enlarge what you restore as well"
         )
-    sides = [(p.width * p.height) ** 0.5 for p in pairs.partners]
-    shrink = median(side / math.prod(pairs.buckets[k]) ** 0.5 for side, k in zip(sides, pairs.bucket_of, strict=True))
+    shrink = median((p.width * p.height / math.prod(bucket)) ** 0.5 for p, bucket in shown)
     if shrink > 1.5:
         lines.append(
             f"note: {root}: shrunk {shrink:.1f} times to train, and their damage with them; train with a larger "

@@ -481,7 +481,7 @@ def read(path: Path) -> File:
                     if foreign:
                         colors = ImageCms.applyTransform(colors.convert(kind), foreign)
                     rgb.paste(colors, mask=alpha.point(lambda a: 255 * (a > 0)))
-                    notes.append("transparency is kept as it is (a JPEG is laid on white)")
+                    notes.append("transparency is kept as it is (a JPEG and a sheet of --compare are laid on white)")
     except Exception as error:  # see data._read_header: Pillow's parsers raise anything
         raise UnreadableError(f"{path}: {error}") from error
     notes += ["nearly one color; look at the file"] * is_one_color(rgb)

@@ -105,7 +105,7 @@ def write_restored_report(
     """
     facts = [["Restored", f"{restored:,}", "picture" + "s" * (restored != 1)]]
     if mean and scored not in (None, restored):
-        facts.append(["Scored", f"{scored:,}", "with a clean picture"])
+        facts.append(["Scored", f"{scored:,}", "with another, clean picture"])
     if mean:
         before, after = mean["input"], mean["restored"]
         texture = ["Texture, clean = 1", f"{after['texture']:.2f}", f"before {before['texture']:.2f}"]

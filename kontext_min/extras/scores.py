@@ -63,7 +63,9 @@ class Scores:
             notes.append(self.of_json)
         if self.figures:
             lines.append(
-                report.write_restored_report(self.folder, self.figures, restored, mean, self.settings, len(self.rows))
+                report.write_restored_report(
+                    self.folder, self.figures, restored, mean, self.settings, len(metrics.counted(self.rows))
+                )
             )
             notes.append(self.of_report)
         elif report.is_report(page := self.record.with_name("report.html")):
