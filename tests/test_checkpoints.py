@@ -480,6 +480,20 @@ def test_weights_of_zeros_are_named(part, tmp_path, capsys):
     )
 
 
+def test_zeros_of_another_network_in_an_all_in_one_file_are_not_named(tmp_path, capsys):
+    """The autoencoder of weights/tiny has convolutions of zeros, as it should."""
+    tensors = {checkpoints.PREFIXES["vae"][0] + name: x for name, x in load_file(find(BUNDLE, "vae")[0]).items()}
+    tensors |= {
+        checkpoints.PREFIXES["transformer"][0] + name: x
+        for name, x in load_file(find(BUNDLE, "transformer")[0]).items()
+    }
+    save_file(tensors, tmp_path / "all.safetensors")
+    for part in ("transformer", "vae"):
+        note_zeros(tmp_path / "all.safetensors", part)
+    assert capsys.readouterr().err == ""
+    assert any(name.endswith("weight") and x.ndim > 1 and not x.any() for name, x in tensors.items())
+
+
 def test_fingerprint_follows_the_config(tmp_path):
     folder = shutil.copytree(WEIGHTS / "vae", tmp_path / "vae")
     config = json.loads((folder / "config.json").read_text())

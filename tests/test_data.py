@@ -958,6 +958,23 @@ def test_partners_that_are_enlarged_or_shrunk_are_named(tmp_path):
     assert lines(128, 128, 64, 128) == ["shrunk 2.0 times to train"]
 
 
+@pytest.mark.parametrize("how", ["record", "exif"])
+def test_partners_that_are_restored_already_are_named(tmp_path, how):
+    for name in ("hr", "lr"):
+        (tmp_path / name).mkdir()
+    pictures = folder_of(tmp_path / "hr", [(64, 64)] * 3)
+    for k in range(3):
+        exif = inventory.marked(Image.Exif()) if how == "exif" and k == 1 else None
+        smooth((64, 64), k + 9).save(tmp_path / "lr" / f"00{k}.png", exif=exif)
+    if how == "record":
+        (tmp_path / "lr" / inventory.RECORD).write_text('{"picture": "001.png"}\n')
+    pairs = Pairs(pictures, SMALL, noisy, 1, "restore")
+    assert pair_up(pairs, None, tmp_path / "lr")[2] == [
+        f"note: {tmp_path / 'lr'}: 1 of 3 are results of this program, such as 001.png; the LoRA learns to repair "
+        "what is left in them"
+    ]
+
+
 def test_a_picture_of_one_color_is_left_out(tmp_path, capsys):
     """It shows nothing, or is read wrong: as 16 bits with an unknown white may be."""
     pictures = folder_of(tmp_path, [(64, 64)] * 3)

@@ -453,6 +453,25 @@ def test_colors_that_are_taken_for_srgb_are_named(tmp_path):
         with Image.open(tmp_path / "in.jpg") as image:
             assert image.getexif().get_ifd(ExifTags.IFD.Interop)[1] == "R03"
         assert any("Adobe RGB" in note for note in read(tmp_path / "in.jpg").notes) == (not profile)
+    for before in (True, False):  # in a PNG it may follow the pixels, and be asked for before they are read
+        crop(40, 30).save(tmp_path / "in.png", exif=exif.tobytes())
+        png = (tmp_path / "in.png").read_bytes()
+        place = png.index(b"eXIf") - 4
+        part = png[place : place + 12 + int.from_bytes(png[place : place + 4], "big")]
+        if not before:
+            (tmp_path / "in.png").write_bytes(png.replace(part, b"").replace(png[-12:], part + png[-12:]))
+        (line,) = inventory.parts_not_read(tmp_path, [SimpleNamespace(path=tmp_path / "in.png", name="in.png")])
+        assert "Adobe RGB" in line and sum("Adobe RGB" in note for note in read(tmp_path / "in.png").notes) == 1
+
+
+def test_an_opaque_reference_is_not_said_to_be_transparent(tmp_path, capsys):
+    for alpha, said in ((255, False), (254, True)):
+        picture = crop(40, 30)
+        picture.save(tmp_path / "in.png")
+        picture.putalpha(alpha)
+        picture.save(tmp_path / "clean.png")
+        load(find(tmp_path / "in.png", tmp_path / "out.png")[0][0], None, tmp_path / "clean.png", 0)
+        assert ("it has an alpha channel" in capsys.readouterr().err) == said
 
 
 def test_pixels_that_are_not_square_and_places_on_maps_are_named(tmp_path):
@@ -974,9 +993,11 @@ def scene(tmp_path):
 
 
 @pytest.mark.parametrize(("degraded", "clean"), [("plain", "odd"), ("odd", "plain"), ("odd", "odd")])
-def test_pictures_are_compared_in_srgb(scene, degraded, clean):
+def test_pictures_are_compared_in_srgb(scene, degraded, clean, capsys):
     job = find(scene / f"{degraded}.png", scene / "out.png")[0][0]
     photo = load(job, None, scene / f"{clean}.png", 0)
+    said = "only one of the two has a color profile other than sRGB" in capsys.readouterr().err
+    assert said == (degraded != clean)
     assert metrics.psnr(pictures.as_seen(photo.degraded, photo.file), photo.clean) > 45
     write(job.output, photo.degraded, photo.file)
     assert metrics.psnr(load_restored(job, compare=False), photo.clean) > 45

@@ -132,6 +132,14 @@ def test_what_other_code_has_encoded_is_encoded_again(tmp_path, monkeypatch):
     assert encode().shape == (512, 8)
     monkeypatch.undo()
     assert torch.equal(encode(), right)
+    there = prompts.encode([PROMPT], base.Weights(TINY), tmp_path, torch.float32, "cpu")  # of a long run
+    monkeypatch.setattr(prompts, "CODE", "an edit")
+    monkeypatch.setattr(prompts, "load_t5", lambda *a, **k: lambda ids: torch.zeros(1, 512, 8))
+    encode()
+    monkeypatch.undo()
+    prompts._read.cache_clear()  # the run has read other prompts since
+    with pytest.raises(OSError, match="a program with other code has written it since the start; start again"):
+        prompts.batch(there, [PROMPT], 1.0, torch.float32, "cpu")
 
 
 def test_the_cache_knows_its_weights_and_its_dtype(tmp_path):

@@ -525,6 +525,13 @@ def test_a_prompt_that_was_not_trained_is_said(pixels, capsys):
         assert (line in capsys.readouterr().err) == said, (about, prompt)
 
 
+def test_a_guidance_that_was_not_trained_is_said(pixels, capsys):
+    for about, guidance, said in ((ABOUT, ABOUT["guidance"], False), (ABOUT, 7.5, True), ({}, 7.5, False)):
+        pixels("--guidance", guidance, about=about | {"strange": guidance})
+        line = f" was trained with guidance {ABOUT['guidance']:g}, not with 7.5\n"
+        assert (line in capsys.readouterr().err) == said, (about, guidance)
+
+
 def test_the_lora_its_strength_and_the_seed_change_pixels(pixels):
     whole = pixels()
     assert np.array_equal(whole, pixels(lora="{}=1.0"))

@@ -254,6 +254,21 @@ def test_a_block_in_the_cache_that_is_not_whole_is_made_again(tmp_path, kind):
             assert flux(*ARGS).isfinite().all()
 
 
+def test_blocks_that_other_code_replaces_are_not_read(tmp_path):
+    """Codes of one with scales of the other would give other weights."""
+    file, cache = write(tmp_path, "bfl"), tmp_path / "cache"
+    shown = []
+    for replaced in (False, True):
+        flux, stream = load_streamed("transformer", file, torch.float32, kind="int8", cache=cache)
+        for block in cache.glob("*/*.safetensors") if replaced else ():
+            save_file({name: torch.zeros_like(x) for name, x in load_file(block).items()}, tmp_path / "new")
+            (tmp_path / "new").replace(block)
+        stream.wrap()
+        with torch.no_grad():
+            shown.append(flux(*ARGS))
+    assert torch.equal(*shown)
+
+
 def test_two_merged_loras_do_not_share_a_cache(tmp_path):
     """Bases that differ in one small weight get folders of their own."""
     save_flux(Flux(replace(TINY_FLUX, mlp_ratio=4.0)), tmp_path / "a" / "transformer")

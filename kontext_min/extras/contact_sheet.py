@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         if is_result(path):
             print(f"note: {path}: is a result of this program, not clean", file=sys.stderr)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            for what in not_shown(image, ends(file)):
+            for what in not_shown(image, ends(file), decode=True):
                 print(f"note: {path}: {what}", file=sys.stderr)
         if max(photo.size) > 20 * min(photo.size):
             raise ValueError(f"{path}: {photo.width} x {photo.height} pixels, too long for a sheet; leave it out.")

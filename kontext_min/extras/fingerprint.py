@@ -6,10 +6,11 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from kontext_min.checkpoints import Stored, find, read_headers, told
+from kontext_min.checkpoints import Stored, by_our_names, find, read_headers, told
 
 PAGE = 4096  # what a disk reads at least
 
@@ -60,11 +61,10 @@ def note_zeros(path: str | Path, part: str) -> None:
     An autoencoder can have convolutions of zeros, as that of weights/tiny has; its norms can't.
     """
     found = []
-    for file in find(path, part):
-        tensors = [s for s in read_headers([file]).values() if s.name.endswith("weight")]
-        tensors = [s for s in tensors if ("norm" in s.name if part == "vae" else len(s.shape) > 1)]
-        with file.open("rb", buffering=0) as f:
-            found += [f"{file}: {s.name}" for s in tensors if not any(map(any, _samples(f, s)))]
+    for s in chain.from_iterable(by_our_names(read_headers(find(path, part)), part).values()):
+        if s.name.endswith("weight") and ("norm" in s.name if part == "vae" else len(s.shape) > 1):
+            with s.file.open("rb", buffering=0) as f:
+                found += [f"{s.file}: {s.name}"] * (not any(map(any, _samples(f, s))))
     if found:
         more = f" and {len(found) - 1} more" * (len(found) > 1)
         print(f"note: {found[0]}{more}: all zeros; was the download or the copy cut?", file=sys.stderr)

@@ -69,7 +69,8 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     Raises:
         ValueError: some of the pictures were made by sample.py or train.py, so they are not clean.
     """
-    _refuse_results(root.resolve(), pictures)
+    if made := results(root, pictures):
+        raise ValueError(f"{made[0]}: a result of this program, and {root} should hold clean pictures; move it.")
     found = list(walk(root))
     twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
     files = dict(found)
@@ -97,17 +98,19 @@ def unread(root: Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     return left_out
 
 
-def _refuse_results(root: Path, pictures: Sequence[Picture]) -> None:
-    """Raises ValueError if a picture is one that sample.py has restored, or a sheet, such as train.py writes."""
-    paths = [root / p.name for p in pictures]
+def results(root: Path, pictures: Sequence[Picture]) -> list[Path]:
+    """Those of some pictures below `root` that sample.py has restored, or that are sheets, such as train.py writes."""
+    paths = [root.resolve() / p.name for p in pictures]
     records = {folder / RECORD for path in paths for folder in path.parents if (folder / RECORD).is_file()}
     restored = {record.parent / name for record in records for name in _recorded(record)}
     with ThreadPoolExecutor(THREADS) as pool:  # a name that is not UTF-8 is another in p.path
         marked = list(pool.map(is_result, [p.path for p in pictures]))
-    for path, is_marked in zip(paths, marked, strict=True):
-        sheet = path.parent.name == "validation" and (path.parent.parent / "left-out.txt").exists()
-        if path in restored or is_marked or sheet:
-            raise ValueError(f"{path}: a result of this program, and {root} should hold clean pictures; move it.")
+    sheets = (p.parent.name == "validation" and (p.parent.parent / "left-out.txt").exists() for p in paths)
+    return [
+        path
+        for path, is_marked, is_sheet in zip(paths, marked, sheets, strict=True)
+        if path in restored or is_marked or is_sheet
+    ]
 
 
 def _recorded(record: Path) -> Iterator[str]:

@@ -74,6 +74,9 @@ def method_of(settings: Any, weights: Weights) -> Method:
         print(f"note: {model} has several tasks; {used}; --prompt chooses: {tasks}", file=sys.stderr)
     elif settings.prompt not in (None, *tasks, learned := about.get("prompt", settings.prompt)):
         print(f"note: {model} was trained with {learned!r}; another prompt may spoil pictures", file=sys.stderr)
+    guidance, trained_at = settings.guidance, about.get("guidance", 1.5)
+    if guidance not in (None, about.get("guidance", guidance)):
+        print(f"note: {model} was trained with guidance {trained_at:g}, not with {guidance:g}", file=sys.stderr)
     steps, solver = settings.steps or STEPS[name], settings.solver
     if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)
         solver = "midpoint" if name == "bridge" and steps > 1 else "euler"
@@ -86,7 +89,7 @@ def method_of(settings: Any, weights: Weights) -> Method:
         assumed = f" (as {base} was trained; the LoRA does not say what for)"
     return Method(
         prompt=settings.prompt or about.get("prompt") or degrade.PROMPTS["guide"],
-        guidance=settings.guidance if settings.guidance is not None else about.get("guidance", 1.5),
+        guidance=trained_at if guidance is None else guidance,
         objective=objective,
         steps=steps,
         solver=solver,

@@ -97,7 +97,7 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     told = "srgb" in image.info or image.info.get("icc_profile")
     if told and not (apart and image.format == "PNG"):  # there cICP comes first
         return found
-    found += ["its EXIF says Adobe RGB, but it has no color profile: taken for sRGB"] * _is_adobe_rgb(image)
+    found += ["its EXIF says Adobe RGB, but it has no color profile: taken for sRGB"] * _is_adobe_rgb(image, ends)
     found += ["CMYK without a color profile: its colors are a guess"] * (image.mode == "CMYK")
     linear = image.format == "QOI" and ends[13:14] == b"\1"
     gamma, primaries = image.info.get("gamma", 1.0 if linear else 1 / 2.2), image.info.get("chromaticity", PRIMARIES)
@@ -111,10 +111,12 @@ def not_read(image: Image.Image, ends: bytes) -> list[str]:
     return found + ["its color profile is not read, so its colors are taken for sRGB"] * bool(profile)
 
 
-def not_shown(image: Image.Image, ends: bytes) -> list[str]:
-    """As not_read, and the transparency, which is not read of a clean picture."""
-    clear = ["it has an alpha channel: laid on white where it is transparent"] * image.has_transparency_data
-    return not_read(image, ends) + clear
+def not_shown(image: Image.Image, ends: bytes, decode: bool = False) -> list[str]:
+    """As not_read, and the transparency, which is not read of a clean picture; `decode` to see if there is some."""
+    found, clear = not_read(image, ends), image.has_transparency_data
+    if clear and decode:
+        clear = image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+    return found + ["it has an alpha channel: laid on white where it is transparent"] * clear
 
 
 def kind_of(image: Image.Image) -> str:
@@ -139,13 +141,16 @@ def _mpo_kinds(image: Image.Image) -> list[str]:
     return [entry["Attribute"]["MPType"] for entry in getattr(image, "mpinfo", {}).get(0xB002, ())]
 
 
-def _is_adobe_rgb(image: Image.Image) -> bool:
+def _is_adobe_rgb(image: Image.Image, ends: bytes) -> bool:
     """Whether its EXIF says so, as that of a camera does: index R03 of the interoperability part, or ColorSpace 2."""
-    # That of a PNG may follow its pixels, and once asked for it is not read again.
-    if "exif" not in image.info and image.format != "TIFF":
-        return False
     with suppress(Exception):
-        exif = Image.Image.getexif(image)
+        exif, content = Image.Exif(), image.info.get("exif", b"")
+        if image.format == "TIFF":
+            exif = Image.Image.getexif(image)
+        elif image.format == "PNG" and not content and (place := ends.rfind(b"eXIf")) > 0:  # behind the pixels
+            content = ends[place + 4 :][: int.from_bytes(ends[place - 4 : place], "big")]
+        if content:  # not by getexif, which would not look again behind the pixels
+            exif.load(content)
         color_space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
         return exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03" or color_space == 2
     return False

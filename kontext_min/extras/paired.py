@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kontext_min.data import THREADS, Pairs, Picture, Size, crop, open_picture, to_tensor
 from kontext_min.extras.alike import are_turned, looks
-from kontext_min.extras.inventory import parts_not_read, scan_whole, unread, unused
+from kontext_min.extras.inventory import parts_not_read, results, scan_whole, unread, unused
 from kontext_min.utils import numpy_generator
 
 SHOWN = 10  # problems
@@ -84,7 +84,11 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
             f"{root}: {len(turned)} of {len(differ)} pairs whose EXIF orientations differ are turned against each "
             f"other, such as {turned[0]}; write both pictures with one orientation."
         )
-    lines = parts_not_read(root, [*pairs.partners, *(held.partners if held else ())])
+    partners = [*pairs.partners, *(held.partners if held else ())]
+    lines = parts_not_read(root, partners)
+    if made := results(root, partners):
+        text = f"{len(made)} of {len(partners)} are results of this program, such as {made[0].name}"
+        lines.append(f"note: {root}: {text}; the LoRA learns to repair what is left in them")
     lines += unused(root, owners, "usable clean picture")
     if profiles:
         lines.append(

@@ -360,7 +360,7 @@ def load(job: Job, degradation: Callable | None, reference: Path | None, seed: i
         if path := reference_of(job, reference):
             notes += [f"{path} is a result of this program, not clean"] * is_result(path)
             with suppress(Exception), open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
-                notes += [f"{path}: {what}" for what in not_shown(image, ends(opened, FAR))]
+                notes += [f"{path}: {what}" for what in not_shown(image, ends(opened, FAR), decode=True)]
             notes += [f"{path}: {what}" for what in differences(job.path, path)]
             if zeros_at_end(path):
                 raise UnreadableError(f"{path}: {ZEROS}.")
@@ -426,13 +426,12 @@ def read(path: Path) -> File:
         with open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as image:
             keep, alpha, foreign = {}, None, None
             both_ends = ends(opened, FAR)
-            deep, is_png = is_deep(image, both_ends), image.format == "PNG"
+            deep = is_deep(image, both_ends)
             # Before the pixels: counting the pages of a TIFF reads its first one again, which turns it back.
-            notes = [] if is_png else not_read(image, both_ends)
+            notes = not_read(image, both_ends)
             way = _orientation(image) if image.format == "TIFF" else None  # which has it only until Pillow turns it
             by_xmp = way in TURNS and ExifTags.Base.Orientation not in image.tag_v2
-            image.load()
-            notes += not_read(image, both_ends) if is_png else []  # its EXIF and text may stand behind the pixels
+            image.load()  # in a PNG, EXIF and text may stand behind the pixels
             lying = (way or _orientation(image)) in (5, 6, 7, 8)  # its x is y as seen
             if deep:
                 notes.append("more than 8 bits a channel: restored and written with 8")

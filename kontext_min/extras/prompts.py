@@ -173,8 +173,10 @@ def _is_of(file: Path, read: bool) -> bool:
 
 @lru_cache(maxsize=64)  # files that stay open, mapped into memory: mostly one
 def _read(file: Path) -> tuple[Tensor, Tensor]:
-    tensors = load_file(file)
-    if checksum(tensors) != metadata(file).get("checksum"):
+    tensors, about = load_file(file), metadata(file)
+    if about.get("key") != file.stem + CODE:
+        raise OSError(f"{file}: a program with other code has written it since the start; start again to go on.")
+    if checksum(tensors) != about.get("checksum"):
         file.unlink(missing_ok=True)
         raise OSError(f"{file}: its values are not those that were written; deleted, and made again at the next start.")
     return tensors["txt"], tensors["y"]

@@ -78,7 +78,9 @@ class Stream:
         self.arrival: list[Future[Any]] = [Future(), Future()]
         self.used = self.last = 0  # slot and block that ran last
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="stream")  # one, so that reads come in order
-        self.files: dict[Path, BinaryIO] = {}
+        # Open from now on: a program with other code may replace them in the cache.
+        files = {part.file for block in codes for c in block for part in c.parts}
+        self.files: dict[Path, BinaryIO] = {file: file.open("rb", buffering=0) for file in files}
         self.fetched = self.bytes_read = 0
         self.seconds_waited, self.began = 0.0, 0.0
         if device.type == "cuda":
@@ -167,8 +169,6 @@ class Stream:
         for c in self.codes[i]:
             start = c.start
             for part in c.parts:
-                if part.file not in self.files:
-                    self.files[part.file] = part.file.open("rb", buffering=0)
                 _read_at(self.files[part.file], part.offset, data[start : start + part.nbytes])
                 start += part.nbytes
             self.bytes_read += c.stop - c.start
