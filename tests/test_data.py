@@ -753,6 +753,9 @@ def test_too_little_shared_memory_is_a_line_and_no_hang(monkeypatch):
     checks.check_shared_memory([(1024, 1024)], 4, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 200 << 20))
     checks.check_shared_memory([(1024, 1024)], 4, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes share it
+    with pytest.raises(ValueError, match=r"210 MB free, but 2 workers a process need 252 MB"):
+        checks.check_shared_memory([(1024, 1024)], 4, 2)
 
 
 # ---- crop ------------------------------------------------------------------------------------------------------------

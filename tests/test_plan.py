@@ -227,6 +227,10 @@ def test_the_fastest_setting_that_fits_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(plan, "free_bytes", lambda device: math.inf)  # neither Linux nor CUDA
     said = plan.show(asked, sizes, (128, 128), torch.device("cpu"))
     assert said.endswith("is not told: this system does not say how much memory is free")
+    sharded = plan.show(dataclasses.replace(asked, shard=True), sizes, (128, 128), torch.device("cpu"))
+    assert "one process alone; with --shard each of N has about 1/N of all weights" in sharded
+    assert "one process alone" not in said and "--stream" in said
+    assert "--quantize" not in sharded and "--stream" not in sharded  # which --shard excludes
 
 
 def test_the_seconds_of_the_plan_are_those_of_a_step():

@@ -335,10 +335,14 @@ def test_a_base_that_was_trained_for_another_objective_is_said(pictures, capsys,
     checks.check_training(parse_flags(Settings, [*argv, "--start-time", "auto"], ""))
     assert "was trained for start time 1.0; auto may find another" in capsys.readouterr().err
     about = trained_with(metadata(base := find(TINY, "transformer")[0]), base) | {"prompts": ["Fix it.", "a"]}
-    monkeypatch.setattr(checks, "trained_with", lambda *_: about)
+    monkeypatch.setattr(checks, "training_of", lambda *_: (base, about))
     checks.check_training(parse_flags(Settings, [*argv, "--degrade", "low-light"], ""))
     said = f"was trained with --prompt 'Fix it.', not with {degrade.PROMPTS['low-light']!r}\n"
     assert capsys.readouterr().err.endswith(f"{base.name}: {said}")
+    about |= {"vae": "another", "base": "what --full began with", "prompts": ["Fix it."]}
+    checks.check_training(parse_flags(Settings, [*argv, "--prompt", "Fix it."], ""))
+    said = f"note: {base}: was trained on another autoencoder, or another file of it\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_start_from_a_lora_that_was_trained_for_something_else_says_so(run, tmp_path, capsys):

@@ -24,12 +24,12 @@ from typing import Any
 from kontext_min import degrade
 from kontext_min.checkpoints import FOLDERS, read_json
 from kontext_min.data import Size
-from kontext_min.extras import parallel, runs
-from kontext_min.extras.base import training_of
+from kontext_min.extras import parallel, prompts, runs
+from kontext_min.extras.base import Weights, training_of
 from kontext_min.extras.effect import check_degradation
 from kontext_min.extras.flags import changed, check_values, name_of
 from kontext_min.extras.inventory import RECORD
-from kontext_min.extras.lora_files import note_other_path
+from kontext_min.extras.lora_files import note_other_base, note_other_path
 from kontext_min.extras.pictures import existing
 from kontext_min.extras.report import is_report
 
@@ -192,6 +192,9 @@ def check_training(s: Any) -> None:
         else:
             about.pop("prompt", None)  # that of weights/tiny need not be yours; a run of --full names its `prompts`
             note_other_path(str(base), about, vars(s) | {"prompt": prompts_of(s)})
+        parts = [part for part in ("vae", "clip", "t5", "words") if part in about]
+        here = prompts.fingerprints(Weights(s.weights, s.transformer, s.vae, s.clip, s.t5), parts)
+        note_other_base(str(base), {part: about[part] for part in parts}, here)
 
 
 def prompts_of(s: Any) -> tuple[str, ...]:
@@ -394,10 +397,11 @@ def check_shared_memory(buckets: Sequence[Size], batch_size: int, workers: int) 
         return
     # Two batches a worker are on their way, one is in use; each has a control and a target, in bytes.
     needed = (2 * workers + 1) * batch_size * 2 * max(3 * w * h for w, h in buckets)
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun on this machine, with workers each
     free = shutil.disk_usage("/dev/shm").free
     if free < needed:
         raise ValueError(
-            f"/dev/shm: {free / 1e6:.0f} MB free, but {workers} workers need {needed / 1e6:.0f} MB for their "
+            f"/dev/shm: {free / 1e6:.0f} MB free, but {workers} workers a process need {needed / 1e6:.0f} MB for their "
             "batches; use --workers 0 or fewer workers, or give the container more (docker run --shm-size=2g)."
         )
 

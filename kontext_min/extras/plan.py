@@ -145,6 +145,7 @@ class Setting:
     rank: int = 16  # of the LoRA, 0 for none
     targets: str = "attention-mlp"
     full: bool = False
+    shard: bool = False
     averages: int = 0  # copies of the trained weights for an EMA
     kind: str | None = None  # int8, fp8, nf4, or None: as stored
     stream: bool = False
@@ -477,6 +478,7 @@ def for_training(settings: Any, sizes: Sizes, dtype: torch.dtype, device: torch.
         rank=settings.rank,
         targets=settings.lora_targets,
         full=settings.full,
+        shard=settings.shard,
         averages=int(settings.ema > 0),
         kind=settings.quantize,
         stream=settings.stream,
@@ -553,7 +555,7 @@ def choices(asked: Setting, small: tuple[int, int]) -> dict[str, Setting]:
         found["--gradient-checkpointing half"] = replace(plain, checkpointing="half")
         flag, plain = " --gradient-checkpointing all", replace(plain, checkpointing="all")
         found[flag.strip()] = plain
-    if asked.full:  # the others do not go with it
+    if asked.full or asked.shard:  # the others do not go with it
         smaller = {"--gradient-checkpointing all --resolution 512": replace(plain, size=small)}
         return found | smaller
     for kind in ("int8", "nf4"):
@@ -588,6 +590,7 @@ def show(asked: Setting, sizes: Sizes, small: tuple[int, int], device: torch.dev
         lines = [
             f"{whole} pixels in {asked.passes} passes of {tile} pixels, encoded and decoded {coded} at a time, in GB:"
         ]
+    lines += ["  one process alone; with --shard each of N has about 1/N of all weights and averages"] * asked.shard
     lines += [f"  {name:24} {value / GB:8.2f}" for name, value in plan.parts.items()]
     lines += [f"  peak, {name:18} {value / GB:8.2f}" for name, value in plan.phases.items()]
     lines += [
