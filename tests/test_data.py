@@ -1,5 +1,6 @@
 """The data pipeline: buckets, files of every kind and state, crops, pairs, order, cached latents."""
 
+import errno
 import io
 import json
 import math
@@ -21,6 +22,7 @@ from conftest import linear_gray_profile
 from kontext_min import data, degrade
 from kontext_min.data import BucketSampler, Pairs, Picture
 from kontext_min.extras import checks, held_out, inventory
+from kontext_min.extras import latents as latents_module
 from kontext_min.extras import paired as paired_folders
 from kontext_min.extras.latents import CachedPairs, content_mark, fill
 from kontext_min.extras.paired import PairedFolders, match, pair_up
@@ -660,6 +662,14 @@ def test_partners_of_no_picture_are_named_and_copies_refused(tmp_path, capsys):
     pictures, _ = data.scan(high)
     with pytest.raises(ValueError, match="holds copies of the clean pictures"):
         paired(pictures, low)
+    for name in ("a.png", "b.png"):  # saved again: other bytes
+        smooth((80, 80)).save(low / name, compress_level=1)
+    with pytest.raises(ValueError, match="holds copies of the clean pictures"):
+        paired(pictures, low)
+    smooth((80, 80), 1).save(low / "b.png")
+    assert paired(pictures, low).partners
+    for name in ("a.png", "b.png"):
+        shutil.copy(high / name, low)
 
     def unused():
         return inventory.unused(low, {p.name for p in match(pictures, low)}, "usable clean picture")
@@ -924,6 +934,9 @@ def test_pairs_that_lost_their_exif_or_profile_are_named(tmp_path):
         picture.convert("L").save(tmp_path / name / "1.png", icc_profile=content)
         picture.save(tmp_path / "hr" / "2.png")
     assert lines() == [line.replace("1 of 3", "2 of 3")]
+    picture.convert("L").save(tmp_path / "lr" / "1.png", icc_profile=profile("p3"))  # which gray does not have
+    picture.convert("L").save(tmp_path / "hr" / "1.png")
+    assert lines()[1:] == [line]
     for name in ("hr", "lr"):
         picture.save(tmp_path / name / "1.png")
     exif[ExifTags.Base.Orientation] = 3
@@ -935,6 +948,10 @@ def test_pairs_that_lost_their_exif_or_profile_are_named(tmp_path):
     Image.eval(Image.open(tmp_path / "lr" / "2.png"), lambda x: x // 8).save(tmp_path / "lr" / "2.png")  # a dark one
     with pytest.raises(ValueError, match="are turned against each other"):
         lines()
+    picture.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "lr" / "2.png", exif=exif)  # turned, EXIF copied
+    with pytest.raises(ValueError, match="are turned against each other"):
+        lines()
+    picture.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "lr" / "2.png")  # alike again, and a file that breaks
     whole = (tmp_path / "lr" / "2.png").read_bytes()
     (tmp_path / "lr" / "2.png").write_bytes(whole[:900] + b"xxxx" + whole[904:])  # train.py leaves it out
     assert lines() == [line]
@@ -1224,7 +1241,10 @@ def test_latents_of_another_bucket_or_partner_are_others(tmp_path):
     assert len(made) == 10
 
 
-def test_broken_latents_are_made_again_and_lost_ones_replaced(tmp_path):
+def test_broken_latents_are_made_again_and_lost_ones_replaced(tmp_path, monkeypatch):
+    def no_more_files(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
     root = tmp_path / "photos"
     root.mkdir()
     pictures = folder_of(root, [(100, 100)] * 4)
@@ -1245,6 +1265,10 @@ def test_broken_latents_are_made_again_and_lost_ones_replaced(tmp_path):
     files[2].unlink()
     item = StandIns(latents)[(3, 2)]
     assert item["name"] != "002.png" and "002.png: its latents of variant 1" in item["unreadable"][0]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+        patch.setattr(latents_module, "safe_open", no_more_files)
+        latents[(1, 1)]
+    assert files[1].exists()  # nothing is wrong with it
 
     (root / "003.png").unlink()  # vanishes between scan and fill: is reported, and nobody else is stored for it
     files[3].unlink()

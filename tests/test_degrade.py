@@ -467,7 +467,8 @@ def test_contact_sheet_command(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "new.jpg").read_text() == "yours"  # it has come while the sheet was made
     Image.new("L", (1300, 1300)).save(tmp_path / "black.png")
     contact_sheet.main([str(tmp_path / "black.png"), str(tmp_path / "black.jpg")])
-    assert "inf" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "inf" in said.out and "black.png: nearly one color; look at the file" in said.err
     clear = Image.open(photo).convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize(clear.size))
     clear.save(tmp_path / "clear.png")

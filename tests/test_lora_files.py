@@ -694,7 +694,9 @@ def test_purpose_of_several(tmp_path, pair, capsys):
         lora = with_lora(pair[0], 1, 1 + i, "attention")
         save_lora(lora, tmp_path / f"{i}.safetensors", metadata={"kontext_min": json.dumps(a)} if a else None)
     assert purpose([names[3], names[0], names[1]]) == about[1] | about[0]
-    assert f"note: --lora {names[1]}: its prompt gives way to the first LoRA's\n" in capsys.readouterr().err
+    assert (
+        f"note: --lora {names[1]}: its prompt gives way to the first LoRA's, or to a flag\n" in capsys.readouterr().err
+    )
     copy_of_one = shutil.copy(tmp_path / "1.safetensors", tmp_path / "copy.safetensors")
     purpose([names[1], str(copy_of_one)])
     assert f"note: --lora {copy_of_one}: is a copy of another; their strengths add up\n" in capsys.readouterr().err
@@ -1224,6 +1226,16 @@ def test_a_damaged_lora_is_named_when_it_is_converted(kontext_run, tmp_path, cap
         lora_files.note_doubts(theirs, *read_lora(theirs))
         said = "" if not zeros else f"note: {theirs}: {first}{more}: all zeros; was the download or the copy cut?\n"
         assert capsys.readouterr().err == said
+
+
+def test_a_merge_says_once_what_it_reads(kontext_run, tmp_path, capsys):
+    shutil.copy(kontext_run / "run" / "lora.safetensors", tmp_path / "lora.safetensors")
+    shutil.copy(kontext_run / "peft.safetensors", tmp_path / "adapter_model.safetensors")
+    flags = ["--weights", str(TINY), "--lora", str(tmp_path)]
+    assert export.main(["merge", str(tmp_path / "merged"), *flags]) == 0
+    assert capsys.readouterr().err.count("not read is adapter_model.safetensors") == 1
+    assert export.main(["convert", str(tmp_path), str(tmp_path / "new.safetensors")]) == 0
+    assert capsys.readouterr().err.count("not read is adapter_model.safetensors") == 1
 
 
 def test_a_file_that_comes_while_another_is_exported_is_kept(kontext_run, tmp_path, monkeypatch):

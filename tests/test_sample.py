@@ -525,6 +525,17 @@ def test_a_prompt_that_was_not_trained_is_said(pixels, capsys):
         assert (line in capsys.readouterr().err) == said, (about, prompt)
 
 
+def test_a_prompt_of_one_of_several_loras_is_one_that_was_trained(small, small_bundle, tmp_path, capsys):
+    loras = []
+    for prompt in ("Denoise.", "Deblur."):
+        loras += ["--lora", tmp_path / f"{prompt}safetensors"]
+        save_file(load_file(small / "lora.safetensors"), loras[-1], {"kontext_min": json.dumps({"prompt": prompt})})
+    for prompt, said in (("Denoise.", False), ("Deblur.", False), ("Dehaze.", True)):
+        flags = ["--input", small, "--output", "o", "--weights", small_bundle, *loras, "--prompt", prompt]
+        method_of(sample.parse_flags(sample.Settings, [str(f) for f in flags], ""), base.Weights(small_bundle))
+        assert ("another prompt may spoil" in capsys.readouterr().err) == said
+
+
 def test_a_guidance_that_was_not_trained_is_said(pixels, capsys):
     for about, guidance, said in ((ABOUT, ABOUT["guidance"], False), (ABOUT, 7.5, True), ({}, 7.5, False)):
         pixels("--guidance", guidance, about=about | {"strange": guidance})
@@ -569,6 +580,16 @@ def scored(identity, small_bundle, tmp_path):
             crop(48, 40, k).save(tmp_path / "clean" / f"{name}.{'bmp' if k else 'png'}")
     return ["--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", small_bundle,
             "--reference", tmp_path / "clean"]  # fmt: skip
+
+
+def test_a_shift_is_in_the_report_too(scored, tmp_path, capsys):
+    large = Image.open(PHOTO).convert("RGB").resize((320, 320))
+    large.save(tmp_path / "in" / "a.png")
+    large.rotate(0, translate=(5, 0)).save(tmp_path / "clean" / "a.png")
+    assert run(*scored, "--report") == 0
+    said = "shifted by 5 pixels"
+    assert f"a.png: {said}" in capsys.readouterr().out
+    assert said in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_line_says_that_scores_are_made(scored, tmp_path, monkeypatch):
@@ -793,6 +814,19 @@ def test_a_report_of_an_earlier_call_is_named(scored, tmp_path, capsys):
     assert "is of an earlier call" not in capsys.readouterr().out
     assert run(*scored, "--overwrite", "--strength", 0.5) == 0
     assert "report.html is of an earlier call; --report writes it again" in capsys.readouterr().out
+    scores, line = tmp_path / "s.json", f"note: {tmp_path / 's.json'} has the scores of an earlier call"
+    assert run(*scored, "--overwrite", "--json", scores) == 0 == run(*scored, "--overwrite", "--json", scores)
+    assert line not in capsys.readouterr().out
+    assert run(*scored, "--overwrite", "--strength", 0.5) == 0
+    assert f"{line}; --json writes it again" in capsys.readouterr().out
+
+
+def test_a_report_that_came_since_the_start_is_kept(scored, tmp_path, capsys, monkeypatch):
+    write, page = Scores.write, tmp_path / "out" / "report.html"
+    monkeypatch.setattr(Scores, "write", lambda *a: page.write_text("yours") and write(*a))
+    assert run(*scored, "--report") == 0
+    assert f"--report: {page} has come since the start, and is kept" in capsys.readouterr().out
+    assert page.read_text() == "yours"
 
 
 def test_report_of_a_folder(scored, tmp_path):

@@ -12,27 +12,29 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 from kontext_min.data import FORMATS, TURNS, UnreadableError, open_picture, srgb_transform
+from kontext_min.extras.not_read import kind_of
 
 SEEN = 32  # pixels a side, to see which way up a picture is
 
 
 @lru_cache(16)
-def _shifts_colors(profile: bytes) -> bool:
-    """Whether a color profile, of RGB or of gray, says other colors than sRGB does."""
+def _shifts_colors(profile: bytes, kind: str) -> bool:
+    """Whether a color profile of RGB or of gray (L) says other colors than sRGB does."""
     steps = np.linspace(0, 255, 6).astype(np.uint8)
     chart = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
-    for kind, values in (("RGB", Image.fromarray(chart)), ("L", Image.fromarray(steps[None]))):
-        if transform := srgb_transform(profile, kind):
-            shown = np.subtract(ImageCms.applyTransform(values, transform), values.convert("RGB"), dtype=float)
-            return bool(np.abs(shown).max() > 8)  # LittleCMS rounds by a few
-    return False
+    transform = srgb_transform(profile, kind)
+    if kind not in ("RGB", "L") or not transform:
+        return False
+    values = Image.fromarray(chart if kind == "RGB" else steps[None])
+    shown = np.subtract(ImageCms.applyTransform(values, transform), values.convert("RGB"), dtype=float)
+    return bool(np.abs(shown).max() > 8)  # LittleCMS rounds by a few
 
 
 def looks(path: Path) -> tuple[bool, int]:
     """Whether a file has a profile of other colors, and its EXIF orientation."""
     with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # as in data.open_picture
         profile = image.info.get("icc_profile") or b""
-        return _shifts_colors(profile), Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        return _shifts_colors(profile, kind_of(image)), Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     return False, 1  # whoever reads it says why it can't be
 
 
@@ -56,5 +58,5 @@ def differences(degraded: Path, clean: Path) -> list[str]:
     (profile, way), (other_profile, other_way) = looks(degraded), looks(clean)
     found = ["only one of the two has a color profile other than sRGB; equal values then score as a shift of color"]
     found *= profile != other_profile
-    turned = way != other_way and are_turned(degraded, clean)
+    turned = {way, other_way} != {1} and are_turned(degraded, clean)
     return found + ["its pixels are turned against the input; write both with one EXIF orientation"] * turned

@@ -289,6 +289,15 @@ def whose_scores(s: Any) -> str:
     return json.dumps({"json": str(s.json.resolve()), "input": str(s.input.resolve()), "against": str(against)})
 
 
+def older_scores(s: Any) -> list[Path]:
+    """Files of scores that earlier calls wrote of the pictures in --output, besides that of --json."""
+    files = set()
+    for line in _noted(s):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):  # most lines are those of pictures
+            files.add(Path(json.loads(line)["json"]))
+    return sorted(file for file in files if is_scores(file) and file.is_file() and not same(file, s.json))
+
+
 def whose_report(s: Any) -> str:
     """The line in the record of --output that says whose pictures its report.html shows."""
     return json.dumps({"report": str(s.input.resolve())})

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kontext_min.data import FORMATS, open_picture
 from kontext_min.degrade import PRESETS, parse
-from kontext_min.extras.inventory import ZEROS, is_result, marked, printable, zeros_at_end
+from kontext_min.extras.inventory import ZEROS, is_one_color, is_result, marked, printable, zeros_at_end
 from kontext_min.extras.metrics import psnr
 from kontext_min.extras.not_read import ends, not_shown
 from kontext_min.extras.pictures import KINDS, working_size
@@ -68,6 +68,8 @@ def main(arguments: Sequence[str]) -> int:
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             for what in not_shown(image, ends(file), decode=True):
                 print(f"note: {path}: {what}", file=sys.stderr)
+        if is_one_color(photo):
+            print(f"note: {path}: nearly one color; look at the file", file=sys.stderr)
         if max(photo.size) > 20 * min(photo.size):
             raise ValueError(f"{path}: {photo.width} x {photo.height} pixels, too long for a sheet; leave it out.")
         if photo.width * photo.height > SIDE**2:  # as in training

@@ -239,15 +239,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def export(args: argparse.Namespace) -> int:
         if args.command == "convert":
-            target, loras = args.target, [str(args.source)]
+            target, about = args.target, purpose([str(args.source)])
             print(convert(args.source, target, args.format, args.drop))
         else:
-            target, loras, dtype = args.output, args.lora, dtypes.get(args.dtype or args.quantize)
-            rounding = merge_files(args.weights, loras, target, args.layout, dtype)
-            print(f"{target}: {args.layout}, {' + '.join(loras)} merged; {rounding}")
+            target, dtype = args.output, dtypes.get(args.dtype or args.quantize)
+            rounding = merge_files(args.weights, args.lora, target, args.layout, dtype)
+            print(f"{target}: {args.layout}, {' + '.join(args.lora)} merged; {rounding}")
+            about = training_of(target)[1]
         if target.suffix != ".safetensors" and target.is_file():
             print(f"note: {target}: is a file; other programs look for names that end with .safetensors")
-        if purpose(loras).get("objective") == "bridge":
+        if about.get("objective") == "bridge":
             print(f"{target}: {BRIDGE}")
             if args.command == "merge":
                 print(f"{target}: holds the LoRA already; sample.py --transformer {target} restores without --lora")

@@ -94,7 +94,7 @@ class CachedPairs(Pairs):
                     return torch.empty(0), torch.empty(0)
                 found = {name: file.get_tensor(name) for name in ("control", "target")}
                 return tuple(found.values()) if about["checksum"] == checksum(found) else None
-        except (OSError, SafetensorError):
+        except (FileNotFoundError, SafetensorError):  # another error of the disk does not tell that they are damaged
             return None
 
 

@@ -613,7 +613,7 @@ def purpose(loras: Sequence[str]) -> dict[str, Any]:
         note_other_base(f"--lora {lora}", about, known)
         other = [k for k in ("prompt", "guidance", "resolution") if k in about and known.get(k, about[k]) != about[k]]
         for key in other:
-            print(f"note: --lora {lora}: its {key} gives way to the first LoRA's", file=sys.stderr)
+            print(f"note: --lora {lora}: its {key} gives way to the first LoRA's, or to a flag", file=sys.stderr)
         for key in ("objective", "context", "source_noise", "start_time"):
             if key in about and known.get(key, about[key]) != about[key]:
                 raise ValueError(

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from kontext_min import degrade
+from kontext_min.checkpoints import metadata
 from kontext_min.extras import prompts
 from kontext_min.extras.base import Weights, training_of
 from kontext_min.extras.fingerprint import fingerprint
@@ -25,6 +26,7 @@ from kontext_min.extras.lora_files import (
     note_other_base,
     purpose,
     strength_of,
+    trained_with,
 )
 from kontext_min.flow import Objective, evaluations
 from kontext_min.flux import Flux
@@ -68,11 +70,12 @@ def method_of(settings: Any, weights: Weights) -> Method:
     if loras.get("base"):
         here["base"] = fingerprint(weights.path("transformer"), "transformer")
     note_other_base(model, trained, here)
-    tasks = about.get("prompts", [])
+    tasks, files = about.get("prompts", []), [lora_file(strength_of(lora)[0]) for lora in settings.lora]
+    of_each = [trained_with(metadata(file), file).get("prompt") for file in files]
     if len(tasks) > 1 and settings.prompt not in tasks:
         used = "the prompt is that of the first" if settings.prompt is None else "the prompt is of none"
         print(f"note: {model} has several tasks; {used}; --prompt chooses: {tasks}", file=sys.stderr)
-    elif settings.prompt not in (None, *tasks, learned := about.get("prompt", settings.prompt)):
+    elif settings.prompt not in (None, *tasks, *of_each, learned := about.get("prompt", settings.prompt)):
         print(f"note: {model} was trained with {learned!r}; another prompt may spoil pictures", file=sys.stderr)
     guidance, trained_at = settings.guidance, about.get("guidance", 1.5)
     if guidance not in (None, about.get("guidance", guidance)):

@@ -16,13 +16,13 @@ from statistics import median
 
 from torch import Tensor
 
-from kontext_min.data import THREADS, Pairs, Picture, Size, crop, open_picture, to_tensor
+from kontext_min.data import THREADS, Pairs, Picture, Size, UnreadableError, crop, open_picture, to_tensor
 from kontext_min.extras.alike import are_turned, looks
 from kontext_min.extras.inventory import parts_not_read, results, scan_whole, unread, unused
 from kontext_min.utils import numpy_generator
 
 SHOWN = 10  # problems
-TRIED = 32  # pairs of different orientation that are looked at
+TRIED, FEW = 32, 4  # pairs with an orientation that are looked at; pairs whose pixels are compared first
 
 
 class PairedFolders(Pairs):
@@ -39,9 +39,10 @@ class PairedFolders(Pairs):
     def __init__(self, pairs: Pairs, root: Path) -> None:
         vars(self).update(vars(pairs))  # the same pictures, buckets, prompts, seed
         self.partners = match(pairs.pictures, root)
-        both = zip(self.partners, self.pictures, strict=True)
+        both = [*zip(self.partners, self.pictures, strict=True)]
         copies = sum(filecmp.cmp(a.path, b.path, shallow=False) for a, b in both)
-        if copies == len(self.pictures) and self.train:
+        few_first = [*both[:: max(1, len(both) // FEW)], *both]  # the first that differs ends the comparison
+        if self.train and (copies == len(both) or all(_show_the_same(*pair) for pair in few_first)):
             raise ValueError(f"{root}: holds copies of the clean pictures, so the LoRA would learn to change nothing.")
         if copies:
             use = "train" if self.train else "validate"
@@ -58,6 +59,15 @@ class PairedFolders(Pairs):
             shown.append(to_tensor(crop(image, self.pictures[i], bucket, rng)))
         control, target = shown
         return control, target
+
+
+def _show_the_same(a: Picture, b: Picture) -> bool:
+    """Whether two files have the same pixels, such as a picture that was saved again."""
+    try:
+        shown = (a.width, a.height) == (b.width, b.height) and [open_picture(p.path, to_srgb=True) for p in (a, b)]
+        return bool(shown) and shown[0].tobytes() == shown[1].tobytes()
+    except UnreadableError:  # training names it
+        return False
 
 
 def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders, PairedFolders | None, list[str]]:
@@ -78,10 +88,11 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
         headers = [[*pool.map(looks, (file.path for file in files))] for files in zip(*both, strict=True)]
     of_pairs = [*zip(both, *headers, strict=True)]
     profiles = sum(degraded[0] != clean[0] for _, degraded, clean in of_pairs)
-    differ = [pair for pair, degraded, clean in of_pairs if degraded[1] != clean[1]][:TRIED]
-    if turned := [degraded.name for degraded, clean in differ if are_turned(degraded.path, clean.path)]:
+    turns = [pair for pair, degraded, clean in of_pairs if {degraded[1], clean[1]} != {1}]
+    tried = turns[:: max(1, len(turns) // TRIED)]
+    if turned := [degraded.name for degraded, clean in tried if are_turned(degraded.path, clean.path)]:
         raise ValueError(
-            f"{root}: {len(turned)} of {len(differ)} pairs whose EXIF orientations differ are turned against each "
+            f"{root}: {len(turned)} of {len(tried)} pairs whose EXIF tells an orientation are turned against each "
             f"other, such as {turned[0]}; write both pictures with one orientation."
         )
     partners = [*pairs.partners, *(held.partners if held else ())]

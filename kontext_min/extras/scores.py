@@ -30,7 +30,8 @@ class Scores:
         self.settings = values | {"defaults": defaults(settings, values), "versions": versions}
         self.known = settings.overwrite or (settings.json and settings.json.exists())  # at the start, checks.py looked
         self.json, self.folder = settings.json, settings.output if settings.report else None
-        self.record = settings.output / RECORD
+        self.record, self.page = settings.output / RECORD, settings.output / "report.html"
+        self.had_page, self.older = settings.overwrite or self.page.exists(), checks.older_scores(settings)
         self.of_json = settings.json and checks.whose_scores(settings)
         self.of_report = checks.whose_report(settings)
         self.wanted = bool(settings.degrade or settings.reference or settings.report)
@@ -43,8 +44,10 @@ class Scores:
         score = ""
         self.progress.show(f"{name}: scores", last=math.prod(photo.job.size) > LARGE)
         if photo.clean and min(photo.clean.size) >= pictures.SCORED:
-            self.rows.append(metrics.row(name, degraded, restored, photo.clean))
-            score = report.from_to(*(self.rows[-1][k]["psnr"] for k in ("input", "restored")))
+            row = metrics.row(name, degraded, restored, photo.clean)
+            self.rows.append(row)
+            score = report.from_to(row["input"]["psnr"], row["restored"]["psnr"])
+            score += f", shifted by {row['shift']} pixels" * bool(row["shift"])
         if self.folder and len(self.figures) < report.RESTORED:
             file = photo.job.output.relative_to(self.folder).as_posix()
             self.figures.append(report.figure(name, degraded, restored, photo.clean, score, file))
@@ -61,15 +64,18 @@ class Scores:
         elif self.json:
             write_json(self.json.resolve(), finite(rows))  # a link stays, and what it leads to is written
             notes.append(self.of_json)
-        if self.figures:
+        lines += [f"note: {file} has the scores of an earlier call; --json writes it again" for file in self.older]
+        if self.figures and self.page.exists() and not self.had_page:
+            lines.append(f"--report: {self.page} has come since the start, and is kept")
+        elif self.figures:
             lines.append(
                 report.write_restored_report(
                     self.folder, self.figures, restored, mean, self.settings, len(metrics.counted(self.rows))
                 )
             )
             notes.append(self.of_report)
-        elif report.is_report(page := self.record.with_name("report.html")):
-            lines.append(f"note: {page} is of an earlier call; --report writes it again")
+        elif report.is_report(self.page):
+            lines.append(f"note: {self.page} is of an earlier call; --report writes it again")
         for note in notes if self.record.is_file() else ():
             append_line(self.record, note)
         return lines
