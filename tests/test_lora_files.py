@@ -1,6 +1,7 @@
 """A LoRA gives the same picture everywhere: diffusers and peft run live, ComfyUI's map of names is data below."""
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -933,6 +934,16 @@ def base(tmp_path_factory):
     export.save_bfl(flux, folder / "base.safetensors")
     save_lora(with_lora(load_flux(TINY, dtype=torch.float32), 8, 8, BLOCKS, size=0.02), folder / "a.safetensors")
     return folder
+
+
+def test_a_bfl_file_keeps_the_axes_of_its_positions(tmp_path):
+    """No shape tells them, so that they would be taken for FLUX's part of a head."""
+    tiny = load_flux(TINY, dtype=torch.float32)
+    for axes in (tiny.params.axes_dim, (8, 12, 12)):
+        flux = type(tiny)(dataclasses.replace(tiny.params, axes_dim=axes))
+        export.save_bfl(flux, tmp_path / "flux.safetensors", {"kontext_min": "{}"})
+        assert load_flux(tmp_path / "flux.safetensors").params.axes_dim == axes
+        assert metadata(tmp_path / "flux.safetensors")["kontext_min"] == "{}"
 
 
 def exact_weights(base, strength=1.0):

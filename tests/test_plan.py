@@ -278,7 +278,7 @@ def test_what_a_file_without_its_config_does_not_tell_is_said(tmp_path, capsys):
         alone[part] = Path(shutil.copy(checkpoints.find(TINY, part)[0], tmp_path / f"{part}.safetensors"))
         assumed = plan.Sizes.of(Weights(TINY, **{part: alone[part]}))
         said = f"note: {alone[part]}: not of FLUX's size, and no config.json beside it gives its {' and '.join(keys)}; "
-        assert capsys.readouterr().err == (said + "as in FLUX is assumed\n" if part != "t5" else ""), part
+        assert capsys.readouterr().err == said + "as in FLUX is assumed\n", part
         assert (assumed.autoencoder == sizes.autoencoder) == (part != "vae")
 
 

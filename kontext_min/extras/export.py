@@ -174,6 +174,9 @@ def save_bfl(model: Flux, path: str | Path, metadata: Mapping[str, str] | None =
     state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     if any(x.dtype == FP8 for x in state.values()):
         state["scaled_fp8"] = torch.zeros(2, dtype=FP8)  # two elements: see the top of this file
+    axes = model.params.axes_dim
+    if axes != FluxParams().axes_dim:  # no shape tells them, and this layout has no config.json: see checkpoints.told
+        metadata = {**(metadata or {}), "config": json.dumps({"axes_dims_rope": axes})}
     save_file(state, Path(path), {"format": "pt", **(metadata or {})})
 
 

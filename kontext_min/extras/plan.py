@@ -103,10 +103,11 @@ class Sizes:
                 whose = f"{weights.path(part)}: its {NOUNS[part]} gives {width} channels"
                 other = f"the transformer of {weights.path('transformer')} takes {taken}"
                 raise ValueError(f"{whose}, but {other}; name the parts of one model, or its folder with --weights.")
-        like_flux = {"transformer": sum(flux.params.axes_dim) == sum(FluxParams().axes_dim)}
-        like_flux |= {
+        like_flux = {
+            "transformer": sum(flux.params.axes_dim) == sum(FluxParams().axes_dim),
             "vae": autoencoder.params == AutoencoderParams(),
             "clip": gives["clip"] == FluxParams().vec_in_dim,
+            "t5": gives["t5"] == FluxParams().context_in_dim,
         }
         for part in (part for part, like in like_flux.items() if not like):
             known = told(file := find(weights.path(part), part)[0], part)
