@@ -41,9 +41,11 @@ class PairedFolders(Pairs):
         self.partners = match(pairs.pictures, root)
         both = [*zip(self.partners, self.pictures, strict=True)]
         copies = sum(filecmp.cmp(a.path, b.path, shallow=False) for a, b in both)
-        few_first = [*both[:: max(1, len(both) // FEW)], *both]  # the first that differs ends the comparison
-        if self.train and (copies == len(both) or all(_show_the_same(*pair) for pair in few_first)):
+        if copies == len(both) and self.train:
             raise ValueError(f"{root}: holds copies of the clean pictures, so the LoRA would learn to change nothing.")
+        few_first = [*both[:: max(1, len(both) // FEW)], *both]  # the first that differs ends the comparison
+        if self.train and all(_show_the_same(*pair) for pair in few_first):
+            print(f"note: {root}: has the pixels of the clean pictures, so the LoRA learns to change nothing")
         if copies:
             use = "train" if self.train else "validate"
             print(f"note: {root}: {copies} of {len(self.pictures)} to {use} on are copies of the clean pictures")
