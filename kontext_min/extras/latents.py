@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,10 @@ class CachedPairs(Pairs):
         own = self.buckets[self.bucket_of[i]] == bucket  # else i stands in for a picture of another shape
         latents = self.stored(self.key(variant, i)) if own else None
         if latents is None:
-            if own:  # what `fill` took for whole may have a bit that flipped
-                self.file(self.key(variant, i)).unlink(missing_ok=True)
+            file = self.file(self.key(variant, i))
+            with suppress(OSError):  # a file that can't be read, as where too many are open, is not known to be damaged
+                if own and file.read_bytes():  # what `fill` took for whole may have a bit that flipped
+                    file.unlink()
             what = f"its latents of variant {variant} are not cached; the next start makes them, if it can"
             raise UnreadableError(f"{self.pictures[i].name}: {what}.")
         return latents
@@ -94,7 +97,7 @@ class CachedPairs(Pairs):
                     return torch.empty(0), torch.empty(0)
                 found = {name: file.get_tensor(name) for name in ("control", "target")}
                 return tuple(found.values()) if about["checksum"] == checksum(found) else None
-        except (FileNotFoundError, SafetensorError):  # another error of the disk does not tell that they are damaged
+        except (OSError, SafetensorError):
             return None
 
 

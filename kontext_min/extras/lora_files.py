@@ -722,12 +722,14 @@ def factors_for(model: Flux, path: str | Path) -> tuple[dict[str, Factors], dict
 
 def note_doubts(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Lines about a LoRA that was changed or cut since it was written, and about one of peft without its alpha."""
-    zeros = [name for name, x in tensors.items() if name.endswith(LEAVES["down"]) and not x.any()]
-    if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
-        print(f"note: {path}: its values are not those that train.py wrote", file=sys.stderr)
-    elif zeros:  # B may be, of a module that has not learned
-        more = f" and {len(zeros) - 1} more" * (len(zeros) > 1)
-        print(f"note: {path}: {zeros[0]}{more}: all zeros; was the download or the copy cut?", file=sys.stderr)
+    if "checksum" in metadata:
+        if metadata["checksum"] != checksum(tensors):
+            print(f"note: {path}: its values are not those that train.py wrote", file=sys.stderr)
+    elif not any(lora_file(path).read_bytes()[-64:]):  # B may be zeros, of a module that has not learned
+        zeros = [name for name, x in tensors.items() if name.endswith(LEAVES["down"]) and not x.any()]
+        for name in zeros[:1]:
+            more = f" and {len(zeros) - 1} more" * (len(zeros) > 1)
+            print(f"note: {path}: {name}{more}: all zeros; was the download or the copy cut?", file=sys.stderr)
     of_peft = next(iter(tensors)).startswith("base_model.model.")
     beside = lora_file(path).with_name("adapter_config.json").is_file() and lora_file(path).name != FILES[0]
     stated = any("alpha" in name for name in tensors) or "lora_adapter_metadata" in metadata or "checksum" in metadata
