@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageFilter
+from PIL import ExifTags, Image, ImageCms, ImageFilter, ImageOps
 from safetensors.torch import load_file, save_file
 
 from conftest import linear_gray_profile
@@ -950,6 +950,8 @@ def test_pairs_that_lost_their_exif_or_profile_are_named(tmp_path):
     picture.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "lr" / "2.png", exif=exif)  # turned, EXIF copied
     with pytest.raises(ValueError, match="are turned against each other"):
         lines()
+    ImageOps.invert(picture).transpose(Image.Transpose.ROTATE_180).save(tmp_path / "lr" / "2.png")  # a negative
+    assert lines() == [line]
     picture.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "lr" / "2.png")  # alike again, and a file that breaks
     whole = (tmp_path / "lr" / "2.png").read_bytes()
     (tmp_path / "lr" / "2.png").write_bytes(whole[:900] + b"xxxx" + whole[904:])  # train.py leaves it out

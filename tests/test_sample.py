@@ -529,11 +529,27 @@ def test_a_prompt_of_one_of_several_loras_is_one_that_was_trained(small, small_b
     loras = []
     for prompt in ("Denoise.", "Deblur."):
         loras += ["--lora", tmp_path / f"{prompt}safetensors"]
-        save_file(load_file(small / "lora.safetensors"), loras[-1], {"kontext_min": json.dumps({"prompt": prompt})})
-    for prompt, said in (("Denoise.", False), ("Deblur.", False), ("Dehaze.", True)):
-        flags = ["--input", small, "--output", "o", "--weights", small_bundle, *loras, "--prompt", prompt]
-        method_of(sample.parse_flags(sample.Settings, [str(f) for f in flags], ""), base.Weights(small_bundle))
-        assert ("another prompt may spoil" in capsys.readouterr().err) == said
+        about = {"objective": "bridge", "prompt": prompt, "guidance": len(prompt)}
+        about["prompts"] = [prompt, "Sharpen."] if prompt == "Deblur." else [prompt]
+        save_file(load_file(small / "lora.safetensors"), loras[-1], {"kontext_min": json.dumps(about)})
+    for flag, value, said in (
+        ("--prompt", "Denoise.", ""),
+        ("--prompt", "Deblur.", ""),
+        ("--prompt", "Sharpen.", ""),
+        ("--prompt", "Dehaze.", "another prompt may spoil"),
+        ("--guidance", 8, ""),
+        ("--guidance", 7, ""),
+        ("--guidance", 3, "with guidance 8, not with 3"),
+    ):
+        for order in (loras, loras[2:] + loras[:2]):
+            flags = ["--input", small, "--output", "o", "--weights", small_bundle, *order, flag, value]
+            method_of(sample.parse_flags(sample.Settings, [str(f) for f in flags], ""), base.Weights(small_bundle))
+            lines = [line for line in capsys.readouterr().err.splitlines() if "gives way" not in line]
+            if order is loras:
+                assert (said in lines[0]) if said else (not lines), (flag, value, lines)
+            else:  # the first has several tasks
+                tasks = [line for line in lines if "several tasks; the prompt is" in line]
+                assert bool(tasks) == (flag == "--guidance" or value == "Dehaze."), (flag, value, lines)
 
 
 def test_a_guidance_that_was_not_trained_is_said(pixels, capsys):
@@ -819,6 +835,10 @@ def test_a_report_of_an_earlier_call_is_named(scored, tmp_path, capsys):
     assert line not in capsys.readouterr().out
     assert run(*scored, "--overwrite", "--strength", 0.5) == 0
     assert f"{line}; --json writes it again" in capsys.readouterr().out
+    assert run(*scored, "--overwrite", "--json", scores) == 0
+    again = [*scored, "--json", tmp_path / "s2.json"]  # of the same pictures
+    assert run(*again) == 0
+    assert "scores of an earlier call" not in capsys.readouterr().out
 
 
 def test_a_report_that_came_since_the_start_is_kept(scored, tmp_path, capsys, monkeypatch):

@@ -46,10 +46,10 @@ def are_turned(degraded: Path, clean: Path) -> bool:
             x = np.asarray(open_picture(path, (SEEN, SEEN)).convert("L").resize((SEEN, SEEN)), dtype=np.float32)
         except UnreadableError:
             return False
-        seen.append((x - x.mean()) / (x.std() + 1))  # a dark picture fits a light one
+        seen.append((x - x.mean()) / (x.std() + 1))  # a dark picture fits a light one, and a negative its positive
     upright = Image.fromarray(seen[1])
     ways = [upright, *map(upright.transpose, TURNS.values())]
-    apart = [np.abs(seen[0] - np.asarray(way)).mean() for way in ways]
+    apart = [min(np.abs(seen[0] - sign * np.asarray(way)).mean() for sign in (1, -1)) for way in ways]
     return bool(min(apart) < apart[0] / 2)
 
 

@@ -290,12 +290,16 @@ def whose_scores(s: Any) -> str:
 
 
 def older_scores(s: Any) -> list[Path]:
-    """Files of scores that earlier calls wrote of the pictures in --output, besides that of --json."""
-    files = set()
+    """Files of scores, besides that of --json, of pictures in --output of which some were restored since."""
+    stale: dict[str, bool] = {}
     for line in _noted(s):
-        with suppress(ValueError, KeyError, TypeError, RecursionError):  # most lines are those of pictures
-            files.add(Path(json.loads(line)["json"]))
-    return sorted(file for file in files if is_scores(file) and file.is_file() and not same(file, s.json))
+        with suppress(ValueError, TypeError, RecursionError):  # a line that a kill cut short
+            if "json" in (about := json.loads(line)):
+                stale[about["json"]] = False
+            elif "picture" in about:
+                stale = dict.fromkeys(stale, True)
+    files = (Path(name) for name in sorted(stale) if stale[name])
+    return [file for file in files if file.is_file() and is_scores(file) and not same(file, s.json)]
 
 
 def whose_report(s: Any) -> str:

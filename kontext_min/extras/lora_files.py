@@ -588,8 +588,8 @@ def note_which(whose: str, path: Path, file: Path, about: Mapping[str, Any]) -> 
     result = file if file.name == FILES[0] else file.parent
     found = {p.parent.name[5:]: p for p in result.parent.glob(f"checkpoints/step-*/{result.name}")}
     last = max(filter(str.isdecimal, found), key=int, default="0")
-    if int(last) > about.get("steps", math.inf):
-        text = f"is of step {about['steps']}; its run went on to {found[last]}, and is not at its end"
+    if isinstance(steps := about.get("steps"), int) and int(last) > steps:
+        text = f"is of step {steps}; its run went on to {found[last]}, and is not at its end"
         print(f"note: {whose}: {text}", file=sys.stderr)
 
 

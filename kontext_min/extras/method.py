@@ -70,15 +70,18 @@ def method_of(settings: Any, weights: Weights) -> Method:
     if loras.get("base"):
         here["base"] = fingerprint(weights.path("transformer"), "transformer")
     note_other_base(model, trained, here)
-    tasks, files = about.get("prompts", []), [lora_file(strength_of(lora)[0]) for lora in settings.lora]
-    of_each = [trained_with(metadata(file), file).get("prompt") for file in files]
-    if len(tasks) > 1 and settings.prompt not in tasks:
-        used = "the prompt is that of the first" if settings.prompt is None else "the prompt is of none"
+    # --prompt and --guidance may be those of any LoRA.
+    files = [lora_file(strength_of(lora)[0]) for lora in settings.lora]
+    headers = [header for file in files if (header := trained_with(metadata(file), file))] or [of_base]
+    known = [p for header in headers for p in (header.get("prompt"), *header.get("prompts", ()))]
+    tasks, asked, guidance = about.get("prompts", []), settings.prompt, settings.guidance
+    if len(tasks) > 1 and (asked is None or asked not in known):
+        used = "the prompt is that of the first" if asked is None else "the prompt is of none"
         print(f"note: {model} has several tasks; {used}; --prompt chooses: {tasks}", file=sys.stderr)
-    elif settings.prompt not in (None, *tasks, *of_each, learned := about.get("prompt", settings.prompt)):
-        print(f"note: {model} was trained with {learned!r}; another prompt may spoil pictures", file=sys.stderr)
-    guidance, trained_at = settings.guidance, about.get("guidance", 1.5)
-    if guidance not in (None, about.get("guidance", guidance)):
+    elif asked is not None and "prompt" in about and asked not in known:
+        print(f"note: {model} was trained with {about['prompt']!r}; another prompt may spoil pictures", file=sys.stderr)
+    trained_at = about.get("guidance", 1.5)
+    if guidance is not None and "guidance" in about and guidance not in [h.get("guidance") for h in headers]:
         print(f"note: {model} was trained with guidance {trained_at:g}, not with {guidance:g}", file=sys.stderr)
     steps, solver = settings.steps or STEPS[name], settings.solver
     if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)

@@ -91,7 +91,7 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
     of_pairs = [*zip(both, *headers, strict=True)]
     profiles = sum(degraded[0] != clean[0] for _, degraded, clean in of_pairs)
     turns = [pair for pair, degraded, clean in of_pairs if {degraded[1], clean[1]} != {1}]
-    tried = turns[:: max(1, len(turns) // TRIED)]
+    tried = turns[:: max(1, -(-len(turns) // TRIED))]
     if turned := [degraded.name for degraded, clean in tried if are_turned(degraded.path, clean.path)]:
         raise ValueError(
             f"{root}: {len(turned)} of {len(tried)} pairs whose EXIF tells an orientation are turned against each "

@@ -4,6 +4,7 @@ Pictures are converted to sRGB: with different color profiles they could not be 
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Scores:
         self.known = settings.overwrite or (settings.json and settings.json.exists())  # at the start, checks.py looked
         self.json, self.folder = settings.json, settings.output if settings.report else None
         self.record, self.page = settings.output / RECORD, settings.output / "report.html"
-        self.had_page, self.older = settings.overwrite or self.page.exists(), checks.older_scores(settings)
+        self.had_page, self.older = settings.overwrite or self.page.exists(), partial(checks.older_scores, settings)
         self.of_json = settings.json and checks.whose_scores(settings)
         self.of_report = checks.whose_report(settings)
         self.wanted = bool(settings.degrade or settings.reference or settings.report)
@@ -64,7 +65,7 @@ class Scores:
         elif self.json:
             write_json(self.json.resolve(), finite(rows))  # a link stays, and what it leads to is written
             notes.append(self.of_json)
-        lines += [f"note: {file} has the scores of an earlier call; --json writes it again" for file in self.older]
+        lines += [f"note: {file} has the scores of an earlier call; --json writes it again" for file in self.older()]
         if self.figures and self.page.exists() and not self.had_page:
             lines.append(f"--report: {self.page} has come since the start, and is kept")
         elif self.figures:
