@@ -665,7 +665,7 @@ def test_partners_of_no_picture_are_named_and_copies_refused(tmp_path, capsys):
         smooth((80, 80)).save(low / name, compress_level=1)
     for equal in (True, False):
         paired(pictures, low)
-        assert ("has the pixels of the clean pictures" in capsys.readouterr().out) == equal
+        assert ("all 2 that were looked at have the pixels of the clean pictures" in capsys.readouterr().out) == equal
         smooth((80, 80), 1).save(low / "b.png")
     for name in ("a.png", "b.png"):
         shutil.copy(high / name, low)
@@ -762,7 +762,9 @@ def test_too_little_shared_memory_is_a_line_and_no_hang(monkeypatch):
     checks.check_shared_memory([(1024, 1024)], 4, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 200 << 20))
     checks.check_shared_memory([(1024, 1024)], 4, 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes share it
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    checks.check_shared_memory([(1024, 1024)], 4, 2)  # one process, in a shell of another launcher
+    monkeypatch.setattr(checks.parallel, "place", lambda: (0, 2))  # two processes share it
     with pytest.raises(ValueError, match=r"210 MB free, but 2 workers a process need 252 MB"):
         checks.check_shared_memory([(1024, 1024)], 4, 2)
 

@@ -730,7 +730,8 @@ def test_pictures_held_out_are_never_trained_on_and_stay_the_same(tmp_path):
     told = [dataclasses.replace(one, caption=one.path) for one in many]
     assert held_out.split(settings, told, [(64, 64)])[2] == [
         "note: every picture to train on has a caption; none trains with --prompt, sample.py's default",
-        "note: 8 of 8 to validate on have captions, but --validation-prompt is theirs",
+        "note: 8 of 8 to validate on have captions, which are not used; --validation-prompt is for all, by default "
+        "--prompt",
     ]
     none = dataclasses.replace(settings, validate_every_epochs=0)
     assert "every picture to train on has a caption" in held_out.split(none, told, [(64, 64)])[2][0]

@@ -402,7 +402,7 @@ def test_restored_pictures(tmp_path):
     data = data_of(tmp_path / "report.html")
     assert "Scored" not in str(data["facts"])
     write_restored_report(tmp_path, figures, 3, mean, settings, 2)
-    assert ["Scored", "2", "with another, clean picture"] in data_of(tmp_path / "report.html")["facts"]
+    assert ["Scored", "2", "with a clean picture that differs"] in data_of(tmp_path / "report.html")["facts"]
     assert data["facts"] == [
         ["Gain in PSNR", "+∞ dB", "20.00 → ∞ dB"],
         ["SSIM", "0.750", "before 0.500"],

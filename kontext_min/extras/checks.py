@@ -185,6 +185,12 @@ def check_training(s: Any) -> None:
         (different < len(s.degrade), "--degrade: two tasks are the same; leave one of them out"),
         (tasks > 1 and s.cache_latents, "--cache-latents keeps the latents of one --degrade; leave it out"),
     )
+    if parallel.place()[0] == 0:
+        note_training_of_base(s)
+
+
+def note_training_of_base(s: Any) -> None:
+    """Lines of train.py if its base is one that train.py has trained otherwise."""
     with suppress(OSError, ValueError):  # what is wrong with it is said where it is loaded
         base, about = training_of(s.transformer or s.weights)
         if (learned := about.get("objective", s.objective)) != s.objective:
@@ -410,7 +416,8 @@ def check_shared_memory(buckets: Sequence[Size], batch_size: int, workers: int) 
         return
     # Two batches a worker are on their way, one is in use; each has a control and a target, in bytes.
     needed = (2 * workers + 1) * batch_size * 2 * max(3 * w * h for w, h in buckets)
-    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun on this machine, with workers each
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")  # processes of torchrun on this machine, with workers each
+    needed *= int(here) if here.isdecimal() and parallel.place()[1] > 1 else 1
     free = shutil.disk_usage("/dev/shm").free
     if free < needed:
         raise ValueError(

@@ -65,8 +65,10 @@ def split(
         starts += [str(base)] * ("prompts" in about)  # that of a run, or merged from one, but for weights/tiny
     for start in starts if held else ():
         lines.append(f"note: {start} may have trained on pictures to validate on, which score too high then")
-    if not settings.val_root and (captions := sum(p.caption is not None for p in held)):  # else they are left out
-        lines.append(f"note: {captions} of {len(held)} to validate on have captions, but --validation-prompt is theirs")
+    captions = sum(bool(p.caption and p.caption.stat().st_size) for p in held)
+    if captions and not settings.val_root and not settings.validation_prompt:  # of --val-root they are left out
+        what = "have captions, which are not used; --validation-prompt is for all, by default --prompt"
+        lines.append(f"note: {captions} of {len(held)} to validate on {what}")
     if held and len(settings.degrade) > 1:
         lines.append(f"note: only the first --degrade is validated, {settings.degrade[0]}")
     return kept, held, lines

@@ -22,7 +22,7 @@ from kontext_min.extras.inventory import parts_not_read, results, scan_whole, un
 from kontext_min.utils import numpy_generator
 
 SHOWN = 10  # problems
-TRIED, FEW = 32, 4  # pairs with an orientation that are looked at; pairs whose pixels are compared first
+TRIED, FEW = 32, 8  # pairs with an orientation that are looked at, and pairs whose pixels are compared
 
 
 class PairedFolders(Pairs):
@@ -43,9 +43,10 @@ class PairedFolders(Pairs):
         copies = sum(filecmp.cmp(a.path, b.path, shallow=False) for a, b in both)
         if copies == len(both) and self.train:
             raise ValueError(f"{root}: holds copies of the clean pictures, so the LoRA would learn to change nothing.")
-        few_first = [*both[:: max(1, len(both) // FEW)], *both]  # the first that differs ends the comparison
-        if self.train and all(_show_the_same(*pair) for pair in few_first):
-            print(f"note: {root}: has the pixels of the clean pictures, so the LoRA learns to change nothing")
+        few = both[:: max(1, -(-len(both) // FEW))]
+        if self.train and all(_show_the_same(*pair) for pair in few):  # the first that differs ends the comparison
+            text = f"all {len(few)} that were looked at have the pixels of the clean pictures"
+            print(f"note: {root}: {text}; the LoRA learns to change nothing")
         if copies:
             use = "train" if self.train else "validate"
             print(f"note: {root}: {copies} of {len(self.pictures)} to {use} on are copies of the clean pictures")
@@ -92,7 +93,10 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
     profiles = sum(degraded[0] != clean[0] for _, degraded, clean in of_pairs)
     turns = [pair for pair, degraded, clean in of_pairs if {degraded[1], clean[1]} != {1}]
     tried = turns[:: max(1, -(-len(turns) // TRIED))]
-    if turned := [degraded.name for degraded, clean in tried if are_turned(degraded.path, clean.path)]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        are = pool.map(lambda pair: are_turned(pair[0].path, pair[1].path), tried)
+        turned = [degraded.name for (degraded, _), is_turned in zip(tried, are, strict=True) if is_turned]
+    if turned:
         raise ValueError(
             f"{root}: {len(turned)} of {len(tried)} pairs whose EXIF tells an orientation are turned against each "
             f"other, such as {turned[0]}; write both pictures with one orientation."
@@ -100,7 +104,9 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
     partners = [*pairs.partners, *(held.partners if held else ())]
     lines = parts_not_read(root, partners)
     if made := results(root, partners):
-        text = f"{len(made)} of {len(partners)} are results of this program, such as {made[0].name}"
+        text = (
+            f"{len(made)} of {len(partners)} are results of this program, such as {made[0].relative_to(root.resolve())}"
+        )
         lines.append(f"note: {root}: {text}; the LoRA learns to repair what is left in them")
     lines += unused(root, owners, "usable clean picture")
     if profiles:

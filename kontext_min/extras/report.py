@@ -105,7 +105,7 @@ def write_restored_report(
     """
     facts = [["Restored", f"{restored:,}", "picture" + "s" * (restored != 1)]]
     if mean and scored not in (None, restored):
-        facts.append(["Scored", f"{scored:,}", "with another, clean picture"])
+        facts.append(["Scored", f"{scored:,}", "with a clean picture that differs"])
     if mean:
         before, after = mean["input"], mean["restored"]
         texture = ["Texture, clean = 1", f"{after['texture']:.2f}", f"before {before['texture']:.2f}"]
