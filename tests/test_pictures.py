@@ -124,6 +124,15 @@ def test_the_longest_names_can_be_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_result_that_is_replaced_keeps_who_may_read_it(tmp_path):
+    crop(60, 40).save(tmp_path / "in.png")
+    restored(tmp_path / "in.png", tmp_path / "out.png").close()
+    usual = (tmp_path / "out.png").stat().st_mode
+    (tmp_path / "out.png").chmod(0o600)
+    restored(tmp_path / "in.png", tmp_path / "out.png").close()
+    assert (tmp_path / "out.png").stat().st_mode & 0o777 == 0o600 != usual & 0o777
+
+
 def test_a_link_as_output_stays_a_link(tmp_path):
     (tmp_path / "there.png").touch()
     (tmp_path / "link.png").symlink_to("there.png")

@@ -552,6 +552,18 @@ def test_a_prompt_of_one_of_several_loras_is_one_that_was_trained(small, small_b
                 assert bool(tasks) == (flag == "--guidance" or value == "Dehaze."), (flag, value, lines)
 
 
+def test_a_pull_that_may_do_nothing_is_said(small, small_bundle, capsys):
+    for flags, said in (
+        (["--fidelity", 0.5], True),
+        (["--fidelity", 0.5, "--steps", 1], False),
+        (["--fidelity", 0.5, "--objective", "kontext"], False),
+        ([], False),
+    ):
+        argv = [str(f) for f in ["--input", small, "--output", "o", "--weights", small_bundle, *flags]]
+        method_of(sample.parse_flags(sample.Settings, argv, ""), base.Weights(small_bundle))
+        assert ("--strength follows less of the path" in capsys.readouterr().err) == said
+
+
 def test_a_guidance_that_was_not_trained_is_said(pixels, capsys):
     for about, guidance, said in ((ABOUT, ABOUT["guidance"], False), (ABOUT, 7.5, True), ({}, 7.5, False)):
         pixels("--guidance", guidance, about=about | {"strange": guidance})

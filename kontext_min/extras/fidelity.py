@@ -7,7 +7,8 @@ Each velocity v predicts a clean latent x1, which is pulled towards the degraded
     z = restore_latent(..., velocity=pulled(W))
 
 Source: Yu et al. 2024, "SUPIR" (arXiv 2401.13627), restoration-guided sampling; W = 1 is theirs with tau = 4. It
-assumes a straight path.
+assumes a straight path from noise. A bridge without noise starts at the input: the pull, strongest there, only holds
+the restoration back, and later steps make up for it, with midpoint sometimes more than that.
 """
 
 from collections.abc import Callable

@@ -87,6 +87,9 @@ def method_of(settings: Any, weights: Weights) -> Method:
     if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)
         solver = "midpoint" if name == "bridge" and steps > 1 else "euler"
     objective = Objective(name, **{k: about[k] for k in ("context", "source_noise", "start_time") if k in about})
+    if settings.fidelity and name == "bridge" and not objective.source_noise and steps > 1:
+        text = "pulls most at the start, which is the input itself here, and may move the result away from it"
+        print(f"note: --fidelity {text}; --strength follows less of the path", file=sys.stderr)
     drawn = objective.source_noise or name == "kontext" or (settings.degrade and _draws(settings.degrade))
     if settings.seed != type(settings).seed and not drawn:
         print("note: --seed has no effect: this bridge has no source noise, and --degrade draws none", file=sys.stderr)

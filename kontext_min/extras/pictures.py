@@ -29,6 +29,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import sys
 import tempfile
 import unicodedata
@@ -691,6 +692,8 @@ def write(path: Path, rgb: Image.Image, file: File | None = None) -> None:
     try:
         with naming(path):
             write_picture(rgb, aside, kind, **options)
+            if path.exists():  # with --overwrite
+                shutil.copymode(path, aside)
             aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
