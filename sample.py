@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from PIL import Image
 
-from kontext_min import degrade, flow
+from kontext_min import degrade
 from kontext_min.checkpoints import find, load_autoencoder
 from kontext_min.data import to_tensor
 from kontext_min.extras import checks, folders, parallel, pictures, plan, program, prompts, validation
@@ -135,11 +135,11 @@ def sample(settings: Settings) -> int:
         stream.wrap()
     load_loras(flux, settings.lora, method)
 
-    velocity = flow.velocity
+    pull = None
     if settings.fidelity:  # pull each step towards the input
         from kontext_min.extras.fidelity import pulled
 
-        velocity = pulled(settings.fidelity)
+        pull = pulled(settings.fidelity)
 
     # ---- picture after picture
     tick = Ticker(progress, [at[job.size] for job in todo], bool(settings.resolution))
@@ -155,7 +155,7 @@ def sample(settings: Settings) -> int:
                 tick.begin(job.name, small.size, passes(autoencoder, *small.size, apply, method.steps, method.solver))
                 z = restore_latent(
                     to_tensor(small)[None], flux, autoencoder, text, method.objective, method.steps, method.solver,
-                    seed=settings.seed, strength=settings.strength, velocity=velocity, apply=apply,
+                    seed=settings.seed, strength=settings.strength, pull=pull, apply=apply,
                 )  # fmt: skip
                 with shared_norms(autoencoder, z, apply, tick):  # decode tiles as parts of one picture
                     result = to_image(decode(autoencoder, z, small.size, apply)[0])

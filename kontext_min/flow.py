@@ -15,7 +15,6 @@ so t = 1 - sigma and v_pred = -flux(x, t): the pretrained network keeps its own 
 Sources: Lipman et al. 2023, "Flow Matching for Generative Modeling"; Liu et al. 2023, "Flow Straight and Fast"; Albergo
 & Vanden-Eijnden 2023 (bridges between two data sets); Esser et al. 2024, "Scaling Rectified Flow Transformers" (SD3:
 densities of t, weightings, shift); black-forest-labs/flux at 802fb47, src/flux/sampling.py (schedule, packing, ids).
-diffusers' FlowMatchEulerDiscreteScheduler has the schedule and the step; here path, loss, sign and step share one file.
 Shapes: B batch, C latent channels, h, w sides of the latent, L = (h/2)(w/2) tokens. Latents and losses are float32,
 a schedule is float64; only the inputs of the network are cast to the compute dtype.
 """
@@ -254,15 +253,16 @@ def evaluations(wanted: int, solver: str) -> int:
 
 
 @torch.no_grad()
-def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor, solver: str = "euler") -> Tensor:
-    """Follow dx/dsigma = velocity(x, sigma) from sigmas[0] to sigmas[-1].
+def integrate(
+    velocity: Callable[..., Tensor], x: Tensor, sigmas: Tensor, solver: str = "euler", pull: Callable | None = None
+) -> Tensor:
+    """Follow dx/dsigma = velocity(x, sigma) from x (B, C, h, w) at sigmas[0] to the result, like x, at sigmas[-1].
 
     euler      x + h v(x, s)                                          1 evaluation per step, as the official code
     midpoint   x + h v(x + h/2 v(x, s), s + h/2)                      2 evaluations, error of order h^2
     heun       x + h/2 (v(x, s) + v(x + h v(x, s), s + h))            2 evaluations, error of order h^2
 
-    x (B, C, h, w) is the state at sigmas[0]; the result, of the same shape and dtype, is the state at sigmas[-1].
-    velocity maps (x, scalar sigma) to a tensor like x.
+    velocity maps (x, scalar sigma) to a tensor like x, and pull (x, sigma, v of a step) to the v that is followed.
 
     Raises:
         ValueError: an unknown solver.
@@ -276,5 +276,5 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: T
             v = velocity(x + h / 2 * v, s + h / 2)
         elif solver == "heun":
             v = (v + velocity(x + h * v, s_next)) / 2
-        x = x + h * v
+        x = x + h * (pull(x, s, v) if pull else v)
     return x

@@ -3,8 +3,7 @@
     pad to the grid  ->  encode  ->  follow the velocity from sigma = 0 to 1  ->  decode  ->  crop
 
 The grid is one token: two latent positions, 16 pixels with the Flux autoencoder. Here every network sees the whole
-picture; extras/tiles.py applies the networks to overlapping tiles of a large one. diffusers' FluxKontextPipeline
-edits a picture too, but only from noise, and resizes it; a bridge starts elsewhere, and a photo keeps its size.
+picture; extras/tiles.py applies the networks to overlapping tiles of a large one.
 
 A strength S < 1 starts at s0 = 1 - S with x = (1 - s0) z_source + s0 z_control and follows the path from s0 to 1
 (Meng et al. 2022, "SDEdit", on this path). Flux's times are then S times those of the whole path.
@@ -12,6 +11,7 @@ A strength S < 1 starts at s0 = 1 - S with x = (1 - s0) z_source + s0 z_control 
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ def restore_latent(
     noise: Tensor | None = None,
     seed: int = SEED,
     strength: float = 1.0,
-    velocity: Callable[..., Tensor] = flow.velocity,
+    pull: Callable[..., Tensor] | None = None,
     apply: Whole = WHOLE,
 ) -> Tensor:
     """Carry degraded pictures (B, 3, H, W), bytes or floats in [-1, 1], to clean latents for `decode`.
@@ -95,7 +95,7 @@ def restore_latent(
         steps, solver: network evaluations. Midpoint and heun take two per step; an odd number is rounded up.
         noise: (B, C, h, w) eps of the source, or None to draw it from the seed, the same for each picture of the batch.
         strength: in (0, 1], how much of the path is followed.
-        velocity: the function to follow, called like flow.velocity.
+        pull: maps (control, x, sigma, v) of each step to the velocity that is followed (extras/fidelity.py).
         apply: applies the networks, to whole pictures or to tiles.
 
     Returns:
@@ -118,12 +118,12 @@ def restore_latent(
     x = strength * objective.source(control, noise.to(control)) + (1 - strength) * control
 
     def evaluate(x: Tensor, sigma: Tensor) -> Tensor:
-        return apply(lambda x, c: velocity(flux, x, sigma, c, prompt, objective), [x, control])
+        return apply(lambda x, c: flow.velocity(flux, x, sigma, c, prompt, objective), [x, control])
 
     # Kontext's schedule depends on the number of tokens that the network sees at once. Bridges take equal steps.
     tokens = math.prod(min(length, apply.side) // GRID for length in control.shape[-2:])
     sigmas = flow.schedule(math.ceil(steps / flow.SOLVERS.get(solver, 1)), tokens, shift=objective.name == "kontext")
-    return _finite(flow.integrate(evaluate, x, 1 - strength * (1 - sigmas), solver))
+    return _finite(flow.integrate(evaluate, x, 1 - strength * (1 - sigmas), solver, pull and partial(pull, control)))
 
 
 @torch.no_grad()

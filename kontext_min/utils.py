@@ -3,8 +3,7 @@
     key = SeedSequence([seed, purpose, place ...])
 
 A run therefore draws the same numbers after a resume, on several processes and with more loader workers. Source:
-numpy's SeedSequence (O'Neill 2015, "Developing a seed_seq alternative"), which hashes these integers. Lightning's
-seed_everything seeds a whole process instead, and a draw then depends on all earlier ones.
+numpy's SeedSequence (O'Neill 2015, "Developing a seed_seq alternative"), which hashes these integers.
 """
 
 import zlib

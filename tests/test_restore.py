@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -242,21 +243,33 @@ def test_fidelity_is_the_equation():
     torch.manual_seed(0)
     control, eps, v = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16), 0.7
     kontext, w, s = Objective("kontext"), 0.6, 0.5
-    out = latents(control, constant(v), kontext, noise=eps, strength=1 - s, velocity=pulled(w))
+    out = latents(control, constant(v), kontext, noise=eps, strength=1 - s, pull=pulled(w))
     x = (1 - s) * eps + s * control
     x1 = x + (1 - s) * v
     x1 = x1 - w * (1 - s) ** 4 * (x1 - control)
     assert torch.allclose(out, x + (1 - s) * (x1 - x) / (1 - s), atol=1e-5)
-    assert (latents(control, constant(v), velocity=pulled(1.0)) - control).abs().max() < 1e-6
-    assert torch.allclose(latents(control, constant(v), velocity=pulled(0.5)), control + 0.5 * v, atol=1e-6)
+    assert (latents(control, constant(v), pull=pulled(1.0)) - control).abs().max() < 1e-6
+    assert torch.allclose(latents(control, constant(v), pull=pulled(0.5)), control + 0.5 * v, atol=1e-6)
     nearer = [
-        (latents(control, constant(v), steps=4, velocity=pulled(f)) - control).mean().item() for f in (0, 0.3, 0.6, 1)
+        (latents(control, constant(v), steps=4, pull=pulled(f)) - control).mean().item() for f in (0, 0.3, 0.6, 1)
     ]
     assert nearer[0] == pytest.approx(v, abs=1e-5) and nearer == sorted(nearer, reverse=True)
     for solver in ("midpoint", "heun"):  # at sigma = 1 nothing is divided by zero
-        assert latents(control, constant(v), steps=4, velocity=pulled(1.0), solver=solver).isfinite().all()
+        assert latents(control, constant(v), steps=4, pull=pulled(1.0), solver=solver).isfinite().all()
     with pytest.raises(ValueError, match=r"fidelity: got 1\.5"):
         pulled(1.5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun"])
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_more_fidelity_ends_nearer_to_the_input(solver, steps):
+    """Of a network that sees how far it is: it makes up for a pull, but not for more than that."""
+    control, ends, sigmas = torch.zeros(1), [], torch.linspace(0, 0.9, steps + 1, dtype=torch.float64)
+    for fidelity in (0.0, 0.3, 0.6, 1.0):
+        pull = partial(pulled(fidelity), control)
+        ends.append(flow.integrate(lambda x, s: (1 - x) / (1 - s), control, sigmas, solver, pull).item())
+    assert all(a > b - 1e-6 for a, b in zip(ends, ends[1:], strict=False)) and ends[0] > ends[-1] + 1e-3
+    assert (ends[-1] == 0) == (steps == 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- the seam

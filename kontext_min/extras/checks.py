@@ -345,10 +345,6 @@ def check_sampling(s: Any) -> None:
             s.reference and folder and not s.reference.is_dir(),
             f"--reference {s.reference}: is a file, but --input is a folder; name a folder",
         ),
-        (
-            s.fidelity == s.steps == s.strength == 1 and s.solver in ("auto", "euler"),
-            "--fidelity 1 in one step gives the input back; give more --steps, or less of it",
-        ),
         (s.report and not folder, "--report: is for folders; of one picture, --compare shows before and after"),
         (
             s.report and page.exists() and (page.with_name("settings.json").exists() or not is_report(page)),

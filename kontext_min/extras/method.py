@@ -28,7 +28,7 @@ from kontext_min.extras.lora_files import (
     strength_of,
     trained_with,
 )
-from kontext_min.flow import Objective, evaluations
+from kontext_min.flow import SOLVERS, Objective, evaluations
 from kontext_min.flux import Flux
 from kontext_min.restore import STEPS
 
@@ -86,10 +86,9 @@ def method_of(settings: Any, weights: Weights) -> Method:
     steps, solver = settings.steps or STEPS[name], settings.solver
     if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)
         solver = "midpoint" if name == "bridge" and steps > 1 else "euler"
+    if settings.fidelity == settings.strength == 1 and steps <= SOLVERS[solver]:
+        raise ValueError("--fidelity 1 in one step gives the input back; give more --steps, or less of it.")
     objective = Objective(name, **{k: about[k] for k in ("context", "source_noise", "start_time") if k in about})
-    if settings.fidelity and name == "bridge" and not objective.source_noise and steps > 1:
-        text = "pulls most at the start, which is the input itself here, and may move the result away from it"
-        print(f"note: --fidelity {text}; --strength follows less of the path", file=sys.stderr)
     drawn = objective.source_noise or name == "kontext" or (settings.degrade and _draws(settings.degrade))
     if settings.seed != type(settings).seed and not drawn:
         print("note: --seed has no effect: this bridge has no source noise, and --degrade draws none", file=sys.stderr)
