@@ -285,7 +285,7 @@ def train(settings: Settings) -> int:
     sampler = data.BucketSampler(pairs.bucket_of, settings.batch_size, settings.seed, me.rank, me.world)
     step_in_epochs = settings.accumulate / sampler.batches_per_epoch
     sampler.start = round(state.setdefault("epochs", state["step"] * step_in_epochs) * sampler.batches_per_epoch)
-    start_time = find_start_time(settings, StandIns(pairs), encode)  # of the pictures, as a cache may be damaged
+    start_time = find_start_time(settings, StandIns(pairs), encode, written)  # of pictures: a cache may be damaged
     if settings.cache_latents:  # encode each picture once
         from kontext_min.extras.latents import CachedPairs, fill, variants
 

@@ -1014,6 +1014,15 @@ def test_small_pictures_are_left_out_and_a_start_time_can_be_found(run, tmp_path
     assert run(*few, "--resolution", 48, "--start-time", "auto") == 0
     metadata = read_about(tmp_path / "run" / "lora.safetensors")
     assert 0 < metadata["start_time"] < 1 and metadata["resolution"] == 48
+    again = ("--resolution", 48, "--start-time", "auto", "--degrade", "noise=0.3", *few, "--steps")
+    assert run(*again, 2) == 2
+    assert run(*again, 2, "--accept-changes") == 0
+    (changes,) = json.loads((tmp_path / "run" / "settings.json").read_text())["changes"]
+    found = read_about(tmp_path / "run" / "lora.safetensors")["start_time"]
+    assert f"start_time_found was {metadata['start_time']}, is {found}" in changes and found != metadata["start_time"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000002")
+    (tmp_path / "run" / "lora.safetensors").unlink()
+    assert run(*again, 2, "--accept-changes") == 0 == run(*again, 2)  # settings.json has it from its start on
 
 
 def read_about(file):
