@@ -35,6 +35,7 @@ loaders/lora_pipeline.py and lora_conversion_utils.py; peft 0.21.2, tuners/lora/
 import filecmp
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -725,11 +726,14 @@ def note_doubts(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
     if "checksum" in metadata:
         if metadata["checksum"] != checksum(tensors):
             print(f"note: {path}: its values are not those that train.py wrote", file=sys.stderr)
-    elif not any(lora_file(path).read_bytes()[-64:]):  # B may be zeros, of a module that has not learned
+    else:
         zeros = [name for name, x in tensors.items() if name.endswith(LEAVES["down"]) and not x.any()]
-        for name in zeros[:1]:
+        with lora_file(path).open("rb") as f:
+            f.seek(-64, os.SEEK_END)
+            cut = zeros and not any(f.read())  # else somebody left out blocks; B is zeros where nothing was learned
+        if cut:
             more = f" and {len(zeros) - 1} more" * (len(zeros) > 1)
-            print(f"note: {path}: {name}{more}: all zeros; was the download or the copy cut?", file=sys.stderr)
+            print(f"note: {path}: {zeros[0]}{more}: all zeros; was the download or the copy cut?", file=sys.stderr)
     of_peft = next(iter(tensors)).startswith("base_model.model.")
     beside = lora_file(path).with_name("adapter_config.json").is_file() and lora_file(path).name != FILES[0]
     stated = any("alpha" in name for name in tensors) or "lora_adapter_metadata" in metadata or "checksum" in metadata
