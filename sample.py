@@ -139,7 +139,7 @@ def sample(settings: Settings) -> int:
     if settings.fidelity:  # pull each step towards the input
         from kontext_min.extras.fidelity import pulled
 
-        pull = pulled(settings.fidelity)
+        pull = pulled(settings.fidelity, settings.strength)
 
     # ---- picture after picture
     tick = Ticker(progress, [at[job.size] for job in todo], bool(settings.resolution))

@@ -272,6 +272,17 @@ def test_more_fidelity_ends_nearer_to_the_input(solver, steps):
     assert (ends[-1] == 0) == (steps == 1)
 
 
+@pytest.mark.parametrize(("solver", "steps"), [("euler", 2), ("midpoint", 4), ("heun", 4)])
+@pytest.mark.parametrize("fidelity", [0.3, 1.0])
+def test_less_strength_changes_less_at_any_fidelity(solver, steps, fidelity):
+    control, v = torch.zeros(1, 3, 16, 16), 0.7
+    ends = []
+    for strength in (0.2, 0.5, 0.7, 0.8, 0.9, 1.0):
+        pull = pulled(fidelity, strength)
+        ends.append(latents(control, constant(v), BRIDGE, steps, strength=strength, solver=solver, pull=pull).mean())
+    assert ends == sorted(ends) and ends[0] < 0.3 * ends[-1]
+
+
 # ------------------------------------------------------------------------------------------------------------- the seam
 
 

@@ -396,7 +396,7 @@ def test_sizes_to_restore_at(identity, small_bundle, tmp_path):
 
 
 def test_dials_reach_the_network(identity, small_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(fidelity, "pulled", lambda w: ("pulled", w))
+    monkeypatch.setattr(fidelity, "pulled", lambda w, s: ("pulled", w, s))
     crop(32, 32).save(tmp_path / "in.png")
     flags = ["--strength", 0.5, "--fidelity", 0.25, "--seed", 7, "--tile", 32]
     args = ["--input", tmp_path / "in.png", "--output", tmp_path / "o.png", "--weights", small_bundle, *flags]
@@ -404,7 +404,7 @@ def test_dials_reach_the_network(identity, small_bundle, tmp_path, monkeypatch):
     (seen,) = identity
     apply = seen.pop("apply")
     assert apply.side * apply.factor == 32
-    assert seen == {"shape": (1, 3, 32, 32), "strength": 0.5, "pull": ("pulled", 0.25), "seed": 7}
+    assert seen == {"shape": (1, 3, 32, 32), "strength": 0.5, "pull": ("pulled", 0.25, 0.5), "seed": 7}
 
 
 def test_compiled_blocks_are_what_runs(small_bundle, tmp_path, monkeypatch, capsys):

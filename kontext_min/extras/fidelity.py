@@ -2,15 +2,16 @@
 
 The velocity v of a step from (x, sigma) predicts a clean latent x1, which is pulled towards the degraded one:
 
-    x1 = x + (1 - sigma) v        x1 <- x1 - W (1 - sigma)^4 (x1 - z_control)        v <- (x1 - x) / (1 - sigma)
+    x1 = x + (1 - sigma) v      x1 <- x1 - W ((1 - sigma) / S)^4 (x1 - z_control)      v <- (x1 - x) / (1 - sigma)
 
-    z = restore_latent(..., pull=pulled(W))
+    z = restore_latent(..., strength=S, pull=pulled(W, S))
 
 A step of midpoint or heun is pulled once, as a whole. Were each of its two evaluations pulled, the second one would see
 a picture that the first one has held back, and lead past the clean one.
 
 Source: Yu et al. 2024, "SUPIR" (arXiv 2401.13627), restoration-guided sampling; W = 1 is theirs with tau = 4. It
-assumes a straight path.
+assumes a straight path. Theirs is the whole path, S = 1. A strength S starts at sigma = 1 - S, where the pull is W too:
+else less strength would leave less of it, and change more.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 
-def pulled(fidelity: float) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def pulled(fidelity: float, strength: float = 1.0) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """What draws a velocity to the input by a fidelity W in [0, 1]: (control, x, scalar sigma, v) -> v, (B, C, h, w).
+
+    `strength` is that of restore_latent.
 
     Raises:
         ValueError: another fidelity.
@@ -30,6 +33,6 @@ def pulled(fidelity: float) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor
     def pull(control: Tensor, x: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
         left = 1 - sigma.item()
         # The equation at the top, divided by 1 - sigma on paper so that sigma = 1 is allowed.
-        return v - fidelity * left**3 * (x + left * v - control)
+        return v - fidelity * left**3 / strength**4 * (x + left * v - control)
 
     return pull

@@ -86,7 +86,7 @@ def method_of(settings: Any, weights: Weights) -> Method:
     steps, solver = settings.steps or STEPS[name], settings.solver
     if solver == "auto":  # by Euler's rule as many evaluations leave a bridge less texture (docs/flow.md)
         solver = "midpoint" if name == "bridge" and steps > 1 else "euler"
-    if settings.fidelity == settings.strength == 1 and steps <= SOLVERS[solver]:
+    if settings.fidelity == 1 and steps <= SOLVERS[solver]:
         raise ValueError("--fidelity 1 in one step gives the input back; give more --steps, or less of it.")
     objective = Objective(name, **{k: about[k] for k in ("context", "source_noise", "start_time") if k in about})
     drawn = objective.source_noise or name == "kontext" or (settings.degrade and _draws(settings.degrade))
