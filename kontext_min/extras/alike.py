@@ -20,11 +20,11 @@ SEEN = 32  # pixels a side, to see which way up a picture is
 @lru_cache(16)
 def _shifts_colors(profile: bytes, kind: str) -> bool:
     """Whether a color profile of RGB or of gray (L) says other colors than sRGB does."""
+    transform = srgb_transform(profile, kind) if kind in ("RGB", "L") else None
+    if not transform:
+        return False
     steps = np.linspace(0, 255, 6).astype(np.uint8)
     chart = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
-    transform = srgb_transform(profile, kind)
-    if kind not in ("RGB", "L") or not transform:
-        return False
     values = Image.fromarray(chart if kind == "RGB" else steps[None])
     shown = np.subtract(ImageCms.applyTransform(values, transform), values.convert("RGB"), dtype=float)
     return bool(np.abs(shown).max() > 8)  # LittleCMS rounds by a few
@@ -56,7 +56,11 @@ def are_turned(degraded: Path, clean: Path) -> bool:
 def differences(degraded: Path, clean: Path) -> list[str]:
     """In words, what a score of the two would count besides the damage."""
     (profile, way), (other_profile, other_way) = looks(degraded), looks(clean)
-    found = ["only one of the two has a color profile other than sRGB; equal values then score as a shift of color"]
-    found *= profile != other_profile
-    turned = {way, other_way} != {1} and are_turned(degraded, clean)
-    return found + ["its pixels are turned against the input; write both with one EXIF orientation"] * turned
+    found = []
+    if profile != other_profile:
+        found.append(
+            "only one of the two has a color profile other than sRGB; equal values then score as a shift of color"
+        )
+    if {way, other_way} != {1} and are_turned(degraded, clean):
+        found.append("its pixels are turned against the input; write both with one EXIF orientation")
+    return found

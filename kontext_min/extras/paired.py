@@ -19,6 +19,7 @@ from torch import Tensor
 from kontext_min.data import THREADS, Pairs, Picture, Size, UnreadableError, crop, open_picture, to_tensor
 from kontext_min.extras.alike import are_turned, looks
 from kontext_min.extras.inventory import parts_not_read, results, scan_whole, unread, unused
+from kontext_min.extras.report import evenly
 from kontext_min.utils import numpy_generator
 
 SHOWN = 10  # problems
@@ -43,7 +44,7 @@ class PairedFolders(Pairs):
         copies = sum(filecmp.cmp(a.path, b.path, shallow=False) for a, b in both)
         if copies == len(both) and self.train:
             raise ValueError(f"{root}: holds copies of the clean pictures, so the LoRA would learn to change nothing.")
-        few = both[:: max(1, -(-len(both) // FEW))]
+        few = evenly(both, FEW)
         if self.train and all(_show_the_same(*pair) for pair in few):  # the first that differs ends the comparison
             text = f"all {len(few)} that were looked at have the pixels of the clean pictures"
             print(f"note: {root}: {text}; the LoRA learns to change nothing")
@@ -92,7 +93,7 @@ def pair_up(pairs: Pairs, held: Pairs | None, root: Path) -> tuple[PairedFolders
     of_pairs = [*zip(both, *headers, strict=True)]
     profiles = sum(degraded[0] != clean[0] for _, degraded, clean in of_pairs)
     turns = [pair for pair, degraded, clean in of_pairs if {degraded[1], clean[1]} != {1}]
-    tried = turns[:: max(1, -(-len(turns) // TRIED))]
+    tried = evenly(turns, TRIED)
     with ThreadPoolExecutor(THREADS) as pool:
         are = pool.map(lambda pair: are_turned(pair[0].path, pair[1].path), tried)
         turned = [degraded.name for (degraded, _), is_turned in zip(tried, are, strict=True) if is_turned]
