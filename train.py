@@ -2,9 +2,9 @@
 
     python train.py --hr-root DIR
 
-Every step takes a batch of clean pictures, degrades them and encodes both with the Flux autoencoder. It draws a point
-on the line from the degraded to the clean latent, and learns the velocity at that point (kontext_min/flow.py). Only the
-LoRA trains. Without --weights you train the small bundled model, which runs on any computer.
+Every step takes clean pictures, degrades them and encodes both with the Flux autoencoder. It draws a point on the line
+from the degraded to the clean latent, and learns the velocity at that point (kontext_min/flow.py). Only the LoRA
+trains. Without --weights you train the small bundled model, which runs on any computer.
 
 Several GPUs: torchrun --nproc-per-node N train.py ...     (add --shard if the model does not fit on one GPU)
 You can stop at any time. The same command with the same --output-dir continues, bit for bit as if never stopped.
@@ -47,7 +47,7 @@ from kontext_min.lora import TARGETS, add_lora
 
 OBJECTIVES, QUANTIZED = ("bridge", "kontext"), ("int8", "fp8", "nf4")
 INTERVALS = 5  # of sigma; the log has a loss for each
-CLIP_NORM, WEIGHT_DECAY = 1.0, 1e-4  # maximum norm of the gradient; of AdamW
+CLIP_NORM, WEIGHT_DECAY = 1.0, 1e-4  # largest norm of the gradient; AdamW's decay
 GUIDE = {"resolution": 1024, "steps": 3000, "batch_size": 1, "accumulate": 4, "lr": 1e-4}  # see `settled`
 MAX_SKIPS = 10  # steps in a row without a finite gradient that stop the run
 EPILOG = "* or that of the base, such as weights/tiny/defaults.json\n\n--degrade takes presets and operators:\n\n"
@@ -404,7 +404,7 @@ def train(settings: Settings) -> int:
             row = {
                 "step": done,
                 "epoch": round(state["epochs"] * sampler.batches_per_epoch) // sampler.batches_per_epoch,
-                "loss": sum(sums) / pictures_a_step,
+                "loss": sum(sums) / pictures_a_step,  # squared error, before weight and penalty
                 "sigma_loss": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
                 "lr": lr,
                 "grad_norm": norm,

@@ -4,7 +4,7 @@
     z            = scale * (mean - shift)             scale 0.3611, shift 0.1159: mean about 0, deviation about 1
     image        = Decoder(z / scale + shift)
 
-One level halves the side, except the last: four levels give the factor 8.
+Every level but the last halves the side: four levels give the factor 8.
 
 Source: black-forest-labs/flux, src/flux/modules/autoencoder.py at 802fb47 (after Rombach et al. 2022, "High-Resolution
 Image Synthesis with Latent Diffusion Models", section 3.1). Attribute names are those of `ae.safetensors`. diffusers'

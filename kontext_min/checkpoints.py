@@ -3,7 +3,7 @@
     1. header    each file lists name, shape and dtype of its tensors; the safetensors library checks them
     2. map       stored tensors get the names of our parameters; their shapes tell how wide and deep the network is
     3. meta      the network is built on the meta device, where parameters take no memory; each is matched to tensors
-    4. assign    tensors mapped into memory from the file become the parameters; nothing is copied if the dtype fits
+    4. assign    tensors mapped into memory from the file become the parameters; joined or widened ones are copied
 
 A path is one safetensors file, a folder of shards with their index, or the whole hub folder (transformer/, vae/,
 text_encoder/, text_encoder_2/). Names are BFL's or diffusers', with the prefixes of ComfyUI's all-in-one files. fp8
@@ -116,7 +116,7 @@ class Stored:
     name: str = ""  # in the file, prefix included
     offset: int = 0  # of its first byte in the file
     nbytes: int = 0
-    scale: "Stored | None" = None  # of an fp8 weight
+    scale: "Stored | None" = None  # of an 8-bit weight
 
 
 Headers = dict[str, Stored]
@@ -263,7 +263,7 @@ Sources = dict[str, list[Stored]]  # parameter -> the tensors that it consists o
 
 
 def by_our_names(headers: Headers, part: str) -> Sources:
-    """The tensors of one network under the names of our parameters, fp8 weights with their scales.
+    """The tensors of one network under the names of our parameters, 8-bit weights with their scales.
 
     Raises:
         ValueError: a scale that fits neither the whole weight nor its rows.
@@ -503,7 +503,7 @@ def fill(model: Any, sources: Sources, dtype: torch.dtype | None, device: Device
 def load_flux(
     path: str | Path, params: FluxParams | None = None, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> Flux:
-    """The transformer, frozen, from a file or folder as `find` takes it; on the CPU it stays memory-mapped.
+    """The transformer, frozen, from a file or folder as `find` takes it; on the CPU tensors stay memory-mapped.
 
     `params` None reads the sizes from the files; `dtype` None keeps the stored dtype, and widens fp8 to bfloat16.
 

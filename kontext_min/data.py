@@ -3,13 +3,13 @@
     folder --scan--> pictures --usable--> those that cover their bucket --Pairs--> (control, target) --collate--> batch
                                           order of the pairs: BucketSampler
 
-* A bucket is one of the 17 shapes that Kontext was trained on. A picture goes to the bucket of the nearest aspect
-  ratio, |log((w / h) / (w_bucket / h_bucket))|, is resized to cover it and cropped. It is never squashed.
+* A bucket is one of Kontext's 17 training shapes, scaled to --resolution. A picture goes to the bucket of the nearest
+  aspect ratio, |log((w / h) / (w_bucket / h_bucket))|, is resized to cover it and cropped. It is never squashed.
 * Crop and degradation of a picture depend only on (seed, epoch, name), the order of an epoch only on (seed, epoch). A
   run is therefore the same with any number of loader workers, after a resume, and on any number of GPUs.
 
 Sizes are (width, height) as in Pillow and in Kontext's list. Pictures are bytes (3, H, W), batches (B, 3, H, W).
-Source: the shapes are PREFERRED_KONTEXT_RESOLUTIONS of black-forest-labs/flux at 802fb47, src/flux/util.py.
+Source: the shapes are PREFERED_KONTEXT_RESOLUTIONS (sic) of black-forest-labs/flux at 802fb47, src/flux/util.py.
 torchvision's ImageFolder reads a folder too, but has no buckets, and no order that is the same after a resume.
 """
 
@@ -62,7 +62,7 @@ def buckets(resolution: int = 1024, multiple: int = 16) -> list[Size]:
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Size]) -> Size:
     """The bucket with the nearest aspect ratio, by |log|; a tie goes to the narrower."""
-    # The official rule compares |w/h - w/h|, in which 2:1 is four times as far from the square as 1:2 is.
+    # The official rule compares |w/h - w/h|, in which 2:1 is twice as far from the square as 1:2 is.
     # On a log scale both are equally far, so a transposed picture gets the transposed bucket, and the crop loses least.
     return min(buckets, key=lambda b: (abs(math.log(width * b[1] / (height * b[0]))), b[0]))
 
@@ -122,7 +122,7 @@ def scan(root: Path) -> tuple[list[Picture], list[tuple[str, str]]]:
 def walk(root: Path, failed: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, Path]]:
     """(name below the root, path) of every file; hidden files and folders are skipped."""
     seen, starts = set(), [root]
-    for start in starts:  # links to folders come last: else a link names what it leads to
+    for start in starts:  # links to folders come last: a folder keeps its own name
         for folder, folders, names in os.walk(start, onerror=failed):
             if (real := os.path.realpath(folder)) in seen:  # a link may lead back to a parent folder
                 folders.clear()
@@ -289,7 +289,7 @@ def crop(image: Image.Image, picture: Picture, size: Size, rng: np.random.Genera
         start = int(rng.integers(room + 1)) if rng else room // 2
         starts.append(start / (side * scale) * pixels)
         ends.append(min((start + shown) / (side * scale), 1.0) * pixels)
-    # Crop and resize at once: a strip of 30000 x 20 pixels, resized as a whole, would take gigabytes.
+    # Crop and resize at once: one pass, and pixels outside of the window cost nothing.
     return image.resize(size, Image.Resampling.LANCZOS, box=(*starts, *ends))
 
 
@@ -342,7 +342,7 @@ class Pairs(torch.utils.data.Dataset):
 
     def read(self, epoch: int, i: int, bucket: Size) -> tuple[Tensor, Tensor]:
         """(control, target) of picture i in a bucket: bytes (3, H, W) each. Raises UnreadableError."""
-        picture, epoch = self.pictures[i], epoch if self.train else 0
+        picture, epoch = self.pictures[i], (epoch if self.train else 0)
         rng = numpy_generator(self.seed, "crop", epoch, picture.name) if self.train else None
         target = crop(open_picture(picture.path, bucket, to_srgb=True), picture, bucket, rng)
         control = self.degrade(target, numpy_generator(self.seed, "degrade", epoch, picture.name))
@@ -360,8 +360,8 @@ def _caption(picture: Picture) -> str:
 class BucketSampler:
     """Endless batches, each from one bucket, for DataLoader's `batch_sampler`: lists of (epoch, index).
 
-    Every epoch has each picture once, in an order that depends on (seed, epoch). Every batch is full: the last one of a
-    bucket is filled up with the bucket's first pictures. N processes (`world`) with batches of B see what one process
+    Every epoch has each picture at least once, in an order that depends on (seed, epoch). Every batch is full: the last
+    one of a bucket is filled up with its first pictures. N processes (`world`) with batches of B see what one process
     with batches of N B sees; process `rank` takes its part. A resumed run skips `start` batches without reading them.
     """
 

@@ -337,7 +337,8 @@ def parse(spec: str) -> Step:
 
 def describe() -> str:
     """The language, as above, the operators with the names of their values, and the presets with their texts."""
-    lines = [f"{__doc__}\n\n\n\n".split("\n\n")[2], "operators:", *(f"  {n}={'/'.join(_values(n))}" for n in OPERATORS)]
+    language = (__doc__ or "\n\n\n\n").split("\n\n")[2]  # python -OO leaves none
+    lines = [language, "operators:", *(f"  {n}={'/'.join(_values(n))}" for n in OPERATORS)]
     return "\n".join([*lines, "presets:", *(f"  {n}: {t}" for n, t in PRESETS.items())])
 
 

@@ -91,7 +91,7 @@ class Objective:
 class Prompt:
     """What conditions the network besides the picture; one row per picture."""
 
-    txt: Tensor  # (B, L_txt, context_in_dim) T5 states
+    txt: Tensor  # (B, L_txt, context_in_dim) T5 states, in the compute dtype
     y: Tensor  # (B, vec_in_dim) pooled CLIP vector
     guidance: Tensor  # (B,) distilled guidance scale, a raw number such as 1.5
 
@@ -194,8 +194,8 @@ def shift_time(t: Tensor, image_tokens: int) -> Tensor:
     return math.exp(mu) * t / (math.exp(mu) * t + 1 - t)
 
 
-# Each density of sigma, as its inverse CDF: (u ~ U(0, 1), number of image tokens) -> sigma, (B,) -> (B,). SD3 writes
-# the densities in t = 1 - sigma.
+# Each density of sigma, as a map: (u ~ U(0, 1), number of image tokens) -> sigma, (B,) -> (B,). SD3 writes the
+# densities in t = 1 - sigma.
 SIGMA_DENSITIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "uniform": lambda u, tokens: u,
     # t = sigmoid(n), n standard normal: the middle of the path. SD3, equation 19, m = 0, s = 1.
@@ -210,7 +210,7 @@ SIGMA_DENSITIES: dict[str, Callable[[Tensor, int], Tensor]] = {
 # Weight of the squared error at sigma, (B,) -> (B,), with t = 1 - sigma.
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": torch.ones_like,
-    # t^-2, t clamped to at least 0.05: emphasizes the clean end. SD3's training code.
+    # t^-2: emphasizes the clean end. `sigma_sqrt` of diffusers' scripts, whose sigma is our t; the clamp is ours.
     "sigma-sqrt": lambda sigma: (1 - sigma).clamp(min=0.05) ** -2,
     # 2 / (pi (1 - 2t + 2t^2)): emphasizes the middle. SD3, section 3.1.
     "cosmap": lambda sigma: 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square())),

@@ -56,7 +56,7 @@ class FluxParams:
 def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
     """Positions (B, L, 3), in patches, -> rotations (B, 1, L, d/2, 2, 2) float32: a [[cos, -sin], [sin, cos]] per pair.
 
-    The head is split over the axes (16 + 56 + 56 components for picture, row and column); pair j of an axis of
+    The head is split over the axes (16 + 56 + 56 components for index, row and column); pair j of an axis of
     dimension n turns by the angle position * theta^(-2j/n). Source: math.py `rope`, layers.py `EmbedND`.
     """
     # float64, as in diffusers and in the official code before 2025: float32 angles move cos and sin by up to 4.5e-6.
@@ -159,7 +159,7 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         """(B, D) -> `parts` times (B, 1, D)."""
-        # The SiLU is part of the modulation: vec itself stays linear.
+        # The SiLU is part of the modulation: vec itself has none.
         return self.lin(F.silu(vec))[:, None, :].chunk(self.parts, dim=-1)
 
 
@@ -232,7 +232,7 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.splits, dim=-1)
         q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
-        # Normed q and k have no name: attention frees them before the MLP runs.
+        # Normed q and k have no name here, so they are freed before the MLP runs.
         attn = attention(*self.norm(q, k, v), v, pe)
         mlp = self.mlp_act(mlp)
         # Frees the largest tensors of the block before linear2 runs.

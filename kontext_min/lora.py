@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Presets of --lora-targets: patterns of module names (flux.py), matched whole.
+# Presets of --lora-targets: patterns of module names (flux.py), matched whole. linear1 and linear2 hold the MLP too.
 TARGETS = {
     "attention": r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12]",
     "attention-mlp": r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]",
@@ -38,8 +38,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of x."""
-        # Multiply in the dtype of x: in float32 these products would cost more than that with the frozen W. Apply the
-        # scale where the tensor is smallest.
+        # Multiply in the dtype of x: float32 copies of x and of the result would take twice the memory of these. Apply
+        # the scale where the tensor is smallest.
         low = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # (..., rank)
         return self.base(x) + F.linear(low, self.lora_B.to(x.dtype))
 

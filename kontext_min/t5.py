@@ -55,8 +55,8 @@ def relative_position_bucket(relative: Tensor, num_buckets: int, max_distance: i
     half, exact = num_buckets // 2, num_buckets // 4
     distance = relative.abs()
     # float32 and this order of operations, as in training: in float64 the floor could give another bucket.
-    octaves = torch.log(distance.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
-    far = (exact + (octaves * (half - exact)).long()).clamp(max=half - 1)
+    part = torch.log(distance.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (part * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(distance < exact, distance, far) + half * (relative > 0)
 
 

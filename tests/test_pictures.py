@@ -598,6 +598,15 @@ def test_a_profile_that_says_nothing_of_the_pixels_is_named_in_training(tmp_path
     ]
 
 
+@pytest.mark.parametrize("ending", ["tif", "jpg", "webp"])
+def test_a_resolution_of_nothing_by_nothing_is_none(tmp_path, ending):
+    """0 / 0 of a TIFF was compared with 0, which Pillow's rationals can't."""
+    exif = Image.Exif()
+    exif[282] = exif[283] = TiffImagePlugin.IFDRational(0, 0)
+    crop(60, 40).save(tmp_path / f"in.{ending}", exif=exif)
+    assert "dpi" not in read(tmp_path / f"in.{ending}").keep
+
+
 def test_the_dpi_of_a_webp_reaches_a_png(tmp_path):
     exif = Image.Exif()
     exif.update({282: 300.0, 283: 150.0, 296: 2})

@@ -445,8 +445,9 @@ def read(path: Path) -> File:
                     rgb = open_picture(path, to_srgb=True)
             if image.format == "WEBP" and b"VP8L" in both_ends and b"VP8 " not in both_ends:
                 keep["lossless"] = True
-            if min(dpi := _dpi(image)) > 0:
-                keep["dpi"] = tuple(map(float, dpi[::-1] if lying else dpi))
+            dpi = tuple(map(float, _dpi(image)))  # a TIFF may have 0 / 0
+            if all(0 < side < math.inf for side in dpi):
+                keep["dpi"] = dpi[::-1] if lying else dpi
             if xmp := image.info.get("xmp"):
                 xmp = xmp if isinstance(xmp, bytes) else xmp.encode()
                 if any(word in xmp for word in XMP_OF_PIXELS):
@@ -506,8 +507,7 @@ def _dpi_of_exif(image: Image.Image) -> tuple[float, float]:
     with suppress(Exception):  # the picture itself may be fine
         exif = Image.Image.getexif(image)
         scale = {2: 1.0, 3: 2.54}[exif.get(296, 2)]
-        x, y = float(exif[282]) * scale, float(exif[283]) * scale
-        return (x, y) if 0 < x < math.inf and 0 < y < math.inf else (0, 0)
+        return float(exif[282]) * scale, float(exif[283]) * scale
     return 0, 0
 
 

@@ -48,7 +48,8 @@ class StandIns(torch.utils.data.Dataset):
             plain = plain or item
         if plain:  # as all of the others are
             return plain | {"unreadable": broken}
-        raise OSError(f"{len(lines)} pictures in a row cannot be read; is the disk there? {lines[0]}")
+        # With cached latents, only a picture of the same shape could.
+        raise OSError(f"{lines[0].rstrip('.')}; none of {len(lines) - 1} others can replace it; is the disk there?")
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """The picture, then others: those of its bucket first, as the rest may have to be enlarged."""
