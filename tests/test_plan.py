@@ -213,7 +213,10 @@ def test_the_fastest_setting_that_fits_is_named(monkeypatch, capsys, tmp_path):
     train.main(argv)
     text = capsys.readouterr().out
     peaks = {m[1].strip(): m[2] for m in re.finditer(r"^  (\S.*?) {2,}(\d+\.\d\d)  8 GB$", text, re.M)}
-    assert len(peaks) == 9 and "that fits into" in text
+    assert len(peaks) == 6 and "that fits into" in text
+    assert "--resolution 512" not in text  # which is more than the 128 of weights/tiny
+    train.main([*argv, "--resolution", "1024"])
+    assert len(re.findall("--resolution 512 ", capsys.readouterr().out)) == 3
     sizes = plan.Sizes.of(Weights(TINY))
     asked = plan.Setting(size=(128, 128), batch=4, dtype=torch.float32, cuda=False)
     peaks = {f: plan.measure(s, sizes).device for f, s in plan.choices(asked, (128, 128)).items()}

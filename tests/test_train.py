@@ -243,6 +243,14 @@ def test_a_changed_picture_or_caption_must_be_confirmed(run, tmp_path, capsys):
     assert "pictures to validate on may have been trained on before" in capsys.readouterr().out
 
 
+def test_a_changed_alpha_says_what_the_learned_part_counts(run, capsys):
+    assert run("--steps", 2, "--rank", 4) == 0
+    assert run("--steps", 3, "--rank", 4, "--alpha", 16, "--accept-changes") == 0
+    assert "alpha was None, is 16.0: what is learned counts 4 times" in capsys.readouterr().out
+    assert run("--steps", 4, "--rank", 4, "--alpha", 16, "--prompt", "sharp", "--accept-changes") == 0
+    assert "if pictures changed too, those to validate on may have been" in capsys.readouterr().out
+
+
 def test_a_picture_that_keeps_its_size_when_it_is_edited_is_known_by_its_time(tmp_path):
     for ending, known in (
         ("bmp", True),

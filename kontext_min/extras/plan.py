@@ -546,7 +546,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def choices(asked: Setting, small: tuple[int, int]) -> dict[str, Setting]:
-    """Settings by the flags that make them, from the fastest to the smallest.
+    """Settings by the flags that make them, from the fastest to the smallest; none that is larger than what is asked.
 
     Pictures are decoded in tiles of the network's size: what a run needs, and not what it would take if it were free.
     """
@@ -556,16 +556,18 @@ def choices(asked: Setting, small: tuple[int, int]) -> dict[str, Setting]:
         found["--gradient-checkpointing half"] = replace(plain, checkpointing="half")
         flag, plain = " --gradient-checkpointing all", replace(plain, checkpointing="all")
         found[flag.strip()] = plain
+    less = math.prod(small) < math.prod(asked.size)  # weights/tiny works on less than 512 x 512 anyway
     if asked.full or asked.shard:  # the others do not go with it
         smaller = {"--gradient-checkpointing all --resolution 512": replace(plain, size=small)}
-        return found | smaller
+        return found | smaller if less else found
     for kind in ("int8", "nf4"):
         found[f"--quantize {kind}{flag}"] = replace(plain, kind=kind)
     smaller = f"{'--resolution' if asked.train else '--tile'} 512"
-    for kind in ("int8", "nf4"):
+    for kind in ("int8", "nf4") if less else ():
         found[f"--quantize {kind}{flag} {smaller}"] = replace(plain, kind=kind, size=small)
     found["--stream"] = replace(plain, stream=True)
-    found[f"--stream {smaller}"] = replace(plain, stream=True, size=small)
+    if less:
+        found[f"--stream {smaller}"] = replace(plain, stream=True, size=small)
     return found
 
 
@@ -600,7 +602,7 @@ def show(asked: Setting, sizes: Sizes, small: tuple[int, int], device: torch.dev
         f"  {total / 1e12:.2f} TFLOP of the network and {plan.coding / 1e12:.2f} of the autoencoder for one {what}: "
         f"about {seconds:.3g} s at {network / 1e12:.3g} and {coder / 1e12:.3g} TFLOP/s, measured here",
         "",
-        f"{'with these flags':60} {'peak, GB':>10}  smallest card, a tenth to spare",
+        f"{'the least with these flags':60} {'peak, GB':>10}  smallest card, a tenth to spare",
     ]
     free, fastest = free_bytes(device), None
     for flags, setting in choices(asked, small).items():

@@ -141,9 +141,7 @@ def open_run(
     if there and accept and write and before is None:
         print(f"note: {folder}/settings.json: missing or broken, so nothing tells what is changed, or how it began")
     if there and accept and write and lines:
-        print(f"note: {folder}: settings changed: {'; '.join(lines)}")
-        if any(before.get(k) != settings[k] for k in ("pictures", "files") if k in settings):
-            print("note: pictures to validate on may have been trained on before, and score too high then")
+        _note_changes(folder, before, settings, lines)
     if there and not accept:
         if before is None:
             raise ValueError(
@@ -168,6 +166,9 @@ def _changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str
         words["pictures"] += ", or --validate-every-epochs holds out others"
     words["files"] = "degraded pictures or those to validate on were added, removed or changed"
     words["operators"] = "the operators of --degrade changed"
+    if "alpha" in changed:
+        times = (settings["alpha"] or settings["rank"]) / (before["alpha"] or before.get("rank", settings["rank"]))
+        words["alpha"] = f"alpha was {before['alpha']}, is {settings['alpha']}: what is learned counts {times:g} times"
     if "degrade" in changed:
         changed.pop("operators", None)
     if "prompt" in changed:  # one of the pictures' prompts, which the hash of the pictures holds too
@@ -175,6 +176,14 @@ def _changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str
     if "pictures" in changed:
         changed.pop("files", None)
     return [words.get(k, f"{k} was {v}, is {settings[k]}") for k, v in changed.items() if k not in MAY_CHANGE]
+
+
+def _note_changes(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any], lines: list[str]) -> None:
+    print(f"note: {folder}: settings changed: {'; '.join(lines)}")
+    if any(before.get(k) != settings[k] for k in ("pictures", "files") if k in settings):
+        same_prompt = before.get("prompt") == settings.get("prompt")  # else the hash of the pictures says nothing
+        which = "pictures" if same_prompt else "if pictures changed too, those"
+        print(f"note: {which} to validate on may have been trained on before, and score too high then")
 
 
 def lock(flag: str, folder: Path, *inside: Path) -> None:
