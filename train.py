@@ -362,10 +362,10 @@ def train(settings: Settings) -> int:
             losses = torch.zeros(2, INTERVALS)  # loss sum and picture count, by interval of sigma
             for micro in range(settings.accumulate):  # batches whose gradients are accumulated
                 batch = next(batches)
-                for line in chain(*batch["unreadable"]):
+                for line in parallel.of_all(chain(*batch["unreadable"])):
                     if line not in state["unreadable"]:  # report it once, not in every epoch
                         state["unreadable"].append(line)
-                        print(f"\nleft out: {line}", flush=True)
+                        me.say(f"\nleft out: {line}")
                 control, target = encode(batch["control"]), encode(batch["target"])  # (B, C, h, w)
                 # Noise and sigma depend only on seed, step and place, so a resumed run draws the same ones.
                 place = (micro * me.world + me.rank) * settings.batch_size

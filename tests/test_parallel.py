@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import processes
 import train
+from conftest import make_pictures
 from kontext_min.extras import lora_files, parallel, runs
 
 FLAGS = (
@@ -99,6 +100,23 @@ def test_two_processes_are_one_with_twice_the_batch(alone, two):
     settings = [json.loads((f / "settings.json").read_text()) for f in (alone, two)]
     assert [s["pictures_a_batch"] for s in settings] == [2, 2]
     assert [s["batch_size"] for s in settings] == [2, 1]
+
+
+def test_pictures_that_any_process_can_not_read_are_counted_and_named_once(launch, tmp_path):
+    """Those of the second process were in no row and in no checkpoint, and each resume named them again."""
+    hr = make_pictures(tmp_path / "hr")
+    for file in sorted(hr.glob("*.png"))[::4]:  # one of each shape; the header is whole, and so is the end
+        whole = file.read_bytes()
+        half = len(whole) // 2
+        file.write_bytes(whole[:half] + bytes(1000) + whole[half + 1000 :])
+    flags = "--hr-root", hr, "--seed", 3
+    alone, two = launch(1, *flags), launch(2, *flags)
+    counts = [[row.get("unreadable") for row in metrics(folder)] for folder in (alone, two)]
+    assert counts[0] == counts[1] and max(n for n in counts[0] if n is not None) >= 2
+    states = [json.loads((f / "checkpoints/step-000008/state.json").read_text())["unreadable"] for f in (alone, two)]
+    assert sorted(states[0]) == sorted(states[1])
+    said = Path(f"{two.with_suffix('.log')}.0").read_text()
+    assert said.count("left out: ") == len(states[0])
 
 
 def sees_other_pictures():

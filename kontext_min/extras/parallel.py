@@ -15,10 +15,11 @@ import os
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,16 @@ def add_up(values: Tensor) -> Tensor:
 def any_of(here: bool) -> bool:
     """Whether it is so in any process; all get the same answer."""
     return add_up(torch.tensor(float(here))).item() > 0
+
+
+def of_all(lines: Iterable[str]) -> list[str]:
+    """The lines of all processes, in the order of their ranks."""
+    here = list(lines)
+    if not dist.is_initialized() or not any_of(bool(here)):
+        return here
+    found: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, here)
+    return list(chain(*found))
 
 
 def from_first(value: float) -> float:
