@@ -645,7 +645,7 @@ def test_scores_are_those_of_the_metrics(scored, tmp_path, capsys):
     said = capsys.readouterr()
     assert "note: c.png: no such picture in --reference" in said.err
     rows = json.loads((tmp_path / "scores.json").read_text())
-    assert [row["name"] for row in rows] == ["a.png", "sub/b.png", "mean"]
+    assert [row["name"] for row in rows] == ["a.png", "sub/b.png", "mean"] and rows[-1]["pictures"] == 2
     for row, k in zip(rows[:2], (0, 1), strict=True):
         restored, clean = Image.open(tmp_path / "out" / row["name"]), crop(48, 40, k)
         for name in ("psnr", "psnr_y", "ssim", "texture"):

@@ -115,12 +115,13 @@ def row(name: str, degraded: Picture, restored: Picture, clean: Picture) -> Row:
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-    """The mean of the scores of some pictures, and the largest of their shifts.
+    """The mean of the scores of some pictures, of how many, and the largest of their shifts.
 
     Inputs that equal their clean picture do not count, unless all do: their PSNR is infinite.
     """
     row: Row = {"name": "mean", "shift": max(r["shift"] for r in rows)}
     rows = counted(rows)
+    row["pictures"] = len(rows)
     for part in ("input", "restored"):
         row[part] = {key: sum(r[part][key] for r in rows) / len(rows) for key in SCORES}
     return row
