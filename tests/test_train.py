@@ -217,6 +217,7 @@ def test_a_changed_setting_is_named_and_must_be_confirmed(run, tmp_path, capsys)
     assert state["best_step"] == 4  # those of before may have had easier pictures
     changed = ["after step-000002: steps was 2, is 4; lr was 0.0001, is 0.0003"]
     assert run("--resume", "--lr", 3e-4) == 0
+    assert "is that of the run before" not in capsys.readouterr().out  # it is that of this one, which was done
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["changes"] == changed
     assert trained_with(metadata(lora), "")["changes"] == changed
 

@@ -126,7 +126,7 @@ def open_run(
     asked = start, (holds := _holds(start))
     if last and before and start and asked != (before.get("init_lora"), before.get("init_lora_holds", holds)):
         raise ValueError(f"--init-lora {start}: {folder} continues from {last.name}; leave the flag out, or {instead}.")
-    if results and write:
+    if results and write and last.name != f"step-{settings.get('steps', 0):06d}":  # else this one was done
         print(f"note: {folder / results[0]} is that of the run before, until this one is done")
     lines = _changes(before, settings) if before else []
     if last and before and write:
