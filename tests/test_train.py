@@ -252,6 +252,12 @@ def test_a_changed_alpha_says_what_the_learned_part_counts(run, capsys):
     assert "if pictures changed too, those to validate on may have been" in capsys.readouterr().out
 
 
+def test_pictures_that_are_held_out_only_now_have_been_trained_on_whatever_the_prompt(run, capsys):
+    assert run("--steps", 2, "--validate-every-epochs", 0) == 0
+    assert run("--steps", 3, "--prompt", "sharp", "--accept-changes") == 0
+    assert "note: pictures to validate on may have been" in capsys.readouterr().out
+
+
 def test_a_picture_that_keeps_its_size_when_it_is_edited_is_known_by_its_time(tmp_path):
     for ending, known in (
         ("bmp", True),

@@ -546,7 +546,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def choices(asked: Setting, small: tuple[int, int]) -> dict[str, Setting]:
-    """Settings by the flags that make them, from the fastest to the smallest; none that is larger than what is asked.
+    """Settings by the flags that make them, from the fastest to the smallest, with no larger pictures than asked.
 
     Pictures are decoded in tiles of the network's size: what a run needs, and not what it would take if it were free.
     """
@@ -556,7 +556,7 @@ def choices(asked: Setting, small: tuple[int, int]) -> dict[str, Setting]:
         found["--gradient-checkpointing half"] = replace(plain, checkpointing="half")
         flag, plain = " --gradient-checkpointing all", replace(plain, checkpointing="all")
         found[flag.strip()] = plain
-    less = math.prod(small) < math.prod(asked.size)  # weights/tiny works on less than 512 x 512 anyway
+    less = math.prod(small) < math.prod(asked.size)  # weights/tiny works on 128 x 128 by default
     if asked.full or asked.shard:  # the others do not go with it
         smaller = {"--gradient-checkpointing all --resolution 512": replace(plain, size=small)}
         return found | smaller if less else found

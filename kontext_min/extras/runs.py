@@ -168,7 +168,8 @@ def _changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str
     words["operators"] = "the operators of --degrade changed"
     if "alpha" in changed:
         times = (settings["alpha"] or settings["rank"]) / (before["alpha"] or before.get("rank", settings["rank"]))
-        words["alpha"] = f"alpha was {before['alpha']}, is {settings['alpha']}: what is learned counts {times:g} times"
+        words["alpha"] = f"alpha was {before['alpha']}, is {settings['alpha']}"
+        words["alpha"] += f": what is learned counts {times:g} times" * (times != 1)
     if "degrade" in changed:
         changed.pop("operators", None)
     if "prompt" in changed:  # one of the pictures' prompts, which the hash of the pictures holds too
@@ -181,8 +182,9 @@ def _changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str
 def _note_changes(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any], lines: list[str]) -> None:
     print(f"note: {folder}: settings changed: {'; '.join(lines)}")
     if any(before.get(k) != settings[k] for k in ("pictures", "files") if k in settings):
-        same_prompt = before.get("prompt") == settings.get("prompt")  # else the hash of the pictures says nothing
-        which = "pictures" if same_prompt else "if pictures changed too, those"
+        # Their hash holds the prompt too; that of `files` does not.
+        sure = before.get("prompt") == settings.get("prompt") or before.get("files") != settings.get("files")
+        which = "pictures" if sure else "if pictures changed too, those"
         print(f"note: {which} to validate on may have been trained on before, and score too high then")
 
 

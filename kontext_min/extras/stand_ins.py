@@ -49,7 +49,7 @@ class StandIns(torch.utils.data.Dataset):
         if plain:  # as all of the others are
             return plain | {"unreadable": broken}
         # With cached latents, only a picture of the same shape could.
-        raise OSError(f"{lines[0].rstrip('.')}; none of {len(lines) - 1} others can replace it; is the disk there?")
+        raise OSError(f"none of {len(lines) - 1} others tried can replace a picture; is the disk there? {lines[0]}")
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """The picture, then others: those of its bucket first, as the rest may have to be enlarged."""
